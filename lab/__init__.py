@@ -1,1 +1,1 @@
-"""All that is run to find out whether packsaddle is true: it needs a clone, and is in no wheel."""
+"""Training runs, benchmarks and studies that test packsaddle's claims. They need a clone, and are not in the wheel."""

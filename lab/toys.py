@@ -1,6 +1,6 @@
-"""Networks of the lab as functions without arguments, for `packsaddle plan link --model lab.toys:NAME --input SHAPE`:
+"""Networks of the lab as functions without arguments, for `packsaddle plan link --model lab.toys:NAME --input SHAPE`.
 
-mnist_autoencoder (--input 1x28x28), char_transformer (int64:64), resnet18, resnet34 and resnet50 (3x32x32).
+NAME and SHAPE are mnist_autoencoder 1x28x28, char_transformer int64:64, or resnet18, resnet34 or resnet50 3x32x32.
 """
 
 from functools import partial
@@ -19,7 +19,10 @@ def _network(name: Any, *shape: int, classes: int = 10) -> nn.Module:
 
 
 def char_transformer() -> nn.Module:
-    """Return the transformer of `python -m lab init`, with the characters of Python's reference manual."""
+    """Return the character transformer of the default configuration that `python -m lab init` writes.
+
+    Its vocabulary is that of Python's language reference.
+    """
     text = load_text(DataConfig("text"), None, train=True)
     return _network("char-transformer", DataConfig.context, classes=text.classes)
 

@@ -50,7 +50,7 @@ ratio = 0.1
 [noise]
 std = 0.001
 """
-# The same by local updates, with exchanges that may be pending at a disturbance.
+# The same configuration with local updates. An exchange may be pending when the run is disturbed.
 LOCAL = """
 [local]
 every = 3
@@ -58,24 +58,25 @@ optimizer = "adamw"
 overlap = { delay = 2, fragments = 2 }
 """
 TIMEOUT = 4  # timeout of the workers' collectives, seconds
-LONGEST = 60  # seconds after which an attempt is ended
-CONTEXT = multiprocessing.get_context("fork")  # forked after a first run here, so all is imported and compiled
+LONGEST = 60  # maximum duration of an attempt, seconds; then its processes are killed
+# Processes are forked after a first run in this process, so they need not import or compile anything.
+CONTEXT = multiprocessing.get_context("fork")
 
 
 @dataclass
 class Trial:
-    """One run with its disturbances."""
+    """The settings of one run, and the number of disturbances so far."""
 
     workers: int
     every: int  # steps between checkpoints
-    local: bool  # by local updates
-    kills: int = 0  # processes that got SIGKILL while they were alive
-    stops: int = 0  # or SIGSTOP
+    local: bool  # True: the run uses local updates
+    kills: int = 0  # number of processes that got SIGKILL while they were alive
+    stops: int = 0  # number of processes that got SIGSTOP while they were alive
     equal: bool = False
 
 
 def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """Run `python -m lab run` with a launcher's environment, as a process of torchrun."""
+    """Run `python -m lab run` with the environment variables that torchrun sets, in a process that acts as a worker."""
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -85,7 +86,10 @@ def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> N
 
 
 def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[float, int, int] | None) -> bool:
-    """Start the workers once; return True if all succeed. `disturb`: time, worker and signal."""
+    """Start the workers once; return True if all succeed.
+
+    `disturb` is a disturbance: seconds after the start, rank of the worker, and number of the signal.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -114,23 +118,24 @@ def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[fl
                 trial.kills += number == signal.SIGKILL
                 trial.stops += number == signal.SIGSTOP
             disturb = None
-        if time.monotonic() - begin > LONGEST:  # a stopped process for which no other one waits
+        # A process that got SIGSTOP never ends if no other process waits for it.
+        if time.monotonic() - begin > LONGEST:
             end(processes)
             return False
     return True
 
 
 def end(processes: Sequence[Any]) -> None:
-    """End the remaining processes, as a launcher does after one has ended."""
+    """Kill the processes of an attempt, as a launcher does after one of them has failed."""
     for process in processes:
         process.kill()
         process.join()
 
 
 def disturbed(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> Path:
-    """Repeat a run until a disturbance hits it, since it may end sooner than the undisturbed one; return its folder.
+    """Repeat a run until it is disturbed at least once, and return its folder.
 
-    Times of disturbances are drawn from the duration of the preceding attempt.
+    The time of a disturbance is drawn from the duration of the preceding attempt, so a faster run may end before it.
     """
     for again in range(20):
         begin, where = time.monotonic(), folder.with_name(f"{folder.name}-{again}")
@@ -157,7 +162,7 @@ def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, lengt
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of all files of a run, without times."""
+    """Return a hash of the contents of all files of a run, except for recorded times."""
     found = hashlib.sha256()
 
     def take(value: Any) -> None:
@@ -174,7 +179,8 @@ def digest(folder: Path) -> str:
         else:
             found.update(repr(value).encode())
 
-    for path in sorted((folder / "checkpoint").glob("*.pt")):  # steps may be left if the end was disturbed
+    # Checkpoints of earlier steps may remain if the run was disturbed at its end; only *.pt files are compared.
+    for path in sorted((folder / "checkpoint").glob("*.pt")):
         found.update(path.name.encode())
         take(torch.load(path, weights_only=True))
     for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -218,14 +224,14 @@ def main() -> None:
 
 
 def warm_up(config: Path, folder: Path) -> None:
-    """Run one worker in this process, to import and compile before forking; it starts no threads."""
+    """Run one worker in this process before forking, to import and compile all modules. It starts no threads."""
     sys.argv = ["packsaddle", "run", str(config), "--out", str(folder), "--checkpoint-every", "5"]
     with redirect_stdout(io.StringIO()):
         lab.main()
 
 
 def undisturbed(key: tuple[int, int, bool], config: Path, base: Path) -> tuple[str, float]:
-    """Return the hash and the duration of an undisturbed run."""
+    """Return the hash of an undisturbed run (see `digest`), and its duration in seconds."""
     trial, folder = Trial(*key), base / f"straight-{key[0]}-{key[1]}-{key[2]}"
     arguments = ["run", str(config), "--resume", str(folder), "--checkpoint-every", str(key[1])]
     begin = time.monotonic()

@@ -3,12 +3,12 @@
     python -m lab.bench.elastic [--out FILE]                            (root and iproute2 needed)
 
 Needs packsaddle[torchft]. Three of four hosts, network namespaces, train by local updates with TopK and error memories;
-the link of one is disconnected for 15 seconds. Anchors must be bitwise identical on all workers of a round, and in each
-round the anchor must change by the mean of those workers' messages, where a message is a worker's local updates minus
-its error memory: checked along four random directions, from each worker's own account.
+the link of one is disconnected for 15 seconds. Anchors must be bitwise identical on all workers of a round. In each
+round the anchor must change by the mean of the workers' messages, where a message is a worker's local updates minus
+the change of its error memory. This is checked along four random directions, from the log of each worker.
 
-An inner step is small and sleeps for `step` seconds in place of computing, so that waiting is measured, on few cores.
-Exit code 1 if a check fails.
+An inner step computes little and sleeps for `step` seconds, so that waiting can be measured on few cores. The exit code
+is 1 if a check fails.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 CONTEXT = multiprocessing.get_context("forkserver")
 HEARTBEAT = 1.0  # seconds without a heartbeat after which the lighthouse considers a worker dead
-JOIN = 2.0  # seconds that it waits for live workers that have not joined the round: the grace period
+JOIN = 2.0  # seconds that the lighthouse waits for live workers that have not joined a round: the grace period
 TIMEOUT = 4.0  # timeout of a collective, seconds
 IN, HIDDEN, OUT = 16, 48, 8
 DIRECTIONS = 4
-PROCESSES = 2  # of a site
+PROCESSES = 2  # number of processes of a site, which together train one worker's model
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Spec:
     lighthouse: str
     log: str
     every: int
-    rounds: int | None  # number of rounds after which it ends; None: by `position`
-    position: int | None  # committed inner steps of all workers after which it ends
-    step: float  # seconds
+    rounds: int | None  # number of rounds after which the worker ends; None: it ends by `position`
+    position: int | None  # number of committed inner steps of all workers together after which the worker ends
+    step: float  # duration of an inner step, seconds
     seed: int
     memory: str | None = None
     life: int = 0
-    until: str | None = None  # it ends once this file exists
-    grace: float = 25.0  # maximum seconds of leaving
-    fault: int = 0  # its confirmation fails in this round, counted from 1, on this worker only; 0: never
-    inside: str = ""  # "DDP" or "FSDP2": a worker is a site of two processes; "": it is one process
-    process: int = 0  # rank in the site
+    until: str | None = None  # path of a file; the worker ends once the file exists
+    grace: float = 25.0  # maximum duration of leaving, seconds
+    fault: int = 0  # number of the round, from 1, whose confirmation fails on this worker only; 0: none
+    inside: str = ""  # "DDP" or "FSDP2": the worker is a site of two processes; "": it is one process
+    process: int = 0  # rank of this process in its site
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +78,10 @@ def network() -> nn.Module:
 
 
 def inside(model: nn.Module, kind: str, mesh: Any = None) -> nn.Module:
-    """Return a model that the processes of a site train together; `mesh` is theirs, by default of all processes."""
+    """Return the model, wrapped in DDP or FSDP2 (`kind`), so that the processes of a site train it together.
+
+    `mesh` is the device mesh of the site; None: a mesh of all processes.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -92,7 +95,10 @@ def inside(model: nn.Module, kind: str, mesh: Any = None) -> nn.Module:
 
 
 def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Return a batch of a fixed function of sixteen numbers, with noise; a pure function of its arguments."""
+    """Return a batch of inputs of 16 numbers each, and of noisy values of a fixed function of them.
+
+    The batch depends on the arguments only.
+    """
     word = int.from_bytes(hashlib.sha256(f"{seed} {worker} {step}".encode()).digest()[:7], "little")
     rng = torch.Generator().manual_seed(word)
     fixed = torch.Generator().manual_seed(99)
@@ -143,7 +149,7 @@ def work(spec: Spec) -> None:
 
 
 class Worker:
-    """A worker with packsaddle's local updates, and an account of its local updates and messages."""
+    """A worker that trains with packsaddle's local updates, and logs its local updates and messages."""
 
     def __init__(self, spec: Spec, log: Log) -> None:
         import packsaddle
@@ -156,7 +162,7 @@ class Worker:
         times = {"timeout": TIMEOUT, "quorum_timeout": 60.0, "connect_timeout": 20.0}
         manager = connect(spec.lighthouse, name=spec.name, site=bool(spec.inside), **times)
         file = spec.memory and Path(spec.memory)
-        if file and spec.inside:  # each process has its own
+        if file and spec.inside:  # each process of a site has its own memory file
             file = file.with_suffix(f".{spec.process}")
         elastic = packsaddle.Elastic(
             manager,
@@ -173,7 +179,7 @@ class Worker:
         self.moved = torch.zeros(d, dtype=torch.float64)
 
     def _break(self, number: int) -> None:
-        """Make a confirmation raise after its collective has completed."""
+        """Make the confirmation of round `number` raise on this worker, after its collective has completed."""
         assert self.local._workers is not None
         channel, gather, seen = self.local._workers.channel, self.local._workers.channel.gather, [0]
 
@@ -229,7 +235,10 @@ class Worker:
         self.say("round", self.moved - (now - pending), now)
 
     def over(self) -> bool:
-        """Return True if training ends; the processes of a site agree, since they look for the file one by one."""
+        """Return True if training should end; identical on all processes of a site.
+
+        They exchange whether the file `until` exists, since each process checks at another moment.
+        """
         is_over = torch.tensor([self.spec.until is not None and Path(self.spec.until).exists()], dtype=torch.int32)
         if self.spec.inside:
             torch.distributed.all_reduce(is_over)
@@ -268,7 +277,7 @@ class Worker:
 
 
 def shine(pipe: Any, seconds: float, bind: str, minimum: int) -> None:
-    """Run a lighthouse for at most `seconds`."""
+    """Run a torchft lighthouse for at most `seconds`, and send its port through `pipe`."""
     os.environ["RUST_LOG"] = "off"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -307,7 +316,7 @@ class Crew:
         self.logs: list[Path] = []
 
     def start(self, name: str, **more: Any) -> None:
-        """Start a worker; if it is a site, its processes, which are called NAME.0 and NAME.1."""
+        """Start a worker. If it is a site, its processes NAME.0 and NAME.1 are started."""
         self.lives[name] = self.lives.get(name, -1) + 1
         is_site = bool(more.get("inside", self.first.inside))
         for process in range(PROCESSES if is_site else 1):
@@ -343,9 +352,12 @@ class Crew:
 
 
 def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Compare the workers' logs of the same rounds: anchors, and the mean of their messages."""
+    """Compare the workers' logs of the same rounds, and return the differences that were found.
+
+    Anchors must be identical, and the change of the anchor must be the mean of the workers' messages.
+    """
     wrong: list[str] = []
-    rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by history, and process of a site
+    rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}  # keys: hash of the run's history, rank in the site
     for lines in logs:
         for line in lines:
             if line["event"] in ("round", "join"):
@@ -360,7 +372,7 @@ def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         joined = {line["worker"] for line in lines if line["sent"] is None}
         here = set(lines[0]["here"])
         if not before or here - joined - sent.keys() or not sent:
-            continue  # a worker of the round has not logged it
+            continue  # not all workers of this round have logged it
         total = sum(line["weight"] for line in sent.values() if line["sends"])
         for i in range(DIRECTIONS):
             mean = sum(line["weight"] * line["sent"][i] for line in sent.values() if line["sends"]) / (total or 1.0)
@@ -450,7 +462,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started processes are ended
+    # Exit on SIGTERM by an exception, so that the contexts end the processes they have started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     found = cut(folder)
     if found["wrong"]:

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of at most nine minutes and without a network.
+"""All tests and measurements that need a GPU, in one command of at most nine minutes that needs no network.
 
     make gpu
     python -m lab.bench.gpu --out gpu.json [--d 25000000 100000000 1000000000]
@@ -7,8 +7,8 @@ Parts, each within the remaining time: the Triton tests; how often a step and a 
 kernels they launch, and their peak memory; two processes behind DDP's hook and with local updates; with two GPUs a
 round over NCCL beside an all-reduce; steps of packsaddle's optimizers and of torch's fused ones; packing and unpacking.
 Times are relative to a device copy of the vector: medians and ranges over turns. The JSON file is written after each
-part, with the name of the GPU, and the reasons of parts that failed or were skipped; started again with the same file
-on the same machine, the command makes the missing parts alone. At the end it prints all of them as one table. Without a
+part. It has the name of the GPU, and the reasons why parts failed or were skipped. Started again with the same file on
+the same machine, the command measures the missing parts only. At the end it prints all parts as one table. Without a
 GPU it ends with an error; `--device cpu` runs it on small vectors as a test, without meaningful times.
 """
 
@@ -39,7 +39,7 @@ Work = Callable[[], object]
 
 
 def ratios(times: dict[str, Timing], copy: str = "copy") -> dict[str, dict[str, float]]:
-    """Return milliseconds, and the median and range relative to a copy of the vector."""
+    """Return, by name of the measured work, its milliseconds, and the median and range of its time over a copy's."""
     one = times[copy].median
     return {
         name: {
@@ -53,7 +53,7 @@ def ratios(times: dict[str, Timing], copy: str = "copy") -> dict[str, dict[str, 
 
 
 def copier(d: int, device: str) -> Work:
-    """Return a function that copies float32[d]."""
+    """Return a function that copies a vector float32[d] on the device."""
     source, target = (torch.ones(d, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
@@ -69,7 +69,10 @@ Make = Callable[[nn.Parameter], torch.optim.Optimizer]
 
 
 def _makers() -> dict[str, Make]:
-    """Return the optimizers to measure, by name: torch's, ours, and torch's with a round of local updates a step."""
+    """Return functions that make the optimizers to measure, by name.
+
+    They are torch's optimizers, packsaddle's, and torch's with one round of local updates in each step.
+    """
     makers: dict[str, Make] = {
         "SGD, fused": lambda w: torch.optim.SGD([w], 1e-3, fused=True),
         "AdamW, fused": lambda w: torch.optim.AdamW([w], 1e-3, fused=True),
@@ -82,7 +85,10 @@ def _makers() -> dict[str, Make]:
 
 
 def steps(device: str, d: int, repeats: int) -> dict[str, Any]:
-    """Time optimizer steps and rounds of local updates; only one of them and the copy are in memory at a time."""
+    """Time optimizer steps and rounds of local updates.
+
+    Memory holds only one optimizer and the copied vector at a time.
+    """
     found: dict[str, Any] = {}
     for name, make in _makers().items():
         try:
@@ -106,7 +112,7 @@ def _rounds(weight: nn.Parameter) -> torch.optim.Optimizer:
 
 
 def packing(device: str, d: int, repeats: int) -> dict[str, Any]:
-    """Time packing and unpacking by each compressor."""
+    """Time the packing and unpacking of a vector's message by each compressor."""
     v = torch.randn(d, generator=torch.Generator(device).manual_seed(0), device=device)
     out, found = torch.zeros_like(v), dict[str, Any]()
     for compressor in compressors(0.01):
@@ -125,7 +131,10 @@ def packing(device: str, d: int, repeats: int) -> dict[str, Any]:
 
 
 def trained(device: str) -> dict[str, Any]:
-    """Train behind the hook and with local updates; return the losses, and True if all workers have one model."""
+    """Train with DDP's hook and with local updates, in two processes.
+
+    Returns the losses of each, and True if the final parameters are identical on all workers.
+    """
     with process_group() as group:  # NCCL, or gloo if both workers use one GPU
         found, where = {}, _device_of(device, group.rank)
         for name in ("hook", "local updates"):
@@ -161,7 +170,7 @@ def trained(device: str) -> dict[str, Any]:
 
 
 def _device_of(device: str, rank: int) -> str:
-    """Return the device of a worker: GPUs by rank, the first one for all workers if there are fewer."""
+    """Return the device of a worker: the GPU with its rank as index, or the first GPU if there are too few."""
     return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
@@ -173,8 +182,8 @@ def tests(seconds: float) -> dict[str, Any]:
 
 
 def counted(device: str, work: Work) -> dict[str, float]:
-    """Run `work`, and return how often the host waited for the device, the kernels launched, and the peak memory, in
-    MB, that was allocated during it. {} on a CPU."""
+    """Run `work`, and return the number of times that the host waited for the device, the number of kernels launched,
+    and the peak of allocated memory in MB. Returns {} on a CPU."""
     if device == "cpu":
         work()
         return {}
@@ -199,7 +208,10 @@ def counted(device: str, work: Work) -> dict[str, float]:
 
 
 def waits(device: str, d: int = 1_000_000) -> dict[str, Any]:
-    """Count what one step costs the host: of torch's optimizers, of CompressedSGD, and of local updates."""
+    """Count the waits, kernels and peak memory (see `counted`) of one step of each optimizer.
+
+    The optimizers are torch's, CompressedSGD, and torch's with local updates.
+    """
     found: dict[str, Any] = {}
     for name, make in _makers().items():
         optimizer = make(parameter(d, device))
@@ -214,7 +226,7 @@ def waits(device: str, d: int = 1_000_000) -> dict[str, Any]:
 
 
 def exchanged(device: str, d: int, repeats: int) -> dict[str, Any]:
-    """Time a round of local updates of two workers, and an all-reduce of the same vector, relative to a copy."""
+    """Time a round of local updates between two workers, and an all-reduce of the same vector, relative to a copy."""
     with process_group() as group:
         where = _device_of(device, group.rank)
         weight, vector = parameter(d, where, group.rank), torch.ones(d, device=where)
@@ -222,11 +234,12 @@ def exchanged(device: str, d: int, repeats: int) -> dict[str, Any]:
         packsaddle.LocalUpdates(optimizer, every=1)
         works: dict[str, Work] = {"copy": copier(d, where), "all-reduce": lambda: torch.distributed.all_reduce(vector)}
         works["SGD's step and a round of local updates"] = optimizer.step
-        return ratios(side_by_side(works, repeats=repeats))  # the same number of calls on both
+        # `repeats` is fixed, so that both workers make the same number of calls.
+        return ratios(side_by_side(works, repeats=repeats))
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the rows of all parts as one Markdown table; parts that failed have their reason."""
+    """Return the rows of all parts as one Markdown table. A failed part has one row with the reason."""
     lines = ["| part | | measured |", "| --- | --- | --- |"]
     for part, rows in found.items():
         if isinstance(rows, dict):
@@ -239,7 +252,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _made_before(path: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts that an earlier call on the same machine has written, without those that failed."""
+    """Return the parts that an earlier call on the same machine has written to the file, without failed parts."""
     old = json.loads(path.read_text()) if path.exists() else {}
     if any(old.get(name) != value for name, value in here.items()):
         return {}
@@ -276,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             try:
                 found[name] = part()
-            except Exception as error:  # a failed part must not discard the others' results
+            except Exception as error:  # the failure of one part must not discard the results of the rest
                 found[name] = {"failed": f"{type(error).__name__}: {error}"}
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -23,7 +23,7 @@ from typing import Self
 
 _serial = counting()
 _POLL = 0.1
-_GRACE = 10.0  # seconds for the other hosts to end and report an error after one has failed
+_GRACE = 10.0  # after one host has failed, seconds until the remaining hosts are ended
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|what\(\)):?\s.*)")
 
 
@@ -32,7 +32,7 @@ class HostFailedError(RuntimeError):
 
 
 def available() -> str | None:
-    """Return None if this process can create hosts, else the missing requirement, in one line."""
+    """Return None if this process can create hosts, otherwise one line that names the missing requirement."""
     if not sys.platform.startswith("linux"):
         return f"needs Linux's network namespaces, and this is {sys.platform}"
     if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
@@ -47,11 +47,11 @@ def available() -> str | None:
 
 
 class Hosts:
-    """`count` hosts, each linked to the others at `rate_mbit` Mbit/s, while the context lasts.
+    """A context in which `count` hosts exist, connected by links of `rate_mbit` Mbit/s.
 
-    `up_mbit` is the rate of what a host sends; None: `rate_mbit` in both directions.
-    On exit, also by an exception, Ctrl-C or SIGTERM, processes on the hosts are ended, and the hosts removed. Raises
-    ValueError for invalid arguments, and RuntimeError with the reason if `available` does not return None.
+    `up_mbit` is the rate at which a host sends; None: `rate_mbit` in both directions. On exit, also by an exception,
+    Ctrl-C or SIGTERM, all processes on the hosts are ended and the hosts are removed. Raises ValueError for invalid
+    arguments, and RuntimeError with the reason if hosts cannot be created (see `available`).
     """
 
     interface = "eth0"
@@ -88,7 +88,7 @@ class Hosts:
     def run(self, commands: Sequence[Sequence[str]], *, env: dict[str, str] | None = None) -> list[str]:
         """Run commands[i] on host i, concurrently, and return their outputs.
 
-        `env` is added to the environment. If one fails, the others are ended, and HostFailedError is raised. Raises
+        `env` is added to the environment. If a command fails, the rest are ended and HostFailedError is raised. Raises
         ValueError unless there is one command for each host.
         """
         if len(commands) != self.count:
@@ -106,13 +106,17 @@ class Hosts:
             return [(folder / f"{host}.out").read_text() for host in range(len(commands))]
 
     def plug(self, host: int, *, connected: bool) -> None:
-        """Disconnect a host's link at the bridge, or connect it again. Without it the host has no carrier, and packets
-        in both directions are lost; its addresses do not change."""
+        """Disconnect a host's link at the bridge, or connect it again.
+
+        A disconnected host has no carrier, and packets in both directions are lost. Its addresses do not change.
+        """
         _ip("-n", self._bridge, "link", "set", f"port{host}", "up" if connected else "down")
 
     def torchrun(self, arguments: Sequence[str]) -> list[str]:
-        """Run torchrun with one process on each host, all in one gloo world. `arguments` are a script or "-m module",
-        then its arguments. Returns the outputs; raises HostFailedError."""
+        """Run torchrun with one process on each host, in one common process group, and return the hosts' outputs.
+
+        `arguments` are a script or "-m module", followed by its own arguments. Raises HostFailedError if a host fails.
+        """
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.count), "--nproc-per-node", "1"]
         meeting = ["--master-addr", self.address(0), "--master-port", "29500"]
         commands = [[*launcher, *meeting, "--node-rank", str(host), *arguments] for host in range(self.count)]
@@ -136,7 +140,7 @@ class Hosts:
             _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *_bucket(rate))
 
     def _ends(self, host: int) -> tuple[tuple[tuple[str, str], float], tuple[tuple[str, str], float]]:
-        """Return namespace, interface and outgoing rate of both ends of a host's link."""
+        """Return ((namespace, interface), outgoing rate in Mbit/s) for both ends of a host's link."""
         return ((f"{self.name}-{host}", self.interface), self.up_mbit), ((self._bridge, f"port{host}"), self.down_mbit)
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
@@ -145,7 +149,7 @@ class Hosts:
             return subprocess.Popen(inside, stdout=out, stderr=err, env=env, start_new_session=True)
 
     def _end(self, host: int, process: "subprocess.Popen[bytes]") -> None:
-        """End a host's processes: the command by SIGTERM, then all others in its namespace."""
+        """End a host's processes: its command by SIGTERM, then all remaining processes in its namespace."""
         if process.poll() is None:
             process.terminate()
             try:
@@ -162,20 +166,20 @@ def _check_rate(rate_mbit: float) -> None:
 
 
 def _bucket(rate_mbit: float) -> list[str]:
-    """Return tbf's arguments for a rate."""
-    # The bytes of two milliseconds: enough for tbf's timer to reach the rate, and so few that the rate also limits
-    # short messages (a bucket fills while workers compute, and its content passes without delay).
+    """Return the arguments of the token bucket filter (tbf) that limits a link to a rate in Mbit/s."""
+    # The bucket holds the bytes of two milliseconds. That is enough for tbf's timer to reach the rate. A larger bucket,
+    # which fills while workers compute, would let short messages pass without delay.
     burst = max(4096, round(rate_mbit * 1e6 / 8 * 0.002))
-    # With a queue shorter than TCP's segments, dense exchanges lose packets and time.
+    # The queue must be longer than TCP's large segments: otherwise dense exchanges lose packets, and thus time.
     queue = burst + max(256 * 1024, round(rate_mbit * 1e6 / 8 * 0.05))
     return ["rate", f"{round(rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
 
 
 class _TermRaises:
-    """A context in which SIGTERM raises SystemExit, so that other contexts exit in order, as by Ctrl-C."""
+    """A context in which SIGTERM raises SystemExit, so that contexts inside it exit in order, as after Ctrl-C."""
 
     def __enter__(self) -> None:
-        self._main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+        self._main = threading.current_thread() is threading.main_thread()  # only the main thread can set handlers
         if self._main:
             self._before = signal.signal(signal.SIGTERM, self._leave)
 
@@ -188,7 +192,10 @@ class _TermRaises:
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
-    """Wait for all processes, or _GRACE seconds after a failure; return the indices of the failed, first ones first."""
+    """Wait until all processes have ended, but at most _GRACE seconds after the first failure.
+
+    Returns the indices of the failed processes, in the order of their failures.
+    """
     failed: list[int] = []
     deadline = float("inf")
     while True:
@@ -202,7 +209,10 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
 
 
 def _reason(stderr: Path) -> str:
-    """Return the last exception that a command printed, except its launcher's own, else its last line with words."""
+    """Return the last exception in a command's error output, except torchrun's own.
+
+    If there is none, returns the last line that contains words.
+    """
     lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
     found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and "ChildFailedError" not in line]
     return found[-1] if found else lines[-1] if lines else "it printed no error"

@@ -50,9 +50,9 @@ from lab.runs.tasks import Batches, Dataset, load_data, make_task, shard
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 
-GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
-WARM_UP = 50  # steps
-CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
+GRID = tuple(0.0005 * 2**i for i in range(10))  # learning rates of the search
+WARM_UP = 50  # steps in which the learning rate rises
+CURVE = 50  # steps between two points of a run's curve: losses at the anchor on 256 held-out windows
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Setting:
     model: ModelConfig
     workers: int
     steps: int
-    batch: int = 8  # windows of a worker in a step
-    compares_ends: bool = False  # measure the losses of cheaper last exchanges too, which takes two more evaluations
+    batch: int = 8  # windows per worker and step
+    # True: also measure the losses after two cheaper ways to end a run, which takes two more evaluations.
+    compares_ends: bool = False
 
 
 SETTINGS = {
@@ -76,19 +77,22 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method: dense training without a compressor, else local updates; `start` is the first rate of the search."""
+    """A method of training: local updates with `compressor`, or dense training if it is None.
+
+    `start` is the learning rate at which the search begins.
+    """
 
     inner: str = "adamw"
     compressor: Compressor | None = None
     every: int = 8
-    outer: tuple[float, float] | None = None  # rate and momentum
+    outer: tuple[float, float] | None = None  # rate and momentum of the outer optimizer; None: no outer optimizer
     decay: float = 1.0
     keep: bool = True
-    flush: bool = True  # False: ends with the anchor, without what is still to be sent
+    flush: bool = True  # False: training ends with the anchor, and pending updates are discarded
     betas: tuple[float, float] = (0.9, 0.99)
-    momentum: float = 0.95  # Muon's
+    momentum: float = 0.95  # momentum of Muon
     exchange: Literal["auto", "direct", "two-way", "senders"] = "auto"
-    share: float = 1.0  # fraction of the setting's steps
+    share: float = 1.0  # length of the training, as a fraction of the setting's steps
     dense_below: int = 1024
     mean_momentum: float = 0.0
 
@@ -134,7 +138,8 @@ def _methods() -> Iterator[tuple[str, Method]]:
             yield f"{name}, local SGD {every}", exact
             for momentum in (0.9, 0.5, 0.0):
                 yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
-            # As in its code, each coordinate is averaged over the workers that sent it; nothing is sent at the end.
+            # SparseLoCo as in its published code: each coordinate is averaged over the workers that sent it, and
+            # pending updates are not sent at the end.
             published = replace(exact, exchange="senders", outer=(1.0, 0.0), decay=0.95, flush=False)
             for k, words in ((64, ""), (256, ", 256 of 4096")):
                 sparse = TopK(k / 4096, chunk=4096, values="int2")
@@ -157,7 +162,10 @@ METHODS = dict(_methods())
 
 
 def climb(quality: Callable[[int], Any], at: int, grid: range) -> int:
-    """Return a place in a grid of rates with worse neighbors, searched from `at`; the less `quality` is, the better."""
+    """Return the index of a local minimum of `quality` on a grid of learning rates.
+
+    The search starts at index `at`, and moves to better neighbors until both neighbors are worse.
+    """
     worse = set[int]()
     while neighbors := [i for i in (at - 1, at + 1) if i not in worse and i in grid]:
         there = neighbors[0]
@@ -177,15 +185,15 @@ def train(
     on_end: Callable[[nn.Module], object] = lambda network: None,
     windows: int | None = None,
 ) -> dict[str, object]:
-    """Train one model on this worker's shard, and return its row without the method's name.
+    """Train one model on this worker's shard, and return the row of results, without the method's name.
 
     Args:
         on_end: called with the network after the last exchange.
-        windows: number of held-out windows of the last loss, evenly spaced. None: all.
+        windows: number of held-out windows for the final loss, evenly spaced. None: all.
     """
     setting = replace(setting, steps=round(how.share * setting.steps))
     data, held_out = texts(setting.model.width == 128)
-    # This worker's batches; in dense training the batches of all workers.
+    # Make this worker's batches. Dense training is one process, which reads the batches of all workers.
     group, workers, cpu = resolve(None), setting.workers, torch.device("cpu")
     mine = range(workers) if how.compressor is None else [group.rank]
     shards = [shard(data, "iid", worker=i, workers=workers, seed=seed) for i in mine]
@@ -213,7 +221,7 @@ def train(
             with torch.no_grad(), nullcontext() if local is None else local.at_anchor():
                 curve.append(held_out_loss(network, held_out, evenly_spaced(len(held_out), 256)))
 
-    # Bytes of the rounds, and of rounds, start and flush. A dense step counts as a ring all-reduce.
+    # Count the bytes: `sent` of the rounds, `total` also of start and flush. A dense step counts as a ring all-reduce.
     payload = sum(p.numel() * p.element_size() for p in network.parameters())
     sent = total = setting.steps * payload * 2 * (workers - 1) / workers
 
@@ -247,9 +255,12 @@ def train(
 def _end(
     local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float], *, compares: bool
 ) -> tuple[int, dict[str, float]]:
-    """Exchange what is pending, uncompressed, if the method has a flush. Returns all bytes sent, and if it `compares`,
-    with lossy rounds and no outer optimizer, the losses of two cheaper ends: at the anchor without an exchange, and
-    after `flush()`."""
+    """End the local updates of a method. Its pending updates are exchanged uncompressed, if it has a flush.
+
+    Returns all bytes sent, and the losses of two cheaper ways to end: at the anchor without an exchange, and after
+    `flush()`, whose exchange is compressed. The losses are measured if `compares` is True, the rounds are lossy, and
+    there is no outer optimizer.
+    """
     before, ends = local.ledger.total.sent, {}
     if not how.flush:
         return before, ends
@@ -265,7 +276,7 @@ def _end(
 
 
 def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsaddle.LocalUpdates | None:
-    """Return the local updates of a method, None for dense training."""
+    """Return the `LocalUpdates` of a method, or None for dense training."""
     if how.compressor is None:
         return None
     return packsaddle.LocalUpdates(
@@ -280,7 +291,10 @@ def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsadd
 
 @cache
 def texts(library: bool) -> tuple[Dataset, Dataset]:
-    """Return the training text and the held-out text, a tenth of the library."""
+    """Return the training text and the held-out text, which is the last tenth.
+
+    The text is the race's, the source of Python's standard library, or with `library` False Python's reference.
+    """
     config = DataConfig("text")
     if not library:
         return load_data(config, None, train=True), load_data(config, None, train=False)
@@ -295,7 +309,7 @@ class Runs:
         self.text = LIBRARY if self.setting.model.width == 128 else ""
 
     def rows(self, method: str) -> list[dict[str, str]]:
-        """Return the rows of a method, oldest first."""
+        """Return the stored rows of a method, oldest first."""
         if not self.out.exists():
             return []
         with self.out.open() as file:
@@ -304,7 +318,7 @@ class Runs:
         return rows
 
     def make(self, method: str, rate: float, seed: int) -> None:
-        """Train, unless the file has this run already."""
+        """Do a run and store its row, unless the file already has it."""
         if any(float(row["rate"]) == rate and int(row["seed"]) == seed for row in self.rows(method)):
             return
         torch.set_num_threads(1)
@@ -315,13 +329,16 @@ class Runs:
         print(method, row, flush=True)
 
     def best(self, method: str) -> list[dict[str, str]]:
-        """Return the rows of the rate with the lowest loss of seed 0."""
+        """Return the rows, one per seed, at the learning rate with the lowest loss of seed 0."""
         mine = self.rows(method)
         first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
         return [row for row in mine if row["rate"] == first["rate"]]
 
     def search(self, method: str, target: float | None = None) -> None:
-        """Train at neighboring rates until both neighbors of a rate are worse: in loss, or in steps to the target."""
+        """Train a method at neighboring learning rates until both neighbors of the best rate are worse.
+
+        Rates are compared by their losses, or with `target` by the number of steps to this loss.
+        """
 
         def quality(i: int) -> tuple[float, float]:
             self.make(method, GRID[i], 0)
@@ -331,14 +348,14 @@ class Runs:
         climb(quality, GRID.index(METHODS[method].start), range(len(GRID)))
 
     def refine(self, method: str) -> None:
-        """Train at 0.7 and 1.4 times the best rate of seed 0 on the grid."""
+        """Train a method at 0.7 and 1.4 times its best learning rate of the grid, with seed 0."""
         tried = [row for row in self.rows(method) if row["seed"] == "0" and float(row["rate"]) in GRID]
         best = float(min(tried, key=lambda row: float(row["validation_loss"]))["rate"])
         for share in (0.7, 1.4):
             self.make(method, round(share * best, 6), 0)
 
     def table(self, methods: Sequence[str]) -> str:
-        """Return the Markdown table of the methods that have runs, the lowest loss first."""
+        """Return the Markdown table of those `methods` that have runs, ordered by loss."""
         dense = 2 * (self.setting.workers - 1) / self.setting.workers * 4 * self.parameters()
         lines = [
             "| | kB a step | of dense | MB with start and flush | rate | loss | range, seeds | seed 0 by rate |",
@@ -359,13 +376,16 @@ class Runs:
         return "\n".join(lines)
 
     def parameters(self) -> int:
-        """Return the number of parameters."""
+        """Return the number of parameters of the setting's network."""
         data, _ = texts(self.setting.model.width == 128)
         return sum(p.numel() for p in make_task(self.setting.model, data.shape, data.classes, seed=0).parameters())
 
 
 def compare(folder: Path) -> str:
-    """Return the Markdown table of `COMPARED` in three settings, with each optimizer inside: mean losses over seeds."""
+    """Return the Markdown table of the methods `COMPARED`: mean losses over seeds.
+
+    It has columns for three settings, with AdamW and with Muon as the inner optimizer.
+    """
     settings = {name: Runs(name, folder / f"{name}.csv") for name in ("char-4", "gpt-2", "gpt-4")}
     columns = [(inner, name) for inner in ("Muon", "AdamW") for name in settings]
     lines = [
@@ -380,7 +400,7 @@ def compare(folder: Path) -> str:
                 method += ", beta1 0.8"
             best = runs.best(method) if runs.rows(method) else []
             cells.append(f"{_mean(best):.3f}" + f" ({len(best)})" * (len(best) < 3) if best else "")
-        # With four workers of the small model; Muon's bytes are AdamW's.
+        # The bytes are those of the setting char-4 with Muon; they are the same with AdamW.
         sent, dense = (float(settings["char-4"].best(f"Muon, {m}")[0]["kB_a_step"]) for m in (words, "dense"))
         lines.append(f"| {words} | {_fraction(sent, dense)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -40,12 +40,12 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
 BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
 WIDTH, HEADS, LAYERS = 128, 4, 4
-EVERY = 8  # steps of a round of local updates, their default
-STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
+EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpdates`
+STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
 
 
-# Dense training (None), gradients averaged at every step as by a hook, with a compressor, or local updates of one bit
-# every 8 steps with further arguments of `LocalUpdates`.
+# A method is None for dense training; a compressor for gradients that are averaged in every step, as by DDP's hook; or
+# further arguments of `LocalUpdates` for local updates of one bit per coordinate, every 8 steps.
 Method = Mapping[str, Any] | packsaddle.Compressor | None
 METHODS: dict[str, Method] = {
     "dense": None,
@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
     "local, overlap": {"overlap": 2},
     "local, agreement, overlap": {"outer": packsaddle.OuterAgreement(0.5), "overlap": 3},
-    "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # of two workers
+    "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # for two workers only
 }
 
 
@@ -79,7 +79,10 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """nanoGPT's network; its output layer has the weights of the embedding. It returns the loss of predicting y."""
+    """nanoGPT's network, whose output layer shares the weights of the embedding.
+
+    A call returns the mean loss of predicting the characters y from the characters x.
+    """
 
     def __init__(self, characters: int, seed: int) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Text:
-    """A text as codes of its characters: the first nine tenths to train on, and the last tenth, int64[...]."""
+    """A text as codes of its characters, int64[n]: its first nine tenths for training, and its last tenth."""
 
     train: Tensor
     held_out: Tensor
@@ -109,7 +112,7 @@ class Text:
 
     @classmethod
     def read(cls, path: Path) -> "Text":
-        """Read nanoGPT's text. Raises ValueError for another one."""
+        """Read nanoGPT's text from a file. Raises ValueError if the file has another text."""
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise ValueError(f"{path} must be tinyshakespeare, with the SHA-256 {SHA256}")
@@ -121,22 +124,24 @@ class Text:
 
     @property
     def last(self) -> Tensor:
-        """The held-out windows, one after the other, int64[n, 65]."""
+        """The held-out windows, consecutive in the text, int64[n, 65]."""
         starts = torch.arange((len(self.held_out) - 1) // BLOCK) * BLOCK
         return self.held_out[starts[:, None] + torch.arange(BLOCK + 1)]
 
 
 def rate_at(step: int, warm_up: int, steps: int) -> float:
-    """nanoGPT's schedule: a linear warm-up, then a cosine to a tenth of the rate."""
+    """Return the learning rate of a step by nanoGPT's schedule: a linear warm-up, then a cosine to a tenth."""
     if step < warm_up:
         return RATE * (step + 1) / (warm_up + 1)
     return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
 class AveragedGradients:
-    """Replaces gradients with their mean over workers, compressed with error memory, as the hook of
-    DistributedDataParallel does with scope="model". Workers simulated in one process have no DistributedDataParallel,
-    so the mean is read from a step of SGD with rate 1 on zeros."""
+    """Replaces gradients by their compressed mean over workers, as the hook of DistributedDataParallel does.
+
+    It corresponds to the hook's scope="model", with an error memory. Workers simulated in one process cannot use
+    DistributedDataParallel, so the mean is obtained as the step of CompressedSGD with rate 1 from parameters 0.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], compressor: packsaddle.Compressor) -> None:
         self._parameters = list(parameters)
@@ -157,8 +162,9 @@ class AveragedGradients:
 
 
 def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
-    """Train as this worker; return the held-out loss of the model of all workers, and the bytes that it has sent."""
-    # The recipe's network and optimizer; matrices alone have weight decay.
+    """Train as one of the workers. Returns the held-out loss of the final common model, and the bytes that this worker
+    has sent."""
+    # Make the recipe's network and optimizer. Only matrices have weight decay.
     rank, net = resolve(None).rank, GPT(text.characters, seed)
     matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -166,7 +172,7 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     hook = AveragedGradients(net.parameters(), how) if isinstance(how, packsaddle.Compressor) else None
     local = packsaddle.LocalUpdates(optimizer, model=net, **how) if isinstance(how, Mapping) else None
 
-    # Each worker draws its own windows; dense training those of all workers.
+    # Each worker draws its own windows. Dense training, which is one process, draws the windows of all workers.
     mine = range(workers) if how is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
     step = 0
@@ -193,12 +199,12 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     elif local is not None:
         sent = local.ledger.total.sent
     else:
-        sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # a ring all-reduce
+        sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # ring all-reduce
     return total / len(text.last), sent
 
 
 def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int = STEPS) -> None:
-    """Train, and add a row to a file, unless it has this one already."""
+    """Train one model and add its row to a file, unless the file already has this row."""
     here = name, workers, seed, steps
     if any((row["method"], int(row["workers"]), int(row["seed"]), int(row["steps"])) == here for row in rows(path)):
         return
@@ -215,8 +221,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
-    """Return the Markdown table of the mean losses over seeds of trainings of `steps`, with the range, and of the
-    megabytes sent."""
+    """Return the Markdown table of all trainings of `steps` steps: mean loss over seeds, its range, megabytes sent."""
     lines = ["| workers | method | loss | range, seeds | MB sent by a worker |", "| --- " * 5 + "|"]
     for workers, name in _settings(found, steps):
         mine = _of(found, workers, name, steps)
@@ -229,7 +234,10 @@ def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
 
 @dataclass(frozen=True)
 class Reached:
-    """The training whose loss is that of one machine alone: its length in steps, and the bytes a worker sends."""
+    """A training of several workers that ends at the same loss as one machine alone.
+
+    It has a length in steps, and a number of bytes that each worker sends.
+    """
 
     workers: int
     method: str
@@ -237,9 +245,9 @@ class Reached:
     sent: float
 
     def speed_up(self, mbit: float) -> float:
-        """Return the time of one machine alone over that of this training's steps and bytes.
+        """Return the time of one machine alone, divided by the time of this training on a link of `mbit` Mbit/s.
 
-        The exchanges of a round take no time as far as they fit into the steps that overlap with them.
+        The time of an exchange counts only as far as it exceeds the time of the steps that overlap with it.
         """
         how = METHODS[self.method]
         overlap = how.get("overlap", 0) if isinstance(how, Mapping) else 0
@@ -249,7 +257,10 @@ class Reached:
 
 
 def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
-    """Return the Markdown table of `reached`, and of the speed-up over one machine alone on each link, Mbit/s."""
+    """Return the Markdown table of the trainings of `reached`: their steps, and their speed-up over one machine alone.
+
+    `links` are the rates of the links in Mbit/s.
+    """
     heads = ["workers", "method", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for one in reached(found):
@@ -259,9 +270,10 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50
 
 
 def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
-    """Yield each setting's training that ends at the loss of one machine alone, at seed 0.
+    """Yield, for each setting, the training that ends at the same loss as one machine alone, with seed 0.
 
-    It is interpolated between the two trainings whose losses are next to it, in the logarithm of the steps.
+    Its length is interpolated, in the logarithm of the steps, between a training with a higher and one with a lower
+    loss.
     """
     target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
     for workers, name in _settings(found, STEPS):
@@ -277,7 +289,10 @@ def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
 def _of(
     found: Sequence[Mapping[str, str]], workers: int, name: str, steps: int | None = None
 ) -> list[Mapping[str, str]]:
-    """Return the rows of a setting, of one length or of all, ordered by seed."""
+    """Return the rows of one method and number of workers, ordered by seed.
+
+    `steps` selects trainings of this length; None selects all.
+    """
     mine = [row for row in found if row["method"] == name and int(row["workers"]) == workers]
     return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
 

@@ -33,7 +33,7 @@ _PORT = 29_478
 
 
 def main() -> None:
-    """Run a case, or one worker of it."""
+    """Run a case of a disconnected link on all hosts, or, in a process started by it, one worker of the case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=("brief", "cut"))
     parser.add_argument("--timeout", type=float, default=12.0)
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(work(arguments.worker, arguments)), flush=True)
-        os._exit(0)  # as packsaddle's command does: gloo's threads wait for a disconnected network
+        os._exit(0)  # like packsaddle's command, since gloo's threads would wait for the disconnected network
     print(json.dumps(run(arguments)))
 
 
@@ -81,7 +81,8 @@ def work(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train in the launcher's world; return the digest of the weights, or the error."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    simulate(lambda _: train(rank, 2), 1)  # alone, so that compiling and importing are not within the timeout
+    # Train alone first, so that the time of imports and compilation is not limited by the exchange's timeout.
+    simulate(lambda _: train(rank, 2), 1)
     (folder / f"{rank}.ready").touch()
     while len(list(folder.glob("*.ready"))) < _HOSTS:
         time.sleep(0.01)
@@ -99,14 +100,14 @@ def work(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             said["digest"] = train(rank, arguments.steps, after)
     except PeerLostError as error:
         said = {"lost": str(error)}
-    except Exception as error:  # an unexpected error, to be printed
+    except Exception as error:  # an unexpected error is printed, for the test to judge
         said = {"error": f"{type(error).__name__}: {error}"}
-    late = times[arguments.steps // 3 :]  # from the disturbance on
+    late = times[arguments.steps // 3 :]  # the times of the steps after the disturbance
     return {**said, "longest": max((later - sooner for sooner, later in itertools.pairwise(late)), default=0.0)}
 
 
 def train(rank: int, steps: int, after: Callable[[int], None] = lambda step: None) -> str:
-    """Train, with after(step) after each step, and return the digest of the weights."""
+    """Train, calling after(step) after each step, and return the digest of the final weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 300), nn.ReLU(), nn.Linear(300, 64))

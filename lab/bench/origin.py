@@ -15,33 +15,36 @@ NOT_RECORDED = "not recorded"
 
 @dataclass(frozen=True)
 class Origin:
-    """Columns of a row that state how it was made. Empty, or 0 threads: not recorded."""
+    """Columns of a row that state how it was made. A value that was not recorded is "", or 0 for `threads`."""
 
     machine: str = ""  # processor and number of logical cores
-    torch: str = ""  # version
-    threads: int = 0  # torch's threads of a worker
-    date: str = ""  # in UTC, as 2026-11-28
-    commit: str = ""  # of this repository, with "+" if its code had changes
+    torch: str = ""  # torch's version
+    threads: int = 0  # number of torch's threads per worker
+    date: str = ""  # date in UTC, such as 2026-11-28
+    commit: str = ""  # commit of this repository, with "+" if its code had uncommitted changes
     text: str = ""  # first 12 digits of the SHA-256 of the training text; empty also for other data
 
     @classmethod
     def here(cls, *, threads: int | None = None, text: str = "") -> "Origin":
-        """Return the origin of a row that is made now, on this machine; `threads`: by default torch's."""
+        """Return the origin of a row that is made now on this machine; `threads` None: torch's current number."""
         count = torch.get_num_threads() if threads is None else threads
         return cls(cpu_model(), torch.__version__, count, f"{datetime.now(UTC):%Y-%m-%d}", commit() or "", text)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Origin":
-        """Return the origin that a CSV row has. Raises ValueError for invalid threads."""
+        """Return the origin stated in a CSV row. Raises ValueError if `threads` is not a number."""
         words: dict[str, Any] = {field.name: row.get(field.name) or "" for field in fields(cls)}
         return cls(**{**words, "threads": int(words["threads"] or 0)})
 
 
-UNKNOWN = Origin()  # of rows made before origins were recorded
+UNKNOWN = Origin()  # the origin of rows that were made before origins were recorded
 
 
 def described(origins: Iterable[Origin]) -> dict[str, str]:
-    """Return the machines and torch versions of rows for the setting of a table, not those of its reader."""
+    """Return the machines and torch versions on which rows were made, for the printed setting of a table.
+
+    They may differ from the machine that prints the table.
+    """
     made = list(origins)
     return {
         name: "; ".join(sorted({getattr(origin, name) or NOT_RECORDED for origin in made}))
@@ -50,7 +53,7 @@ def described(origins: Iterable[Origin]) -> dict[str, str]:
 
 
 def check_text(origins: Iterable[Origin], text: str, where: object) -> None:
-    """Raise ValueError if a row was trained on another text than `text`, its hash. Rows without one are accepted."""
+    """Raise ValueError if a row was trained on a text whose hash is not `text`. Rows without a hash are accepted."""
     others = sorted({origin.text for origin in origins} - {"", text})
     if others:
         raise ValueError(f"{where} must have rows of one text, {text}, got {', '.join(others)}: use another file")

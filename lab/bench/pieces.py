@@ -34,7 +34,7 @@ def _check_repeats(repeats: int) -> None:
 
 
 def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
-    """Time every compressor on a Gaussian vector. Raises ValueError for an invalid ratio, d or repeats."""
+    """Time packing and unpacking of a Gaussian vector float32[d] by every compressor. Raises ValueError."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     _check_repeats(repeats)
@@ -64,7 +64,7 @@ def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
 
 
 def _parts(v: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Time the random draws and the selection of coordinates, and torch's equivalents."""
+    """Time random draws and the selection of coordinates, compared with torch's own functions for the same task."""
     d, rng = len(v), torch.Generator().manual_seed(0)
     few, many, hashes = max(1, d // 1000), max(1, d // 100), SketchTopK(0.01, rows=5).hashes(d, seed=0, step=0)
     target = torch.empty_like(v)
@@ -118,7 +118,10 @@ _LARGE = 25_000_000  # elements of the float32 vector that measures the link's r
 
 @dataclass(frozen=True)
 class ExchangeTime:
-    """The cost of one way to average a vector: seconds, and worker 0's bytes in the direction with more of them."""
+    """The cost of one method of averaging a vector.
+
+    It has a time, and worker 0's number of bytes: those sent or those received, whichever are more.
+    """
 
     name: str
     time: Timing
@@ -126,7 +129,10 @@ class ExchangeTime:
 
 
 def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Result]:
-    """Time every compressor's exchange of d coordinates. Raises ValueError for invalid arguments, WorkerFailedError."""
+    """Time every compressor's exchange of d coordinates between worker processes.
+
+    Raises ValueError for invalid arguments, and WorkerFailedError if a worker fails.
+    """
     if not 2 <= workers <= 64:
         raise ValueError(f"workers must be 2 to 64, got {workers}")
     _check_repeats(repeats)
@@ -161,7 +167,10 @@ def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Res
 
 
 def exchange_in_process_group(d: int, ratio: float, repeats: int) -> tuple[float, list[ExchangeTime]]:
-    """Join the launcher's world; return the rate of a large all-reduce, bytes per second, and each exchange's cost."""
+    """Join the launcher's process group and time all exchanges.
+
+    Returns the rate of a large all-reduce in bytes per second, and the cost of each exchange.
+    """
     with process_group() as group:
         torch.set_num_threads(1)
         large = torch.zeros(_LARGE)
@@ -227,8 +236,9 @@ def _ours(
     return partial(CompressedSGD, lr=_LR, compressor=compressor, noise=noise)
 
 
-# A float read or written is 4 bytes. SGD reads x and the gradient and writes x; an error memory likewise. Of k
-# coordinates kept, the memory and x are read and written; the message is written and read.
+# Minimum memory traffic of a step in bytes per coordinate; each float that is read or written counts 4 bytes. SGD reads
+# x and the gradient, and writes x. Adding the gradient to an error memory also takes two reads and a write. For each
+# sent coordinate, the memory and x are read and written, and the message is written and read.
 _CONTENDERS: Mapping[str, TimedOptimizer] = {
     "torch.optim.SGD": TimedOptimizer(partial(torch.optim.SGD, lr=_LR), 12),
     "RandomK 1%": TimedOptimizer(_ours(RandomK(0.01)), 12 + 0.01 * 24),
@@ -240,7 +250,10 @@ _CONTENDERS: Mapping[str, TimedOptimizer] = {
 
 
 def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
-    """Time step() + zero_grad() on d coordinates in `layers` parameters. Raises ValueError for invalid sizes."""
+    """Time step() and zero_grad() of each optimizer, on d coordinates divided among `layers` parameters.
+
+    Raises ValueError for invalid sizes.
+    """
     if d < 1000:
         raise ValueError(f"d must be at least 1,000 coordinates, got {d}")
     _check_repeats(repeats)
@@ -374,7 +387,7 @@ COMMANDS = Commands(
 
 
 def main() -> None:
-    """Run the command that the program was given."""
+    """Run the benchmark that the command line names."""
     serve(COMMANDS, PROGRAM)
 
 

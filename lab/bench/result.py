@@ -22,8 +22,8 @@ class Result:
 
     question: str
     setting: Mapping[str, Any]  # sizes, rates, seeds, and the dictionary of `machine`
-    rows: Sequence[Mapping[str, Any]]  # all with the same keys, the columns, with units in their names
-    notes: Sequence[str] = ()  # notes needed to read the table: floors, features that a peer lacks
+    rows: Sequence[Mapping[str, Any]]  # rows by column name, all with the same columns; names contain the units
+    notes: Sequence[str] = ()  # notes needed to read the table, such as what a lower bound assumes
     digits: int = 3  # significant digits of a printed float
 
     def plain(self) -> dict[str, Any]:
@@ -36,7 +36,10 @@ def _finite(cell: Any) -> Any:
 
 
 def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
-    """Return the hardware and versions that affect results; `threads`: those of workers, if they measure."""
+    """Return the hardware and versions that affect results.
+
+    `threads` is the number of torch's threads in the workers that measure; None: this process measures.
+    """
     threads = torch.get_num_threads() if threads is None else threads
     where: dict[str, Any] = {"cpu": cpu_model(), "threads": threads, "torch": torch.__version__}
     if torch.device(device).type == "cuda":
@@ -55,7 +58,7 @@ def cpu_model() -> str:
 
 
 def shown(cell: Any, digits: int = 3) -> str:
-    """Format a cell of a printed table."""
+    """Return the text of a table's cell, with `digits` significant digits if it is a float."""
     if cell is None:
         return ""
     if isinstance(cell, float) and abs(cell) < 1000:
@@ -65,7 +68,7 @@ def shown(cell: Any, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """A command that measures, and prints tables."""
+    """Base class of commands that measure, and print the results as tables."""
 
     json: Annotated[bool, HIDE_DEFAULT] = False
     """Print one JSON document."""

@@ -1,4 +1,4 @@
-"""CSV files of a race: appending rows, with one header, and reading them back with validation."""
+"""CSV files of a race's results: adding rows to a file with one header, and reading rows with validation."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,10 @@ Row = TypeVar("Row")
 
 
 def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows with equal columns to a file. Columns that the file does not have are empty in its older rows."""
+    """Add rows, which all have the same columns, to a CSV file.
+
+    Columns that are new to the file are added to it, and are empty in its older rows.
+    """
     new = list(rows)
     if not new:
         return
@@ -36,7 +39,10 @@ def _write(path: Path, mode: str, columns: list[str], rows: Iterable[Mapping[str
 
 
 def read_rows(path: Path, read: Callable[[Mapping[str, Any]], Row], what: str) -> list[Row]:
-    """Return the rows of a file, [] if it does not exist. Raises ValueError for a row that is not a `what`."""
+    """Return the rows of a CSV file, converted by `read`; [] if the file does not exist.
+
+    Raises ValueError for an invalid row. Its message uses `what`, the name of a row, such as "curve".
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:

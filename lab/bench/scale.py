@@ -2,7 +2,8 @@
 
     python -m lab.bench.scale --out experiments/scale
 
-The coding is measured here once (paces.json), on up to 4 million coordinates; delete the file to measure it again.
+The speed of coding (packing and unpacking messages) is measured once on this machine, on up to 4 million coordinates,
+and stored in paces.json; delete the file to measure it again.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from packsaddle.comm import choose
 from packsaddle.errors import require
 from packsaddle.plan import Dense, Fleet, Line, Link, Pace, Step, compressed, expected_maximum, measure
 
-# Okabe and Ito's palette, distinguishable by colour-blind readers; line styles tell the families apart.
+# For each method: compressor, exchange, color and line style. The colors are those of Okabe and Ito, which color-blind
+# readers can distinguish; the line styles distinguish the exchanges.
 CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {
     "dense (DDP)": (Identity(), "dense", "#000000", "-"),
     "RandomK 1%": (RandomK(0.01), "direct", "#0072B2", "-"),
@@ -33,8 +35,9 @@ CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {
     "Sign all-gather": (Sign(), "direct", "#E69F00", "--"),
     "QSGD all-gather": (QSGD(), "direct", "#8C8C00", "--"),
 }
-# Name, rate, latency, and how many times faster than one thread of this machine a worker codes. A datacentre's workers
-# are GPUs, whose memory is about a hundred times as fast as what one thread reads: that is assumed, not measured.
+# For each link: rate in bit/s, latency in seconds, and the speed of a worker's coding in units of one thread of this
+# machine. A datacenter's workers are GPUs, whose memory is assumed to be 100 times as fast as one thread; this is not
+# measured.
 LINKS = {
     "100 Mbit/s": (1e8, 1e-3, 1.0),
     "1 Gbit/s": (1e9, 2e-4, 1.0),
@@ -42,12 +45,15 @@ LINKS = {
 }
 WORKERS = [2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000]
 SIZES = [10**i for i in range(6, 12)]
-D, W = 10**8, 64  # what the other axis holds fixed
-COMPUTE, SPREAD = 1.0, 0.1  # seconds of a step, and the workers' relative spread
+D, W = 10**8, 64  # number of coordinates while workers vary, and number of workers while coordinates vary
+COMPUTE, SPREAD = 1.0, 0.1  # computing time of a step in seconds, and its relative standard deviation over workers
 
 
 def paces(path: Path) -> dict[str, Pace]:
-    """Return how fast this machine codes, from a file or measured into it."""
+    """Return each compressor's speed of coding on this machine, read from a file.
+
+    If the file does not exist, the speeds are measured and written to it.
+    """
     torch.set_num_threads(1)
     if not path.exists():
         found = {name: asdict(measure(c, 1 << 22)) for name, (c, *_) in CONTENDERS.items() if name != "dense (DDP)"}
@@ -58,9 +64,10 @@ def paces(path: Path) -> dict[str, Pace]:
 
 
 def steps(name: str, d: int, workers: int, pace: dict[str, Pace], speed: float) -> list[Step]:
-    """Return a contender's step; dense has two: buckets beside the backward pass, or one all-reduce after it.
+    """Return the modelled step of a method, as a list of one.
 
-    LowRank sees matrices of 4096 x 4096, as many as there are.
+    The dense method has two alternatives: buckets that overlap with the backward pass, or one all-reduce after it. For
+    LowRank the coordinates are divided into matrices of 4096 x 4096.
     """
     compressor, exchange, *_ = CONTENDERS[name]
     if exchange == "dense":
@@ -78,7 +85,7 @@ def steps(name: str, d: int, workers: int, pace: dict[str, Pace], speed: float) 
 
 
 def table(pace: dict[str, Pace]) -> list[dict[str, Any]]:
-    """Every contender on every link, along both axes."""
+    """Return one row for every method on every link, with varying numbers of workers and of coordinates."""
     points = [("workers", D, workers) for workers in WORKERS] + [("d", d, W) for d in SIZES]
     rows = []
     for link_name, (bits, latency, speed) in LINKS.items():
@@ -100,7 +107,7 @@ TICK_LABELS = ["1 s", "2 s", "5 s", "10 s", "1 min", "10 min", "1 h", "1 day", "
 
 
 def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
-    """One panel per link; curves are labelled where they end."""
+    """Draw a figure with one panel per link, against workers or coordinates (`axis`). Curves have labels at the end."""
     require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -128,7 +135,7 @@ def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
 
 
 def label(panel: Any, ends: dict[str, tuple[float, str]]) -> None:
-    """Write each curve's name to the right of its end; names too close push each other apart."""
+    """Write each curve's name to the right of its end, and move names apart that would overlap."""
     low, high = panel.get_ylim()
     names = sorted(ends, key=lambda name: ends[name][0])
     heights = [math.log(ends[name][0] / low) / math.log(high / low) for name in names]
@@ -144,7 +151,7 @@ def label(panel: Any, ends: dict[str, tuple[float, str]]) -> None:
 
 
 def stragglers() -> list[dict[str, Any]]:
-    """How much longer than the mean the slowest of W takes."""
+    """Return rows of the expected time of the slowest of W workers over the mean time of a worker."""
     return [
         {"workers": w, "spread": s, "tail": tail, "slowest / mean": f"{expected_maximum(w, s, tail):.4g}"}
         for w in (2, 8, 64, 1024, 10_000)

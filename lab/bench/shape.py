@@ -28,7 +28,7 @@ from test_exclusions import EXCLUDED  # noqa: E402
 
 ROOT = Path(packsaddle.__file__).parent
 LAB = [REPOSITORY / "lab", REPOSITORY / "experiments", REPOSITORY / "docs"]
-SHORT = 50  # lines
+SHORT = 50  # a file with fewer lines counts as short
 CONFIG = """
 lr = 0.1
 epochs = 1
@@ -41,7 +41,10 @@ compressor = { kind = "RandomK", ratio = 0.1 }
 
 
 def traced(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
-    """Count the calls between functions of the package by calling and called file, also in threads."""
+    """Run `work`, and return the number of calls by (calling file, called file) within the package.
+
+    Calls in all threads are counted.
+    """
     found: Counter[tuple[str, str]] = Counter()
 
     def is_ours(frame: Any) -> bool:
@@ -65,12 +68,12 @@ def traced(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 
 def files_of(calls: Counter[tuple[str, str]]) -> int:
-    """Return the number of files with a call."""
+    """Return the number of files in which at least one function was called."""
     return len({callee for _, callee in calls})
 
 
 def hops_of(calls: Counter[tuple[str, str]]) -> int:
-    """Return the number of calls that lead from one file to another."""
+    """Return the number of calls from one file of the package into another."""
     return sum(n for (caller, callee), n in calls.items() if caller not in ("", callee))
 
 
@@ -92,7 +95,7 @@ def step_calls() -> Counter[tuple[str, str]]:
 
 
 def round_calls() -> Counter[tuple[str, str]]:
-    """Trace the second round of LocalUpdates with its default settings, one step long, and the step before it."""
+    """Trace a round of LocalUpdates with its default settings and period 1: the second round and the step before it."""
     model = network()
     inner = torch.optim.AdamW(model.parameters())
     local = packsaddle.LocalUpdates(inner, every=1)
@@ -106,7 +109,7 @@ def round_calls() -> Counter[tuple[str, str]]:
 
 
 def hook_calls() -> Counter[tuple[str, str]]:
-    """Trace three backward passes with the hook, whose thread starts in the first, and their optimizer steps."""
+    """Trace three backward passes with DDP's hook and three optimizer steps. The hook's thread starts in the first."""
     model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
     inner = torch.optim.SGD(model.parameters(), 0.1)
     packsaddle.register_ddp_hook(model, packsaddle.RandomK(0.1), noise=0.01, optimizer=inner)
@@ -136,7 +139,10 @@ def run_calls() -> Counter[tuple[str, str]]:
 
 
 def imports() -> Counter[str]:
-    """Return the number of the package's modules that import each of them, at any level of their code."""
+    """Return, for each module of the package, the number of the package's modules that import it.
+
+    Imports inside functions count too.
+    """
     modules = {".".join(("packsaddle", *p.relative_to(ROOT).with_suffix("").parts)) for p in ROOT.rglob("*.py")}
     modules = {name.removesuffix(".__init__") for name in modules}
     importers: dict[str, set[str]] = {name: set() for name in modules}
@@ -150,12 +156,12 @@ def imports() -> Counter[str]:
 
 
 def arguments(of: Callable[..., Any]) -> int:
-    """Return the number of arguments, without self."""
+    """Return the number of arguments of a function, without self."""
     return len(inspect.signature(of).parameters.keys() - {"self"})
 
 
 def uncommented() -> tuple[int, int]:
-    """Return the number of functions of more than 15 lines without a comment line, and with or without one."""
+    """Return two counts of functions of more than 15 lines: those without a comment line, and all of them."""
     bare = whole = 0
     for path in ROOT.rglob("*.py"):
         source = path.read_text()
@@ -186,7 +192,7 @@ def in_processes(work: Callable[[], Counter[tuple[str, str]]]) -> Counter[tuple[
 
 
 def main() -> None:
-    """Print the sizes of the rooms, and the table of the architecture's targets."""
+    """Print the sizes of the package's folders, and the table of the architecture's targets."""
     for room, (files, lines) in sizes(ROOT).items():
         print(f"{files:>7,} files {lines:>7,} code lines  {room or 'the root'}")
     print()

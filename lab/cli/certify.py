@@ -96,7 +96,8 @@ def certify(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
         check_counts(batch_size=batch_size, workers=workers)
 
-    # Use the run's options for those not given, except pilot_examples, which applies to certificates during training.
+    # Options that are not given are those of the run's [certify], except pilot_examples, which is for certificates
+    # during training only.
     config = read_config(run)
     options = Search()
     if config.certify is not None:
@@ -144,8 +145,11 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 
 
 def _drawn(run: Path, config: Config) -> list[str]:
-    """Return the files of the points that the run saved at random steps, repeated as often as drawn.
-    Raises ConfigError if one is missing, as in an unfinished run: the others would be a biased sample."""
+    """Return the names of the files with the points that a run saved at random steps; a step drawn twice counts twice.
+
+    Raises ConfigError if the run is unfinished or a file is missing, since the remaining points would be a biased
+    sample.
+    """
     from lab.runs.run_checks import drawn_names
 
     (found,) = read_runs([run])

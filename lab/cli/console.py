@@ -23,7 +23,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def require_plots(purpose: str) -> None:
-    """Raise MissingExtraError if matplotlib or jinja2 is missing. Call before the work, not after it."""
+    """Raise MissingExtraError if matplotlib or jinja2 is missing. Call before the runs start, so that none is lost."""
     for module in ("matplotlib", "jinja2"):
         require(module, "lab", purpose)
 

@@ -42,7 +42,7 @@ def report(
     found = read_runs(runs)
     if not json:
         print_runs(found)
-        require_plots("the report's page")  # the table is printed without them
+        require_plots("the report's page")  # only the page needs these packages, not the printed tables
         print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
         return
 

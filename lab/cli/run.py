@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from lab.runs.job import How, Job
 
 
-_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts whole milliseconds, and 0 means no wait
+# Limits of --timeout, seconds. torch counts whole milliseconds, and 0 would mean that it does not wait at all.
+_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
@@ -188,9 +189,12 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run, as lines of text: that nothing was compressed, a suggested noise std, and a
-    loss that stopped falling. The last two only if it ended on a plateau, by its losses or by the plateau's level in
-    the configuration."""
+    """Return remarks on a finished run, as lines of text.
+
+    They say that nothing was compressed, that the loss has stopped falling, and which standard deviation of the noise
+    is suggested. The last two are made only for runs that ended on a plateau, according to their losses or to the
+    plateau's level in the configuration.
+    """
     from lab.runs.report.curves import standstill
     from lab.runs.report.tables import plateau
 
@@ -232,7 +236,10 @@ def remarks(run: Run) -> list[str]:
 def _configured(
     config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
 ) -> tuple[Config, ...]:
-    """Load the configuration that the flags name, as a tuple of one; empty for `resume` without `config`."""
+    """Return the configuration that the flags name, in a tuple.
+
+    The tuple is empty if only `resume` is given, since the configuration is then in the run's folder.
+    """
     if resume is not None and out is not None:
         raise ConfigError("--resume already sets the folder; leave out --out")
     if config is None:
@@ -276,7 +283,10 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
 def _resume_command(
     folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]
 ) -> str:
-    """Return the command line that resumes a stopped run; `again` has further flags, left out if None."""
+    """Return the command line that resumes a stopped run.
+
+    `again` has further flags and their values; flags with the value None are omitted.
+    """
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["python", "-m", "lab", "run", "--resume", str(folder)]
@@ -335,7 +345,7 @@ def init(
     except UnicodeEncodeError:
         raise ConfigError(f"{printable(str(file))} cannot be written in UTF-8 text; choose another name") from None
 
-    # Mode x overwrites no file; a partly written one is removed.
+    # Mode "x" fails if the file exists, so nothing is overwritten. After an error, a partly written file is removed.
     try:
         with file.open("xb") as new:
             try:

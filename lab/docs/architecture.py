@@ -24,7 +24,7 @@ def packages() -> list[str]:
 
 
 def edges() -> Counter[tuple[str, str]]:
-    """Return how many files of one package import another one."""
+    """Return, for each pair (importing package, imported package), the number of files with such an import."""
     found: Counter[tuple[str, str]] = Counter()
     names = packages()
     for name in names:
@@ -40,7 +40,7 @@ def edges() -> Counter[tuple[str, str]]:
 
 
 def direct(arrows: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
-    """Leave out arrows that others imply: a -> c where a -> b -> ... -> c."""
+    """Return the arrows that no chain of arrows implies: a -> c is dropped if there is a chain a -> b -> ... -> c."""
 
     def reach(name: str) -> set[str]:
         below = {b for a, b in arrows if a == name}
@@ -51,7 +51,7 @@ def direct(arrows: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
 
 
 def levels(arrows: Counter[tuple[str, str]]) -> dict[str, int]:
-    """Return each package's height: one more than the highest that it imports."""
+    """Return each package's height in the picture: one more than the highest package that it imports, or 0."""
     heights: dict[str, int] = {}
 
     def height(name: str) -> int:

@@ -1,4 +1,7 @@
-"""A canvas for pictures and charts of pages: themes, marks and text on it, and SVG with text as text."""
+"""A canvas for the documentation's pictures and charts: themes, marks and text, and output as SVG with selectable text.
+
+One unit of length is one point of matplotlib.
+"""
 
 import re
 import textwrap
@@ -15,22 +18,22 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from lab.docs import charts
 
 WIDTH = 560
-TEXT = 18  # the smallest size of a letter
+TEXT = 18  # the smallest font size, in units of the canvas
 STYLE = {"font.size": TEXT, "lines.solid_capstyle": "round"}
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors on a transparent background."""
+    """The colors of a picture, which has a transparent background."""
 
     ink: str
     muted: str
     fill: str
-    page: str  # behind text that crosses a line
-    first: str  # worker 1, and what is computed
-    second: str  # worker 2
-    kept: str  # residuals
-    level: str  # contour lines
+    page: str  # color of the page, for the area behind text that crosses a line
+    first: str  # color of worker 1 and of computed values
+    second: str  # color of worker 2
+    kept: str  # color of residuals
+    level: str  # color of contour lines
 
 
 THEMES = {
@@ -41,13 +44,13 @@ THEMES = {
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture that is being drawn: marks at (x, y) in units, y downwards."""
+    """A picture to draw on. Marks have positions (x, y) in units of the canvas, where y increases downward."""
 
     axes: Axes
     theme: Theme
 
     def text(self, x: float, y: float, words: str, color: str = "", wrap: int = 99, **options: object) -> None:
-        """Write words from (x, y) on, in lines of at most `wrap` letters."""
+        """Write `words`, starting at (x, y), in lines of at most `wrap` letters."""
         style = {"color": color or self.theme.ink, "fontsize": TEXT, "va": "center", **options}
         for i, line in enumerate(textwrap.wrap(words, wrap)):
             self.axes.text(x, y + 1.3 * TEXT * i, line, **style)
@@ -57,7 +60,7 @@ class Canvas:
         self.axes.add_patch(FancyArrowPatch(start, end, color=color or self.theme.muted, zorder=3, **style))
 
     def box(self, x: float, y: float, width: float, height: float, color: str = "", **options: object) -> None:
-        """Draw a box from its upper left corner."""
+        """Draw a box of the given width and height, whose upper left corner is (x, y)."""
         style = {"facecolor": self.theme.fill, "edgecolor": color or self.theme.muted, "lw": 1.5, **options}
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=8", **style))
 
@@ -66,7 +69,7 @@ class Canvas:
 
 
 def svg(draw: Callable[[Canvas], None], height: int, theme: Theme) -> str:
-    """Return a picture as SVG; one point of matplotlib is one unit."""
+    """Return the SVG of a picture in a theme. `draw` draws it on a canvas of the given height."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))

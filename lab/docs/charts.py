@@ -8,12 +8,12 @@ from typing import Any
 
 
 def save(figure: Any, path: Path) -> list[Path]:
-    """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
+    """Write a matplotlib figure as path-light.svg and path-dark.svg, and return both paths. Text remains text."""
     return write(svg_of(figure), path)
 
 
 def svg_of(figure: Any, **options: Any) -> str:
-    """Return a matplotlib figure as SVG, with text as text, and the same in every run."""
+    """Return a matplotlib figure as SVG, identical in every run. Text is not converted to outlines."""
     import matplotlib as mpl
 
     out = StringIO()
@@ -33,7 +33,7 @@ def write(svg: str, path: Path) -> list[Path]:
 
 
 def picture(alt: str, path: str) -> str:
-    """Return the HTML of a chart of two files, which `shades` makes follow the site's theme."""
+    """Return the HTML <picture> of a chart's light and dark files; `lab.docs.shades` adapts it to the site's theme."""
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.svg">'
     return f'<picture>\n{dark}\n<img alt="{alt}"\nsrc="{path}-light.svg">\n</picture>'
 

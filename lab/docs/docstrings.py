@@ -1,4 +1,4 @@
-"""A Sphinx extension: docstrings as they are written here, plain text with `names`, become reStructuredText."""
+"""A Sphinx extension that converts this project's docstrings, plain text with `names`, to reStructuredText."""
 
 import dataclasses
 import re
@@ -15,9 +15,13 @@ _ARGUMENTS = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
 def to_rst(lines: list[str]) -> list[str]:
-    """Turn `name` into a reference (or code, where it leads nowhere), keep symbols as they are, and set lists apart."""
+    """Convert a docstring's lines to reStructuredText.
+
+    A `name` becomes a reference, other text in backticks becomes code, symbols are escaped, and an empty line is added
+    before each list. Examples (>>>) remain unchanged.
+    """
     result: list[str] = []
-    example = False  # which stays as it is
+    example = False  # True: the line belongs to an example
     for line in _with_fields(lines):
         example = bool(line.strip()) and (example or line.lstrip().startswith(">>> "))
         if example:
@@ -30,7 +34,7 @@ def to_rst(lines: list[str]) -> list[str]:
 
 
 def _with_fields(lines: list[str]) -> list[str]:
-    """Write the section "Args:" as reStructuredText's fields; names that share a line share its text."""
+    """Replace the section "Args:" by fields of reStructuredText. Each of several names on one line gets the text."""
     result: list[str] = []
     arguments: list[tuple[list[str], list[str]]] = []
     inside = False
@@ -50,7 +54,7 @@ def _with_fields(lines: list[str]) -> list[str]:
 
 
 def _in_list(before: list[str]) -> bool:
-    """Whether the paragraph that ends here began as a list item."""
+    """Return True if the last paragraph of the lines so far began as a list item."""
     for line in reversed(before):
         if not line.strip():
             return False
@@ -82,19 +86,20 @@ def _on_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, l
 def _on_signature(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Leave out arguments that are not for the user."""
+    """Remove a dataclass's internal fields, which users must not set, from its signature. Sphinx calls this."""
     if what == "class" and dataclasses.is_dataclass(thing) and signature:
         for field in dataclasses.fields(thing):
             if field.metadata.get("internal"):
                 signature = re.sub(rf",? {field.name}: [^=]* = \(\)", "", signature)
-        signature = signature.replace("<factory>", "...")  # which Sphinx could not read
+        signature = signature.replace("<factory>", "...")  # Sphinx cannot parse "<factory>"
     return signature, returns
 
 
 def _on_missing(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
-    """Leave a name in backticks that is not documented (an argument, say) as code, and an inner type as text.
+    """Resolve a reference that Sphinx did not find, as it is or as an attribute of packsaddle.
 
-    Docstrings of inner modules name what users import from packsaddle itself.
+    Docstrings of inner modules use the names that users import from packsaddle itself. A name that is not documented,
+    such as an argument, becomes code; an inner type becomes text.
     """
     domain, name = env.get_domain("py"), f"packsaddle.{node.get('reftarget')}"
     if node.get("reftype") == "obj" and name in domain.objects:
@@ -105,7 +110,7 @@ def _on_missing(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nod
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect to Sphinx."""
+    """Register this extension's handlers of Sphinx's events. Sphinx calls this."""
     app.connect("autodoc-process-docstring", _on_docstring)
     app.connect("autodoc-process-signature", _on_signature)
     app.connect("missing-reference", _on_missing)

@@ -1,4 +1,7 @@
-"""The charts of measured times and bytes in docs/pictures, light and dark, from committed rows (see `pictures`)."""
+"""The charts of measured times and bytes in docs/pictures, drawn from rows committed in experiments/.
+
+`lab.docs.pictures` writes them for light and dark pages.
+"""
 
 import math
 import re
@@ -14,17 +17,17 @@ from lab.race.target_run import load_runs
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
-LINKS = (10, 50, 200, 1000)  # Mbit/s
+LINKS = (10, 50, 200, 1000)  # rates of the links, Mbit/s
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart whose x is logarithmic and whose y is linear, in a canvas's units."""
+    """A chart on a canvas, with a logarithmic x axis and a linear y axis."""
 
     canvas: Canvas
-    xs: Sequence[float]  # labelled values, from the least to the largest
+    xs: Sequence[float]  # labelled values of the x axis, in ascending order
     ys: Sequence[float]
-    x_limits: Sequence[float] = ()  # empty: the labelled values
+    x_limits: Sequence[float] = ()  # the ends of the x axis; empty: the ends of `xs`
     y_limits: Sequence[float] = ()
     ground: float = 372
     left: float = 52
@@ -32,14 +35,14 @@ class Plot:
     top: float = 72
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the position of a point."""
+        """Return the position on the canvas of the point with the values x and y."""
         xs, ys = self.x_limits or self.xs, self.y_limits or self.ys
         right = math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
         up = (y - ys[0]) / (ys[-1] - ys[0])
         return self.left + right * (self.right - self.left), self.ground - up * (self.ground - self.top)
 
     def frame(self, title: str, y_name: str, x_name: str) -> None:
-        """Draw the scales and their names."""
+        """Draw the two axes with their labels and names, and the title."""
         canvas, muted = self.canvas, self.canvas.theme.muted
         canvas.text(4, 14, title, weight="bold")
         canvas.text(4, 44, y_name, muted)
@@ -52,7 +55,7 @@ class Plot:
         canvas.text((self.left + self.right) / 2, self.ground + 46, x_name, muted, ha="center")
 
     def curve(self, found: Mapping[float, Sequence[float]], color: str, **options: object) -> None:
-        """Draw means over seeds by x, with their range."""
+        """Draw a curve of means over seeds, with a band for their range. `found` has the seeds' values by x."""
         low, high = ([self.at(x, end(ys)) for x, ys in found.items()] for end in (min, max))
         self.canvas.axes.fill(*zip(*low, *reversed(high), strict=True), color=color, alpha=0.2, lw=0)
         means = [self.at(x, statistics.fmean(ys)) for x, ys in found.items()]
@@ -61,9 +64,9 @@ class Plot:
 
 
 def losses(canvas: Canvas) -> None:
-    """Validation loss against the megabytes that a worker has sent, of a GPT of two workers, by method."""
+    """Draw the validation loss of a GPT against the megabytes that each of two workers has sent, for five methods."""
     theme = canvas.theme
-    # The methods of the table: name, color, and where the name is written.
+    # For each method of the table: its name in the chart, color, position of the name, and letters per line.
     methods = {
         "AdamW, dense, beta1 0.8": ("DDP, AdamW", theme.muted, (420, 96), 20),
         "Muon, dense": ("DDP, Muon", theme.ink, (392, 350), 20),
@@ -74,7 +77,7 @@ def losses(canvas: Canvas) -> None:
     plot = Plot(canvas, (1, 10, 100, 1000), (1.5, 2.0, 2.5, 3.0), (0.8, 4000), (1.3, 3.1), left=44, right=552, top=60)
     plot.frame("Validation loss of a small GPT, two workers", "", "megabytes that a worker has sent")
 
-    # The curves, means over seeds, with names at their ends.
+    # Draw the curves, which are means over seeds, and write their names.
     runs = Runs("gpt-2", ROOT / "experiments" / "muon" / "gpt-2.csv")
     for method, (name, color, at, wrap) in methods.items():
         best = runs.best(method)
@@ -88,7 +91,10 @@ def losses(canvas: Canvas) -> None:
 
 
 def times(canvas: Canvas) -> None:
-    """Seconds to the target by link with two workers: the best of packsaddle's methods and of the others."""
+    """Draw the seconds to the target loss against the link's rate, with two workers.
+
+    One curve is the best of packsaddle's methods, the second one the best of all remaining methods.
+    """
     plot = Plot(canvas, LINKS, (0, 25, 50, 75, 100))
     plot.frame("Seconds to a validation loss of 1.6", "two workers, Muon and AdamW inside", "Mbit/s in each direction")
     plot.curve(best(2, is_ours=False), canvas.theme.second)
@@ -98,7 +104,10 @@ def times(canvas: Canvas) -> None:
 
 
 def best(workers: int, *, is_ours: bool) -> dict[float, list[float]]:
-    """Return, by link, the seconds of the three seeds of our fastest method, or of the fastest other one."""
+    """Return, by link, the seconds to the target of three seeds with the fastest method.
+
+    With `is_ours` it is the fastest of packsaddle's methods, otherwise the fastest of all remaining methods.
+    """
     seconds: dict[tuple[str, str], list[float]] = {}
     for run in load_runs(RACE / "target" / "runs.csv"):
         if (run.workers, run.target, re.match(r"Muon, local \d", run.method) is not None) == (workers, 1.6, is_ours):
@@ -108,7 +117,10 @@ def best(workers: int, *, is_ours: bool) -> dict[float, list[float]]:
 
 
 def speed_ups(canvas: Canvas) -> None:
-    """How much sooner several workers reach the loss of one machine alone, by link, on nanoGPT's recipe."""
+    """Draw the speed-up of two and four workers over one machine alone, against the link's rate.
+
+    The workers train by nanoGPT's recipe until they reach the loss of one machine alone.
+    """
     plot, theme = Plot(canvas, LINKS, (0, 0.5, 1, 1.5, 2)), canvas.theme
     plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "Mbit/s in each direction")
     found = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.rows(nanogpt.ROWS))}

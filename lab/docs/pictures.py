@@ -1,4 +1,4 @@
-"""The pictures of ideas in docs/pictures: each as NAME-light.svg and NAME-dark.svg, with text as text.
+"""The pictures of ideas in docs/pictures, each as NAME-light.svg and NAME-dark.svg, in which text remains text.
 
 make pictures, or: python -m lab.docs.pictures [--out FOLDER]
 
@@ -21,21 +21,25 @@ from lab.docs.measured import losses, speed_ups, times
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
-D = 200  # coordinates of the saddle's problem
+D = 200  # number of coordinates of the test problem with a saddle
 
 
 def local_updates(canvas: Canvas) -> None:
-    """Three rows: the steps of two workers, their changes as message and residual, and the exchange."""
+    """Draw a round of local updates in three rows.
+
+    They show the steps of two workers, the division of each worker's change into message and residual, and the
+    exchange.
+    """
     theme = canvas.theme
 
-    # The vectors.
+    # Compute the vectors.
     colors = theme.first, theme.second
     paths = [walk(torch.tensor(minimum), seed) for seed, minimum in enumerate(([3.0, 0.9], [0.8, -2.2]))]
     changes = [path[-1] for path in paths]
     messages = [packsaddle.Sign()(change) for change in changes]
     mean_message = torch.stack(messages).mean(0)
 
-    # The texts, and where row i has a vector of the plane.
+    # Write the texts. `place` maps a vector in the plane to its position in a row.
     rows = (
         ("1  H steps alone", "Each worker steps from the anchor with its own optimizer and its own data."),
         (
@@ -60,13 +64,13 @@ def local_updates(canvas: Canvas) -> None:
         canvas.dot(x, y, theme.ink, 8)
         canvas.text(x - 14, y, "anchor", weight="bold", ha="right")
 
-    # Row 1: every step of both workers.
+    # Row 1: draw every step of both workers.
     for path, color in zip(paths, colors, strict=True):
         canvas.axes.plot(*zip(*(place(0, point) for point in path), strict=True), color=color, lw=2, marker="o", ms=5)
     canvas.text(104, 34, "worker 1", theme.first)
     canvas.text(136, 184, "worker 2", theme.second)
 
-    # Row 2: change = message + residual.
+    # Row 2: draw each worker's change as the sum of message and residual.
     for change, message, color in zip(changes, messages, colors, strict=True):
         canvas.arrow(place(1, torch.zeros(2)), place(1, message), color, lw=4, mutation_scale=22)
         canvas.arrow(place(1, message), place(1, change), theme.kept, lw=3)
@@ -74,7 +78,7 @@ def local_updates(canvas: Canvas) -> None:
     canvas.text(42, 220 + 36, "message", theme.first)
     canvas.text(160, 220 + 94, "residual", theme.kept)
 
-    # Row 3: the new anchor, and the points from which the workers continue.
+    # Row 3: draw the new anchor, and the points from which the workers continue.
     canvas.arrow(place(2, torch.zeros(2)), place(2, mean_message), theme.ink, lw=4, mutation_scale=22, shrinkB=7)
     for change, message, color in zip(changes, messages, colors, strict=True):
         start = place(2, mean_message + change - message)
@@ -85,7 +89,7 @@ def local_updates(canvas: Canvas) -> None:
 
 
 def walk(minimum: Tensor, seed: int, steps: int = 8) -> Tensor:
-    """Return SGD's points from 0 towards a minimum in the plane, float[steps + 1, 2]."""
+    """Return the points of an SGD run from 0 toward a minimum in the plane, float[steps + 1, 2]."""
     rng = torch.Generator().manual_seed(seed)
     points = [torch.zeros(2)]
     for _ in range(steps):
@@ -94,7 +98,7 @@ def walk(minimum: Tensor, seed: int, steps: int = 8) -> Tensor:
 
 
 def algorithm(canvas: Canvas) -> None:
-    """Algorithm 1 from top to bottom; numbers are the paper's lines, as in packsaddle.reference."""
+    """Draw Algorithm 1 from top to bottom. Numbers are the paper's line numbers, as in packsaddle.reference."""
     theme = canvas.theme
 
     def line(number: int, x: float, y: float, words: str = "", **options: object) -> None:
@@ -102,7 +106,7 @@ def algorithm(canvas: Canvas) -> None:
         canvas.text(x, y + 1, str(number), theme.page, ha="center", weight="bold", zorder=5)
         canvas.text(x + 44, y, words, **options)
 
-    # The start, and the frame of the loop.
+    # Draw the initialization, and the frame of the loop.
     canvas.box(96, 4, 448, 76)
     line(1, 66, 24, "memory e = 0 on every worker")
     line(2, 66, 58, "first segment: x' = x")
@@ -110,7 +114,7 @@ def algorithm(canvas: Canvas) -> None:
     canvas.box(2, 96, 556, 552, facecolor="none", linestyle="--")
     line(3, 66, 122, "for t = 0, 1, ...", weight="bold")
 
-    # The escape check.
+    # Draw the escape check.
     canvas.box(96, 146, 448, 76)
     line(4, 66, 166, "y = x - eta mean(e)")
     line(5, 66, 200, "segment too long, or y too far from x'?")
@@ -123,7 +127,7 @@ def algorithm(canvas: Canvas) -> None:
     canvas.arrow((500, 222), (500, 374))
     canvas.text(512, 241, "no")
 
-    # Each worker's message and residual.
+    # Draw each worker's message and residual.
     for shift in (12, 6, 0):
         canvas.box(96 + shift, 374 + shift, 436, 148, zorder=1)
     canvas.text(110, 396, "each worker", weight="bold")
@@ -134,7 +138,7 @@ def algorithm(canvas: Canvas) -> None:
     canvas.arrow((386, 430), (356, 430), theme.kept, lw=2.5)
     canvas.text(400, 464, "next step", theme.kept)
 
-    # The exchange, the way back, and the end.
+    # Draw the exchange, the arrow back to the loop's start, and the result.
     canvas.arrow((260, 534), (260, 576), theme.first, lw=3)
     canvas.text(274, 556, "g of all workers", theme.first)
     canvas.box(96, 576, 448, 46, theme.first)
@@ -146,7 +150,10 @@ def algorithm(canvas: Canvas) -> None:
 
 
 def saddle(canvas: Canvas) -> None:
-    """The loss around a saddle and a minimum, and what a certificate of each proves about its smallest eigenvalue."""
+    """Draw the loss around a saddle and a minimum, and the interval that a certificate of each point proves.
+
+    The interval contains the smallest eigenvalue of the Hessian at the point.
+    """
     points = torch.zeros(2, D, dtype=torch.float64)
     points[1, 0] = 0.5**0.5  # where the derivative of x^4 / 4 - x^2 / 4 is 0
     certificates = [certificate(point) for point in points]
@@ -155,13 +162,16 @@ def saddle(canvas: Canvas) -> None:
 
 
 def landscape(canvas: Canvas, minimum: float, direction: Tensor) -> None:
-    """Draw contours in the plane of the first and the last coordinate, and the escape direction, float[D]."""
+    """Draw contours of the loss in the plane of the first and last coordinates, the saddle, a minimum and a direction.
+
+    `direction` is the escape direction, float[D].
+    """
     theme = canvas.theme
 
     def place(x: float, y: float) -> tuple[float, float]:
         return 280 + 250 * x, 160 - 150 * y
 
-    # The loss, and the points.
+    # Draw the loss, and the points.
     x, y = torch.meshgrid(torch.linspace(-1.1, 1.1, 89), torch.linspace(-0.85, 0.85, 61), indexing="xy")
     f = loss(torch.stack((x, y), -1), eigenvalues()[[0, -1]])
     contours = [-0.06, -0.045, -0.03, -0.015, 0, 0.03, 0.08, 0.16, 0.28]
@@ -172,7 +182,7 @@ def landscape(canvas: Canvas, minimum: float, direction: Tensor) -> None:
     canvas.dot(*place(0, 0), theme.second, 9)
     canvas.dot(*place(minimum, 0), theme.first, 9)
 
-    # Their names.
+    # Write the names of the points.
     canvas.text(280, 16, "The loss around a saddle and a minimum", weight="bold", ha="center")
     halo = {"ha": "center", "bbox": {"facecolor": theme.page, "edgecolor": "none", "pad": 1}}
     canvas.text(280, 128, "saddle", theme.second, **halo)
@@ -187,7 +197,7 @@ def intervals(canvas: Canvas, certificates: list[packsaddle.Certificate], exact:
     def at(curvature: float) -> float:
         return 396 + 480 * curvature
 
-    # The two verdicts.
+    # Draw the regions of the two verdicts on both sides of the threshold.
     threshold, top = at(certificates[0].threshold), 326
     canvas.text(280, top, "The Hessian's smallest eigenvalue, certified", weight="bold", ha="center")
     canvas.box(4, top + 22, threshold - 6, 176, lw=0)
@@ -195,17 +205,17 @@ def intervals(canvas: Canvas, certificates: list[packsaddle.Certificate], exact:
     canvas.text((4 + threshold) / 2, top + 42, "a saddle", theme.muted, ha="center")
     canvas.text((threshold + 558) / 2, top + 42, "second-order stationary", theme.muted, ha="center")
 
-    # An interval each.
+    # Draw the certified interval of each point, with the exact eigenvalue.
     rows = ((top + 104, 14, "saddle", theme.second), (top + 172, threshold + 12, "minimum", theme.first))
     for (y, left, name, color), found, value in zip(rows, certificates, exact, strict=True):
         low, high = found.lambda_min_lower, found.lambda_min_upper
         canvas.text(left, y - 28, f"{name}: {low:.2f} to {high:.2f}", color)
         canvas.axes.plot((max(at(low), 30), at(high)), (y, y), color=color, lw=10, solid_capstyle="butt")
-        if at(low) < 30:  # beyond the left edge
+        if at(low) < 30:  # the interval extends beyond the left edge
             canvas.arrow((40, y), (10, y), color, lw=10, mutation_scale=26)
         canvas.axes.plot(at(value), y, "D", color=theme.ink, ms=9, zorder=5)
 
-    # The threshold and the legend.
+    # Draw the threshold and the legend.
     canvas.axes.plot((threshold, threshold), (top + 22, top + 206), color=theme.ink, lw=2, linestyle="--")
     canvas.text(threshold, top + 222, f"threshold {certificates[0].threshold:.2f}", ha="center")
     canvas.axes.plot(440, top + 222, "D", color=theme.ink, ms=9)
@@ -225,7 +235,7 @@ def loss(x: Tensor, curvatures: Tensor) -> Tensor:
 
 
 def certificate(point: Tensor) -> packsaddle.Certificate:
-    """Certify a point, float64[D], of f."""
+    """Return the certificate of a point, float64[D], for the function `loss`."""
     search = packsaddle.Search(generator=torch.Generator().manual_seed(0))
     return packsaddle.certify(
         torch.nn.ParameterList([point]),
@@ -238,19 +248,19 @@ def certificate(point: Tensor) -> packsaddle.Certificate:
 
 
 def wire(canvas: Canvas) -> None:
-    """The bytes that a worker sends after each of eight steps, by three methods, on one scale."""
+    """Draw the bytes that a worker sends after each of eight steps, by three methods, on one scale."""
     theme = canvas.theme
 
-    # The methods: name, row of the table, period.
+    # For each method: name, row in the table of the race, period of exchanges, text and color.
     sent = kilobytes()
     methods = (
         ("DistributedDataParallel", "ddp", 1, "every step, {:.0f} bits a parameter", theme.muted),
         ("register_ddp_hook", "QSGD(127) hook=bucket", 1, "every step, {:.0f} bits a parameter", theme.second),
         ("LocalUpdates", "Sign(per_tensor=True) every=8", 8, "every 8 steps, {:.0f} bit a parameter", theme.first),
     )
-    parameters = 1e3 * sent["ddp"] / 4  # of two workers each sends every gradient once
+    parameters = 1e3 * sent["ddp"] / 4  # in DDP each of two workers sends 4 bytes per parameter and step
 
-    # Bars of eight steps and their mean.
+    # Draw bars for eight steps, and their mean.
     canvas.text(4, 14, "Bytes that a worker sends after each of 8 steps", weight="bold")
     for i, (name, row, every, words, color) in enumerate(methods):
         top, ground = 44 + 142 * i, 174 + 142 * i
@@ -269,11 +279,14 @@ def wire(canvas: Canvas) -> None:
 
 
 def two_way(canvas: Canvas) -> None:
-    """Three workers, each of which owns a chunk: its messages arrive at the owner, whose mean goes to all."""
+    """Draw a two-way exchange of three workers, each of which owns one chunk of the vector.
+
+    All workers send a chunk to its owner, which averages it and returns the mean to all of them.
+    """
     colors = canvas.theme.first, canvas.theme.second, canvas.theme.kept
     halo = {"ha": "center", "bbox": {"facecolor": canvas.theme.page, "edgecolor": "none", "pad": 2}, "zorder": 4}
 
-    # The messages in chunks, the owners' means, and the whole mean on every worker.
+    # Draw the messages in chunks, the owners' means, and the whole mean on every worker.
     titles = (
         "Each worker's message, in three chunks",
         "Owners: the mean of one chunk each",
@@ -298,7 +311,7 @@ def two_way(canvas: Canvas) -> None:
 
 
 def error_memory(canvas: Canvas) -> None:
-    """Three rounds of TopK on six coordinates: the update plus the memory, the message, and the next memory."""
+    """Draw three rounds of TopK on six coordinates: the update plus the error memory, the message, the next memory."""
     theme, memory = canvas.theme, torch.zeros(6)
     updates = torch.tensor(
         [[1.0, 0.5, -0.2, 0.3, -0.7, 0.1], [0.3, 0.6, -0.3, 0.2, -0.1, 0.1], [0.1, 0.2, -0.4, 0.3, 0.1, 0.2]]
@@ -312,7 +325,7 @@ def error_memory(canvas: Canvas) -> None:
         for i, (values, color) in enumerate(((v, theme.ink), (message, theme.first), (memory, theme.kept))):
             for place, value in enumerate(values.tolist()):
                 canvas.axes.bar(31 + 190 * i + 26 * place, -55 * value, 18, ground, color=color)
-            if i == 0:  # the part of it that is memory
+            if i == 0:  # mark the part of the sum that is the error memory
                 for place, value in enumerate(before.tolist()):
                     canvas.axes.bar(31 + 26 * place, -55 * value, 18, ground, color=theme.kept)
             canvas.axes.plot((12 + 190 * i, 180 + 190 * i), (ground, ground), color=theme.muted, lw=1.5)
@@ -322,7 +335,7 @@ def error_memory(canvas: Canvas) -> None:
 
 
 def elastic(canvas: Canvas) -> None:
-    """Three workers in time: one leaves, one joins, and each round averages those that are there."""
+    """Draw a timeline of three workers: one leaves, one joins, and each round averages the workers that are present."""
     theme, starts = canvas.theme, (0, 0, 0, 2.4)
     canvas.text(4, 14, "Workers that leave and join", weight="bold")
     for round in range(1, 6):
@@ -342,7 +355,7 @@ def elastic(canvas: Canvas) -> None:
 
 
 def hook(canvas: Canvas) -> None:
-    """What replaces the all-reduce of a bucket in DistributedDataParallel."""
+    """Draw the steps by which packsaddle's hook replaces the all-reduce of a bucket in DistributedDataParallel."""
     theme = canvas.theme
     steps = (
         ("backward: a bucket's gradients g", theme.muted),
@@ -363,14 +376,14 @@ def hook(canvas: Canvas) -> None:
 
 
 def kilobytes() -> dict[str, float]:
-    """Return the kB that a worker of two sends in a step on average, by method, of the GPT in experiments/race."""
+    """Return the mean kB that each of two workers sends per step, by method, for the GPT in experiments/race."""
     with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["workers"], row["steps"], row["seed"]) == ("2", "600", "0")]
     return {row["contender"].partition(" lr=")[0]: float(row["sent"]) / 1e3 for row in rows if row["lr"] == "0.002"}
 
 
 def unequal_speeds(canvas: Canvas) -> None:
-    """The steps of a fast and a slow worker in the time of an equal round, with equal steps and with paces."""
+    """Draw the steps of a fast and a slow worker in a round: with equal numbers of steps, and with paces."""
     theme, every, times, scale = canvas.theme, 8, (1, 3), 20.4
     ways = (
         ("Equal steps: the fast one waits", [every, every], 26),

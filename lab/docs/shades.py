@@ -18,9 +18,9 @@ from sphinx.transforms import SphinxTransform
 
 
 class Shades(SphinxTransform):
-    """Replace each <picture> by its two images."""
+    """Replace each <picture> in a page by its light and its dark image."""
 
-    default_priority = 100  # before Sphinx collects images
+    default_priority = 100  # low, so that this runs before Sphinx collects images
 
     def apply(self) -> None:
         for node in list(self.document.findall(nodes.raw)):

@@ -1,11 +1,11 @@
-"""The pages of docs/tutorials: each is a script of examples/tutorials with what it prints and draws.
+"""The pages of docs/tutorials: each shows a script of examples/tutorials, its printed output and its pictures.
 
 make tutorials, or: python -m lab.docs.tutorials [--out FOLDER] [--prose] [SCRIPT ...]
 
-A script is in the percent format: `# %% [markdown]` begins a cell of prose in comments, `# %%` a cell of code. A cell
-that begins with `# %% tags=["varies"]` prints what differs from machine to machine, and tests do not compare that.
-Links in the prose are from the repository's root; an SVG is named by file, wherever the script saves it, and becomes a
-picture for light and dark pages.
+A script is in the percent format: `# %% [markdown]` begins a cell of prose in comments, `# %%` a cell of code. The
+output of a cell that begins with `# %% tags=["varies"]` differs between machines, so tests do not compare it. Links in
+the prose are relative to the repository's root. An SVG is named by its file name, wherever the script saves it, and
+becomes a picture for light and dark pages.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PAGES = ROOT / "docs" / "tutorials"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a script: its lines without the one that begins it, and the number of the first of them."""
+    """A cell of a script. `text` has its lines without the heading, and `line` is the number of the first of them."""
 
     is_prose: bool
     varies: bool
@@ -37,7 +37,7 @@ class Cell:
 
 
 def cells(script: Path) -> list[Cell]:
-    """Return the cells of a script. Raises ValueError if something stands before the first."""
+    """Return the cells of a script. Raises ValueError if there is text before the first cell."""
     before, *parts = re.split(r"^(# %%.*)\n", script.read_text(), flags=re.MULTILINE)
     if before.strip():
         raise ValueError(f"{script.name} must begin with a cell")
@@ -51,7 +51,7 @@ def cells(script: Path) -> list[Cell]:
 
 
 def run(script: Path, folder: Path) -> list[str]:
-    """Run the code of a script in a folder; return what each cell of code printed."""
+    """Run the code of a script in a folder, and return the printed output of each cell of code."""
     names: dict[str, object] = {"__name__": "__main__", "__file__": str(script)}
     outputs, home = [], Path.cwd()
     os.chdir(folder)
@@ -69,7 +69,7 @@ def run(script: Path, folder: Path) -> list[str]:
 
 
 def page(script: Path, outputs: Sequence[str]) -> str:
-    """Return the page of a script whose cells of code have printed this."""
+    """Return a script's page as Markdown. `outputs` has the printed output of each cell of code."""
     blocks, printed = [], iter(outputs)
     for cell in cells(script):
         if cell.is_prose:
@@ -84,7 +84,7 @@ def page(script: Path, outputs: Sequence[str]) -> str:
 
 
 def printed_in(script: Path, text: str) -> list[str]:
-    """Return what each cell of code printed by a page's text; an empty string where it has none."""
+    """Return the output of each cell of code as it stands in the `text` of the script's page; "" if there is none."""
     found = re.findall(r"^```python\n.*?\n```\n(?:\n```text\n(.*?)\n```\n)?", text, re.MULTILINE | re.DOTALL)
     expected = sum(not cell.is_prose for cell in cells(script))
     if len(found) != expected:
@@ -98,7 +98,7 @@ def pictures(script: Path) -> list[str]:
 
 
 def _linked(prose: str) -> str:
-    """Prose whose links go from the root, with links that go from docs/tutorials."""
+    """Return prose with its links, which are relative to the repository's root, made relative to docs/tutorials."""
     prose = re.sub(r"!\[([^]]*)\]\((\S+)\.svg\)", lambda found: charts.picture(found[1], found[2]), prose)
     prose = re.sub(r"\]\(docs/", "](../", prose)
     return re.sub(r"\]\((examples|experiments|lab|README)", r"](../../\1", prose)
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--prose", action="store_true", help="run nothing: keep what the pages say was printed")
     arguments = parser.parse_args()
     os.environ["PATH"] = (
-        f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # of the commands in scripts
+        f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # scripts call installed commands
     )
     out = arguments.out.resolve()
     for script in arguments.scripts:

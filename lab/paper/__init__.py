@@ -1,1 +1,1 @@
-"""The paper's figures and table from real data, and further studies: `studies` first."""
+"""The paper's figures and table from real data, and further studies. Read `studies` first."""

@@ -27,7 +27,7 @@ What = Literal[Figure1, Figure2, Text, "table1"]
 
 
 def data_of(what: str, data_dir: Path | None) -> Data:
-    """The study's data; Figure 1's are CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
+    """Return the name of a study's data set. Figure 1 uses --data-dir if it is an image folder, otherwise CIFAR-10."""
     if not what.startswith("fig1"):
         return "text" if what.startswith("text") else "mnist"
     return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
@@ -87,11 +87,15 @@ def reproduce(
     folder.make(study)
     with locked(folder.path):
         run_study(study, folder, means)
-        _write(study, folder, what, whole=not only)  # without all settings: no figure of the paper, no comparison
+        # A part of the settings gets no figure of the paper and no findings.
+        _write(study, folder, what, whole=not only)
 
 
 def _write(study: Study, folder: StudyFolder, what: str, *, whole: bool) -> None:
-    """Write and print what the study's runs give."""
+    """Write the summary, curves and figure of a study's runs, and print the summary.
+
+    With `whole` the runs have all settings of the study, so its own figure and findings are made too.
+    """
     runs = read_runs([folder.run(sub_run) for sub_run in study.sub_runs()])
     found = settings(runs)
     summary = summarise(study, found)
@@ -126,7 +130,7 @@ def _table1(scale: Scale, folder: Path, resume: bool, jobs: int | None) -> None:
 
 
 def main() -> None:
-    """Make what the program was asked for."""
+    """Run the study that the command line names."""
     serve(reproduce, PROGRAM)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from lab.runs.report import COLOURS, STYLE, Curve
 from packsaddle.errors import ConfigError, require
 
-# The paper's colours: red without noise, green with it; dashes tell them apart without colours.
+# The paper's colors: red without noise, green with noise. Dashed and solid lines distinguish the two without colors.
 NOISE_LINES = ({"color": "#C0392B", "linestyle": "--"}, {"color": "#1E8449", "linestyle": "-"})
 LABELS = {
     "loss": "training loss",
@@ -18,14 +18,14 @@ LABELS = {
 
 
 def line(axes: Any, curve: Curve, axis: str, quantity: str, label: str, style: dict[str, Any]) -> None:
-    """The mean over seeds, and the band between their 10% and 90% quantiles."""
+    """Draw a curve's mean over seeds, and the band between the 10% and 90% quantiles of the seeds."""
     x, mean, low, high = curve.along(axis, quantity)
     axes.plot(x, mean, label=label, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def grid(curves: Sequence[Curve]) -> Any:
-    """Figure 1: loss and test accuracy, against epochs and against megabytes, a colour per curve."""
+    """Return Figure 1: loss and test accuracy, against epochs and against megabytes, in one color per curve."""
     require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -47,7 +47,10 @@ def grid(curves: Sequence[Curve]) -> Any:
 
 
 def panels(columns: Sequence[tuple[str, Sequence[tuple[Curve, str]]]], plateau: float) -> Any:
-    """Figure 2: a column per compressor against epochs, and one with all of them, with noise, against megabytes."""
+    """Return Figure 2: one column per compressor against epochs, and a column against megabytes.
+
+    The last column shows all compressors, with noise only. `plateau` is the loss level of the dotted line.
+    """
     require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -79,7 +82,7 @@ def panels(columns: Sequence[tuple[str, Sequence[tuple[Curve, str]]]], plateau: 
 
 
 def pick(curves: Sequence[Curve], settings: Iterable[str]) -> list[Curve]:
-    """Return the curves of these settings, in this order. Raises ConfigError that names one that is missing."""
+    """Return the curves of the given settings, in their order. Raises ConfigError, which names a missing setting."""
     by_setting = {c.setting: c for c in curves}
     try:
         return [by_setting[setting] for setting in settings]

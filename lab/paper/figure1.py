@@ -23,13 +23,19 @@ COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {
 
 
 def study(scale: Scale, data: Data) -> Study:
-    """Four ratios; batch normalisation over all workers (see `tasks.models` for the alternatives)."""
+    """Return the study of RandomK at four ratios, with batch normalization over all workers.
+
+    `lab.runs.tasks.models` explains the alternatives to it.
+    """
     settings = {name: config(scale, data, c, label) for name, (label, c) in COMPRESSORS.items()}
     return Study("fig1", scale, settings, 3 if scale != "smoke" else 1)
 
 
 def norms(scale: Scale, data: Data) -> Study:
-    """Compare meanings of batch normalisation if a worker sees one class, with all of the gradient and 1% of it."""
+    """Return the study of normalization layers for workers that have images of one class each.
+
+    Each layer is run uncompressed and with RandomK 1%.
+    """
     names: dict[Norm, str] = {
         "all": "batch norm over all",
         "worker": "batch norm by worker",
@@ -45,10 +51,10 @@ def norms(scale: Scale, data: Data) -> Study:
 
 
 def config(scale: Scale, data: Data, compressor: AnyCompressor, label: str) -> Config:
-    """One setting: eta 0.1 and batches of 8 per worker in every scale.
+    """Return the configuration of one setting, with step size 0.1 and batches of 8 per worker at every scale.
 
-    `paper` has the whole network, with the stem for small images; `cpu` a quarter of its channels and torchvision's own
-    stem, which together cost 1/200 of the arithmetic, on all of the images.
+    Scale `paper` has the whole network, with the stem for small images. Scale `cpu` has a quarter of the channels and
+    torchvision's own stem, which need 1/200 of the arithmetic, and all images.
     """
     epochs, model, limit = {
         "paper": (50.0, ModelConfig("resnet34", norm="all"), None),
@@ -70,7 +76,10 @@ def config(scale: Scale, data: Data, compressor: AnyCompressor, label: str) -> C
 
 
 def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """RandomK compared with the whole gradient, paired by seed: loss of the last epoch, test accuracy, bytes."""
+    """Return sentences that compare RandomK with uncompressed training: last epoch's loss, test accuracy and bytes.
+
+    Differences are paired by seed.
+    """
     entries = by_setting(summary)
     whole = entries["100%"]
     lines = []
@@ -87,5 +96,8 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve]) -> Any:
-    """Return training loss and test accuracy, against epochs and against megabytes. Raises ConfigError."""
+    """Return the figure of training loss and test accuracy, against epochs and against megabytes.
+
+    Raises ConfigError if a setting of the study is missing.
+    """
     return drawing.grid(drawing.pick(curves, (label for label, _ in COMPRESSORS.values())))

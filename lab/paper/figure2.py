@@ -1,4 +1,4 @@
-"""The paper's Figure 2: a saddle in training the MNIST autoencoder, and noise that shortens the stay at it."""
+"""The paper's Figure 2: in training the MNIST autoencoder, noise shortens the time spent near a saddle."""
 
 from collections.abc import Mapping, Sequence
 from operator import sub, truediv
@@ -11,7 +11,7 @@ from lab.runs import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConf
 from lab.runs.report import Curve
 from packsaddle.compressors import Identity, RandomK, TopK
 
-# The loss of the best constant grey: the variance of all pixels of MNIST.
+# The loss if every output pixel has the same, best gray value: the variance of all pixels of MNIST.
 PLATEAU = 0.095
 SIGMA = 0.01
 COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {
@@ -23,7 +23,7 @@ NOISES = {"": ("no noise", 0.0), "-noise": (f"noise {SIGMA:g}", SIGMA)}
 
 
 def study(scale: Scale, data: Data) -> Study:
-    """Three compressors, each with and without noise; `cpu` is the paper's setting whole, like `paper`."""
+    """Return the study of three compressors, each with and without noise. Scale `cpu` equals scale `paper` here."""
     epochs, seeds, limit = (20.0, 10, None) if scale != "smoke" else (2.0, 2, 6400)
     settings = {
         name + suffix: config(compressor, std, f"{label}, {noise}", epochs=epochs, limit=limit)
@@ -36,7 +36,10 @@ def study(scale: Scale, data: Data) -> Study:
 def config(
     compressor: AnyCompressor, std: float, label: str, *, epochs: float = 20.0, limit: int | None = None
 ) -> Config:
-    """One setting. The paper lowers the noise "at later iterations": here from 60% to 85% of the epochs."""
+    """Return the configuration of one setting, with noise of standard deviation `std`.
+
+    The paper lowers the noise "at later iterations"; here it falls to zero from 60% to 85% of the epochs.
+    """
     return Config(
         data=DataConfig("mnist", limit=limit),
         model=ModelConfig("mnist-autoencoder"),
@@ -55,15 +58,15 @@ def config(
 
 
 def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """Return how much noise shortens the plateau, paired by seed, and where compressed and uncompressed runs end.
+    """Return sentences on how many epochs of the plateau noise saves, paired by seed, and on the final losses.
 
-    A run still on the plateau at its end counts with the epochs it had, so that differences are at least those given.
+    A run that ends on the plateau is counted with all epochs it spent there, so true differences are at least as large.
     """
     entries = by_setting(summary)
     lines = []
     for label, _ in COMPRESSORS.values():
         without, with_noise = (entries[f"{label}, {noise}"] for noise, _ in NOISES.values())
-        if without["plateau_epochs"] is None:  # no plateau is stated
+        if without["plateau_epochs"] is None:  # the configuration has no level of a plateau
             continue
         shorter = paired(without, with_noise, "plateau_epochs", sub)
         still = f"; {without['still_on_plateau']} of {len(without['seeds'])} without it are still there at the end"
@@ -85,9 +88,10 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve]) -> Any:
-    """Return the paper's figure, loss above gradient norm, a column per compressor, and a column against megabytes.
+    """Return the paper's figure: a row of losses above a row of gradient norms.
 
-    `curves` has the study's six settings. Raises ConfigError if one is missing.
+    It has one column per compressor against epochs, and a last column against megabytes. `curves` has the study's six
+    settings. Raises ConfigError if one is missing.
     """
     noises = [noise for noise, _ in NOISES.values()]
     columns = [

@@ -1,4 +1,7 @@
-"""Further questions on the paper's two tasks: what it leaves open, other compressors, other k, escape checks."""
+"""Further studies of the paper's two tasks, and of a language model.
+
+They vary details that the paper leaves open, the compressor, the ratio k/d, the escape check and the method.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +41,11 @@ def _autoencoder(scale: Scale, compressor: AnyCompressor, label: str, std: float
 
 
 def open_points(scale: Scale, data: Data) -> Study:
-    """The autoencoder's last activation; and k of all coordinates, of each tensor, or with vectors sent dense."""
+    """Return the study of details that the paper leaves open.
+
+    They are the autoencoder's last activation, and whether k counts coordinates of the whole model, of each tensor, or
+    of the matrices only, with vectors sent uncompressed.
+    """
 
     def without_sigmoid(config: Config) -> Config:
         return replace(config, model=replace(config.model, output="linear"))
@@ -61,15 +68,16 @@ def open_points(scale: Scale, data: Data) -> Study:
 
 
 def compressors(scale: Scale, data: Data) -> Study:
-    """Every other compressor on the autoencoder, with noise."""
+    """Return the study of nine lossy compressors on the autoencoder with noise."""
     settings = {name: _autoencoder(scale, c, label) for name, (label, c) in _OTHERS.items()}
     return Study("fig2-compressors", scale, settings, _SEEDS)
 
 
 def resnet_compressors(scale: Scale, data: Data) -> Study:
-    """Every other compressor on the ResNet with ten workers of one class each.
+    """Return the study of nine lossy compressors on the ResNet, with ten workers of one class each.
 
-    At scale `cpu` 8 epochs, of figure 1's 20: workers whose messages are gathered need a gradient each.
+    Scale `cpu` has 8 epochs instead of Figure 1's 20: most of these compressors need a separate gradient for each
+    worker, since messages are gathered, so the simulation is slower.
     """
     settings = {name: figure1.config(scale, data, c, label) for name, (label, c) in _OTHERS.items()}
     if scale == "cpu":
@@ -91,7 +99,7 @@ _OTHERS: dict[str, tuple[str, AnyCompressor]] = {
 
 
 def language(scale: Scale, data: Data) -> Study:
-    """A small language model, two workers, with and without noise."""
+    """Return the study of compressors on a small language model, with two workers, with and without noise."""
     epochs, limit = (30.0, None) if scale != "smoke" else (1.0, 640)
     settings: dict[str, Config] = {}
     for name, (label, compressor) in {"dense": ("uncompressed", Identity()), **_OTHERS}.items():
@@ -115,7 +123,11 @@ def language(scale: Scale, data: Data) -> Study:
 
 
 def variants(scale: Scale, data: Data) -> Study:
-    """The small language model with TopK 1%, each of two workers having half of the text: what workers send of what."""
+    """Return the study of methods with TopK 1% on the small language model: error feedback, EF21, STORM, momentum and
+    local updates.
+
+    Each of two workers has one half of the text.
+    """
     epochs, limit = (30.0, None) if scale != "smoke" else (1.0, 640)
     plain = Config(
         data=DataConfig("text", shard="class", limit=limit),
@@ -144,7 +156,7 @@ def variants(scale: Scale, data: Data) -> Study:
 
 
 def ratios(scale: Scale, data: Data) -> Study:
-    """TopK and RandomK from 10% to 0.03%, with noise: what a megabyte buys."""
+    """Return the study of TopK and RandomK at ratios from 10% to 0.03%, on the autoencoder with noise."""
     settings: dict[str, Config] = {}
     for ratio in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003):
         settings[f"topk-{ratio:g}"] = _autoencoder(scale, TopK(ratio), f"TopK {ratio:.3g}")
@@ -153,7 +165,10 @@ def ratios(scale: Scale, data: Data) -> Study:
 
 
 def escape_check(scale: Scale, data: Data) -> Study:
-    """The escape check of lines 4 to 8 on and off, with and without noise, under RandomK 0.1%."""
+    """Return the study of Algorithm 1's escape check (lines 4 to 8), on and off, with and without noise.
+
+    The compressor is RandomK 0.1%.
+    """
     settings: dict[str, Config] = {}
     for suffix, (noise, std) in figure2.NOISES.items():
         plain = _autoencoder(scale, RandomK(0.001), f"no check, {noise}", std)
@@ -169,7 +184,10 @@ BUDGETS = (2.0, 10.0, 50.0, 250.0, 1000.0)  # megabytes
 
 
 def equal_bytes(_: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """Return the setting of lowest loss at a number of megabytes, among those that get as far."""
+    """Return one line for each budget of megabytes: the four settings with the lowest losses at that point.
+
+    Settings that send less in their whole run are omitted.
+    """
     lines = []
     for budget in BUDGETS:
         reached = {curve.setting: loss for curve in curves if (loss := _loss_at(curve, budget)) is not None}
@@ -181,7 +199,10 @@ def equal_bytes(_: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
 
 
 def _loss_at(curve: Curve, megabytes: float) -> float | None:
-    """The last loss before that many megabytes; None if the run ended with fewer, or begins with more."""
+    """Return the curve's last loss within a budget of megabytes.
+
+    Returns None if the whole run sent less, or if its first point is beyond the budget.
+    """
     x, mean, _, _ = curve.along("megabytes", "loss")
     if not x or x[-1] < megabytes:
         return None

@@ -1,4 +1,4 @@
-"""Live progress of a study: a bar for all of its runs and one for each that is running."""
+"""Live progress of a study: one bar for all of its runs, and one for each run in progress."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -12,8 +12,11 @@ from packsaddle.messages import printable
 
 
 class StudyProgress:
-    """The progress of many runs: on a terminal a bar for all and one for each that is running, elsewhere a line
-    from time to time; with the time left at the pace so far."""
+    """The progress of many runs, with the time left, extrapolated from the pace so far.
+
+    A terminal shows one bar for all runs and one for each run in progress. Other outputs get a line for each finished
+    run.
+    """
 
     def __init__(self, label: str, runs: int) -> None:
         self._label, self._runs = printable(label), runs
@@ -27,7 +30,7 @@ class StudyProgress:
         self._bars = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._shown: dict[str, TaskID] = {}
         self._begin = time.monotonic()
-        self._first: float | None = None  # done when it began
+        self._first: float | None = None  # number of runs that were done at the first call of `show`
         self._printed = -1
 
     def __enter__(self) -> "StudyProgress":
@@ -39,7 +42,8 @@ class StudyProgress:
         self._bars.stop()
 
     def show(self, shares: Mapping[str, float], active: Collection[str]) -> None:
-        """`shares` has the share of each run that is done, `active` the running ones."""
+        """Update the bars. `shares` maps each run's name to the fraction that is done; `active` has the names of the
+        runs in progress."""
         done = sum(shares.values())
         self._first = done if self._first is None else self._first
         finished = sum(share == 1 for share in shares.values())

@@ -1,4 +1,4 @@
-"""The results of a study's runs as plain numbers, small enough to keep: summary.json and curves.csv."""
+"""The results of a study's runs as plain numbers: summary.json and curves.csv, small enough to be committed."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,10 @@ _CERTIFIED = ("epoch", "verdict", "epsilon", "loss", "grad_norm", "lambda_min_lo
 
 
 def summarise(study: Study, found: Sequence[Setting]) -> Json:
-    """Return what was run, on what, and what each setting came to; every estimate keeps its values by seed."""
+    """Return a study's summary as plain types: its name, scale, commands and machines, and each setting's results.
+
+    Every estimate also has the values of the single seeds.
+    """
     environments = [run.environment for setting in found for run in setting.runs]
     return {
         "study": study.name,
@@ -29,7 +32,7 @@ def summarise(study: Study, found: Sequence[Setting]) -> Json:
 
 
 def _distinct(environments: Sequence[Json], key: str) -> Any:
-    """The value that all have, or the list of those there are."""
+    """Return the value of `key` that all environments have in common, or the list of distinct values."""
     values = list(dict.fromkeys(environment.get(key) for environment in environments))
     return values[0] if len(values) == 1 else values
 
@@ -62,42 +65,45 @@ def _estimate(values: Sequence[float]) -> Json | None:
 
 
 def by_setting(summary: Json) -> dict[str, Json]:
-    """A summary's settings by label."""
+    """Return a summary's settings, as a dictionary by label."""
     return {entry["setting"]: entry for entry in summary["settings"]}
 
 
 def paired(one: Json, other: Json, quantity: str, combine: Callable[[float, float], float]) -> Estimate:
-    """Combine a quantity of two settings seed by seed, and estimate that. Raises ValueError if no seed is in both."""
+    """Combine a quantity of two settings for each seed that both have, and return the mean with its interval.
+
+    Raises ValueError if the settings have no seed in common.
+    """
     pairs = [dict(zip(entry["seeds"], entry[quantity]["values"], strict=True)) for entry in (one, other)]
     seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
     return estimate([combine(pairs[0][seed], pairs[1][seed]) for seed in seeds])
 
 
 def interval(found: Estimate, spec: str) -> str:
-    """A mean with its confidence interval, for people."""
+    """Format a mean with its confidence interval, such as "0.12 [0.10, 0.14]"."""
     if found.low is None or found.high is None:
         return format(found.mean, spec)
     return f"{found.mean:{spec}} [{found.low:{spec}}, {found.high:{spec}}]"
 
 
 def write_results(summary: Json, found: Sequence[Setting], folder: Path) -> None:
-    """Write summary.json and curves.csv, atomically or anew."""
+    """Write summary.json (atomically) and curves.csv into a folder; existing files are replaced."""
     RunFolder(folder).write_json("summary.json", summary)
     write_curves([curve(setting) for setting in found], folder / "curves.csv")
 
 
 def save_figure(figure: Any, folder: Path) -> None:
-    """Write figure.png and figure.svg, which name the curves they were drawn from by their hash."""
+    """Write figure.png and figure.svg. Their metadata contain the hash of the curves from which they were drawn."""
     save(figure, folder, dpi=130, source=digest(folder / "curves.csv"))
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def print_settings(summary: Mapping[str, Any]) -> None:
-    """Print a study's settings: means over seeds with 95% intervals."""
+    """Print a table of a study's settings: means over seeds with 95% intervals."""
     quantities = {
         "final_loss": ("final loss", ".4f"),
         "test_accuracy": ("test accuracy", ".3f"),

@@ -1,4 +1,4 @@
-"""A study's runs, several at once, each in a process of its own, with progress and the time left."""
+"""Execution of a study's runs: several run concurrently, each in its own process, with progress and the time left."""
 
 import multiprocessing
 import os
@@ -27,27 +27,27 @@ from packsaddle.errors import ConfigError, GuardError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOOK_SECONDS = 1.0
-_GRACE = 5.0  # seconds that a process has for its end
+_GRACE = 5.0  # seconds between SIGTERM and SIGKILL to a process
 
 
 def default_jobs() -> int:
-    """One per core, and one at a time on a GPU."""
+    """Return the default number of concurrent runs: one per core, or a single one on a GPU."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def in_parallel(
     work: Callable[[Item], Result], items: Sequence[Item], jobs: int, look: Callable[[Collection[Item]], None]
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield items with work(item) as they get done; `look` is called every second with the running ones.
+    """Call work(item) for all items in `jobs` processes; yield each item and its result as soon as it is finished.
 
-    `work` must be importable by name. Raises ConfigError, GuardError, WorkerFailedError (for a killed process, too)
-    or RuntimeError, naming the item, when the first one fails; what is running then, or when the caller stops, is
-    ended.
+    `look` is called every second with the items in progress. `work` must be importable by name. Raises ConfigError,
+    GuardError, WorkerFailedError (also for a killed process) or RuntimeError when the first item fails; the error names
+    the item. After a failure, and if the caller stops iterating, the running processes are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    doing: Sequence[int] = context.RawArray("q", len(items))  # the process that each item is with, or 0
+    doing: Sequence[int] = context.RawArray("q", len(items))  # id of the process that works on each item; 0: none
     with _pool(context, jobs, doing) as pool:
-        with _deaf_to_interrupts():  # processes are started at the first submission
+        with _deaf_to_interrupts():  # the pool starts its processes at the first submission
             futures = {pool.submit(_do_item, work, item, i): item for i, item in enumerate(items)}
             processes = list(pool._processes.values())
         todo = set(futures)
@@ -58,12 +58,12 @@ def in_parallel(
                 try:
                     result = _result(future, futures[future])
                 except BrokenProcessPool:
-                    pool.shutdown()  # then all have ended, and have exit codes
+                    pool.shutdown()  # waits until all processes have ended and have exit codes
                     raise WorkerFailedError(_lost(items, doing, processes)) from None
                 yield futures[future], result
 
 
-_doing: Any = None  # in a process of a pool: where it says what it is at
+_doing: Any = None  # shared array in which a process of the pool writes its id at the index of its current item
 
 
 def _do_item(work: Callable[[Item], Result], item: Item, place: int) -> Result:
@@ -75,9 +75,10 @@ def _do_item(work: Callable[[Item], Result], item: Item, place: int) -> Result:
 
 
 def _lost(items: Sequence[object], doing: Sequence[int], processes: Sequence[BaseProcess]) -> str:
-    """Say which item's process has died, and of what; all that were running, if that is unknown.
+    """Return an error message that names the item whose process has died, and the signal or exit code.
 
-    The executor ends the other processes by SIGTERM.
+    It names all running items if the process is unknown. Exits by SIGTERM are ignored, since the executor ends the
+    remaining processes by it.
     """
     died = {p.pid: p.exitcode for p in processes if p.exitcode not in (None, 0, -signal.SIGTERM)}
     at = [i for i, pid in enumerate(doing) if pid in died] or [i for i, pid in enumerate(doing) if pid]
@@ -92,7 +93,7 @@ def _lost(items: Sequence[object], doing: Sequence[int], processes: Sequence[Bas
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started within do not hear Ctrl-C: the parent does, and ends them."""
+    """Make processes that are started in this context ignore Ctrl-C; the parent process ends them instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,28 +107,33 @@ def _deaf_to_interrupts() -> Iterator[None]:
 @contextmanager
 def _pool(context: ForkServerContext, jobs: int, doing: Sequence[int]) -> Iterator[ProcessPoolExecutor]:
     preload_workers(__name__)
-    # Not by how much there is to do: sums over threads differ in rounding, and a run must be the same every time.
+    # The number of threads does not depend on the number of runs left: sums over threads differ in rounding, and a
+    # repeated run must be bitwise identical.
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads, doing))
     try:
         yield pool
-    except BaseException:  # Ctrl-C, a caller that stops, or a failure
+    except BaseException:  # also Ctrl-C, and a caller that stops iterating
         processes = list((pool._processes or {}).values())
         for process in processes:
             process.terminate()
         for process in processes:
             process.join(_GRACE)
-            process.kill()  # what has handled the signal would wait for work that does not come
+            process.kill()  # a process that ignored SIGTERM would wait forever for more work
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown()
 
 
 def _begin(threads: int, doing: Sequence[int]) -> None:
-    """In a new process: share the cores, leave Ctrl-C to the parent, and end with it, however that ends."""
+    """Initialize a process of the pool: set its number of threads, and ignore Ctrl-C.
+
+    The process exits when its parent has ended, even if the parent was killed.
+    """
     global _doing
     _doing = doing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the server of processes may have been started before
+    # Ctrl-C is also ignored here since the fork server may have been started before `_deaf_to_interrupts`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -156,16 +162,16 @@ def _result(future: Future[Result], item: object) -> Result:
 
 @dataclass(frozen=True)
 class Means:
-    """The folder of the data, and the way to run."""
+    """The data folder of a study, and how its runs are executed."""
 
     data_dir: Path | None
     download: bool = False
-    jobs: int | None = None  # runs at once; None: one per core, but one on a GPU
-    processes: bool = False  # real worker processes instead of a simulation
+    jobs: int | None = None  # number of concurrent runs; None: one per core, or one on a GPU
+    processes: bool = False  # True: workers are processes; False: they are simulated
 
 
 def run_study(study: Study, folder: StudyFolder, means: Means) -> None:
-    """Do the runs that are missing."""
+    """Do the runs of a study that are not finished, with progress on the terminal."""
     runs = study.sub_runs()
     missing = folder.missing(runs)
     if not missing:
@@ -182,16 +188,19 @@ def run_study(study: Study, folder: StudyFolder, means: Means) -> None:
 
 
 def check_study(sub_runs: Sequence[SubRun], means: Means) -> None:
-    """Raise ConfigError for what would stop a run: one is constructed per setting, before hours are spent."""
+    """Raise ConfigError for input that would make a run fail, before the study starts.
+
+    One run of each setting is constructed.
+    """
     first = {sub_run.setting: sub_run.config for sub_run in reversed(sub_runs)}
     for config in first.values():
         Job((config,), (), means.data_dir, means.download).check(config.workers)
 
 
 def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
-    """One run, from its last checkpoint if it was cut off, else from its start."""
+    """Do one run of a study. An interrupted run continues from its last checkpoint."""
     path = folder.run(sub_run)
-    check_free(path)  # by what a study that was killed has left, for a moment
+    check_free(path)  # a process of a killed study may use the folder for another moment
     how: How = "processes" if means.processes else fastest_simulation(sub_run.config)
     saving = CheckpointPolicy(resume=folder.is_begun(sub_run), stops=False)
     job = Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True, saving=saving)
@@ -199,7 +208,7 @@ def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
         try:
             job.run(sub_run.config.workers, how)
             return
-        except LoadingError:  # what it has left cannot be used
+        except LoadingError:  # the checkpoint cannot be restored, so the run starts again
             job = replace(job, saving=replace(saving, resume=False))
     shutil.rmtree(path, ignore_errors=True)
     make_new(path)

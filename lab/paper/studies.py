@@ -11,10 +11,10 @@ from lab.runs.report import Curve
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A study, the figure drawn from its curves, and what its summary says in words."""
+    """A study, with functions that draw its figure from the curves and state its findings in words."""
 
     study: Callable[[Scale, Data], Study]
-    draw: Callable[[Sequence[Curve]], Any] | None = None  # None: the chart that any runs get
+    draw: Callable[[Sequence[Curve]], Any] | None = None  # None: the default chart of runs
     findings: Callable[[Mapping[str, Any], Sequence[Curve]], list[str]] | None = None
 
 

@@ -1,4 +1,7 @@
-"""A study: settings times seeds, each a run folder of its own, so that what is done is never done again."""
+"""A study: runs of several settings, each with several seeds.
+
+Every run has its own folder, so a resumed study skips its finished runs.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +19,14 @@ Data = Literal["mnist", "cifar10", "folder", "text"]
 
 @dataclass(frozen=True)
 class SubRun:
-    """One run of a study."""
+    """One run of a study: a setting with one seed."""
 
-    setting: str  # its folder
+    setting: str  # name of the setting's folder
     config: Config
 
     @property
     def name(self) -> str:
-        """Its folder inside the study's `runs`."""
+        """The path of the run's folder inside the study's folder `runs`."""
         return f"{self.setting}/seed-{self.config.seed}"
 
     def __str__(self) -> str:
@@ -32,15 +35,18 @@ class SubRun:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a study; `settings` gives each setting's folder and configuration, whose seed is replaced."""
+    """The settings and the number of seeds of a study.
+
+    `settings` maps the name of each setting's folder to its configuration; the seed in it is replaced for each run.
+    """
 
     name: str
     scale: Scale
     settings: dict[str, Config]
-    seeds: int  # 0 ... seeds - 1
+    seeds: int  # number of seeds, which are 0 ... seeds - 1
 
     def sub_runs(self) -> list[SubRun]:
-        """All runs, seed by seed, so that a study that is cut off has every setting."""
+        """Return all runs, ordered by seed, so that an interrupted study has runs of every setting."""
         return [
             SubRun(name, replace(config, seed=seed))
             for seed in range(self.seeds)
@@ -48,9 +54,10 @@ class Study:
         ]
 
     def changed(self, overrides: Sequence[str], seeds: int | None, only: Sequence[str]) -> "Study":
-        """Return the study with `key=value` overrides in every configuration, other seeds, or some settings only.
+        """Return the study with `key=value` overrides in every configuration, and with some settings only.
 
-        Raises ConfigError.
+        `seeds` replaces the number of seeds, unless it is None. If `only` is empty, all settings are kept. Raises
+        ConfigError for an unknown setting or an invalid override.
         """
         unknown = [name for name in only if name not in self.settings]
         if unknown:
@@ -63,7 +70,10 @@ class Study:
         return replace(self, settings=settings, seeds=self.seeds if seeds is None else seeds)
 
     def _varies(self, text: str, kept: Mapping[str, Config]) -> bool:
-        """Tell if the study's settings differ in an override's key. Raises ConfigError if the kept ones do."""
+        """Return True if the study's settings differ in the key of an override.
+
+        Raises ConfigError if the settings in `kept` differ in it, since the override would remove that difference.
+        """
         key = override({}, text)
         if key[0] in ("seed", "label"):
             instead = "choose how many with --seeds" if key[0] == "seed" else "they name its settings"
@@ -79,7 +89,7 @@ class Study:
 
 
 def _value(config: Config, key: Sequence[str]) -> Any:
-    """The value at a dotted key; None if there is nothing."""
+    """Return the value of a configuration at a dotted key, split into names; None if it has no such key."""
     found: Any = plain(config)
     for name in key:
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -87,7 +97,10 @@ def _value(config: Config, key: Sequence[str]) -> Any:
 
 
 def _overridden(config: Config, overrides: Sequence[str], told: Sequence[str]) -> Config:
-    """The configuration with overrides, of which its label tells those; what is told in epochs keeps its share."""
+    """Return the configuration with overrides; its label names those in `told`.
+
+    If the number of epochs changes, the epochs of the noise schedule and of certificates are scaled with it.
+    """
     if not overrides:
         return config
     changed = configure(plain(config), overrides)
@@ -106,7 +119,7 @@ def _overridden(config: Config, overrides: Sequence[str], told: Sequence[str]) -
 
 
 def check_folder(path: Path, name: str, scale: Scale, *, resume: bool) -> None:
-    """Raise ConfigError if a study's folder is there, unless it is this study's and is to be continued."""
+    """Raise ConfigError if a study's folder exists, unless `resume` is True and it belongs to this study and scale."""
     if not path.exists():
         return
     if not resume:
@@ -121,7 +134,7 @@ def check_folder(path: Path, name: str, scale: Scale, *, resume: bool) -> None:
 
 
 def make_folder(path: Path, name: str, scale: Scale) -> None:
-    """Make a study's folder if it is not there. Raises ConfigError if it cannot be made."""
+    """Create a study's folder if it does not exist. Raises ConfigError if it cannot be created."""
     if not path.exists():
         make_new(path)
         RunFolder(path).write_json("study.json", {"study": name, "scale": scale, "commit": commit()})
@@ -129,7 +142,7 @@ def make_folder(path: Path, name: str, scale: Scale) -> None:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study's folder: study.json, runs/SETTING/seed-N, and what is made of them."""
+    """A study's folder: study.json, the runs in runs/SETTING/seed-N, and the results made from the runs."""
 
     path: Path
 
@@ -139,16 +152,19 @@ class StudyFolder:
         return self.path / "runs"
 
     def run(self, sub_run: SubRun) -> Path:
-        """A run's folder."""
+        """Return the folder of a run."""
         return self.runs / sub_run.name
 
     def check(self, study: Study, *, resume: bool) -> None:
-        """Raise ConfigError if the folder is there, unless it is this study's, so configured, and to be continued."""
+        """Raise ConfigError if the folder exists, unless `resume` is True and its runs belong to this study.
+
+        A run belongs to the study if its configuration is unchanged.
+        """
         check_folder(self.path, study.name, study.scale, resume=resume)
         for sub_run in study.sub_runs():
             there = self._config_of(sub_run)
             if there is None and not self.is_done(sub_run):
-                continue  # there is nothing of it
+                continue  # this run has not begun
             if there != sub_run.config:
                 known = {} if there is None else plain(there)
                 workers = "workers", sub_run.config.workers, known.get("workers")
@@ -159,30 +175,33 @@ class StudyFolder:
                 )
 
     def make(self, study: Study) -> None:
-        """Make the folder if it is not there. Raises ConfigError if it cannot be made."""
+        """Create the study's folder if it does not exist. Raises ConfigError if it cannot be created."""
         make_folder(self.path, study.name, study.scale)
 
     def _config_of(self, sub_run: SubRun) -> Config | None:
-        """The configuration in a run's folder, keys that are newer than it at their defaults."""
+        """Return the configuration in a run's folder, or None if it cannot be read.
+
+        Keys that did not exist when the run was made have their defaults.
+        """
         try:
             return build(Config, json.loads((self.run(sub_run) / "config.json").read_text()))
         except (OSError, ValueError):
             return None
 
     def is_done(self, sub_run: SubRun) -> bool:
-        """Tell if a run has been finished (its summary comes last)."""
+        """Return True if a run is finished: its summary exists, which is written last."""
         return (self.run(sub_run) / "summary.json").is_file()
 
     def is_begun(self, sub_run: SubRun) -> bool:
-        """Tell if there is something of this run to continue."""
+        """Return True if a run has begun with the same configuration, so that it can be resumed."""
         return self._config_of(sub_run) == sub_run.config
 
     def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:
-        """Those that are still to be done."""
+        """Return the runs that are not finished."""
         return [sub_run for sub_run in sub_runs if not self.is_done(sub_run)]
 
     def progress(self, sub_run: SubRun) -> float:
-        """The share of a run that is done, by the epochs in its metrics."""
+        """Return the fraction of a run that is done, from the last epoch in its metrics."""
         if self.is_done(sub_run):
             return 1.0
         try:

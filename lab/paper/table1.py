@@ -1,7 +1,8 @@
 """Table 1 with numbers: the paper's orders, plans for one d and epsilon, and exponents measured on known saddles.
 
-`theorem` makes the measurements. The tables have the shares of stationary iterates, steps, and their exponents; the
-figure shows steps and bytes against epsilon and d.
+`lab.paper.theorem` makes the measurements. The tables contain the fractions of stationary iterates, the numbers of
+steps, and the exponents of these numbers in epsilon and d. The figure shows steps and bytes against epsilon and d.
+An epsilon-SOSP is an epsilon-approximate second-order stationary point (Definition 2.4).
 """
 
 import csv
@@ -28,7 +29,8 @@ Run = dict[str, Any]
 
 
 def shares(runs: list[Run]) -> list[Run]:
-    """The share of epsilon-SOSPs among x_0 ... x_T for the planned T, a row per setting."""
+    """Return one row per setting: the fraction of x_0 ... x_T that are epsilon-SOSPs, where T is the planned number
+    of steps."""
     groups = defaultdict(list)
     for run in runs:
         if run["question"] == "share" and not run["quiet"]:
@@ -54,7 +56,11 @@ def shares(runs: list[Run]) -> list[Run]:
 
 
 def saddles(runs: list[Run]) -> list[Run]:
-    """The same for runs that only xi_t can bring off the saddle, by variant, and the first epsilon-SOSP's step."""
+    """Return one row per compressor and variant of Algorithm 1, from the runs in which only the artificial noise xi_t
+    can leave the saddle.
+
+    A row has the fraction of iterates that are epsilon-SOSPs, and the step of the first one.
+    """
     groups = defaultdict(list)
     for run in runs:
         if run["quiet"]:
@@ -75,7 +81,10 @@ def saddles(runs: list[Run]) -> list[Run]:
 
 
 def steps(runs: list[Run]) -> list[Run]:
-    """Steps until half of the iterates are epsilon-SOSPs, with the planned step size and with the best one tried."""
+    """Return one row per setting: the number of steps until half of the iterates are epsilon-SOSPs.
+
+    It is measured with the planned step size, and with the best of all step sizes that were run.
+    """
     groups: dict[Any, dict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run["question"] == "half":
@@ -87,7 +96,8 @@ def steps(runs: list[Run]) -> list[Run]:
         every = {f: m for f, m in medians.items() if all(run["half"] for run in by_factor[f])}
         best = min(every, key=lambda f: every[f])
         planned = by_factor[1.0][0]
-        fall = 2 * (WIDTH * math.sqrt(epsilon)) ** 3  # of f from one saddle; a fall of 1 takes 1 / fall of them
+        # `fall` is the decrease of f from one saddle to the next minimum. A decrease by 1 takes 1 / fall saddles.
+        fall = 2 * (WIDTH * math.sqrt(epsilon)) ** 3
         rows.append(
             {
                 "lipschitz": lipschitz,
@@ -110,7 +120,10 @@ def steps(runs: list[Run]) -> list[Run]:
 
 
 def exponents(rows: list[Run]) -> list[Run]:
-    """Slopes in log-log of steps and bytes, against epsilon and against d; `limit` is what T's tends to."""
+    """Return the exponents of steps and bytes in epsilon and in d: slopes of lines fitted to the logarithms.
+
+    `limit` is the limit of the planned number of steps' exponent for small epsilon or large d.
+    """
     out = []
     for compressor in COMPRESSORS:
         for lipschitz in (True, False):
@@ -131,7 +144,10 @@ def exponents(rows: list[Run]) -> list[Run]:
 
 
 def limit(compressor: str, lipschitz: bool, variable: str) -> float:
-    """The exponent of the planned T where epsilon is small, or d large, at the mu that was measured."""
+    """Return the exponent in `variable` of the planned number of steps, for small epsilon or large d.
+
+    The contraction mu is that of the compressor in the measurements.
+    """
 
     def steps_at(epsilon: float, d: int) -> float:
         known = Assumptions(d, epsilon, sigma=SIGMA, lipschitz_gradient=1.0 if lipschitz else None)
@@ -146,7 +162,7 @@ def limit(compressor: str, lipschitz: bool, variable: str) -> float:
 
 
 def sweep(rows: list[Run], variable: str) -> list[Run]:
-    """The rows in which only this variable changes."""
+    """Return the rows that differ only in `variable`, in ascending order: the longest such series."""
     other = "d" if variable == "epsilon" else "epsilon"
     counts: dict[Any, list[Run]] = defaultdict(list)
     for row in rows:
@@ -163,7 +179,7 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 
 
 def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
-    """Return steps against epsilon and d, and bytes against epsilon, of `exponents.steps`'s rows."""
+    """Return a figure of steps against epsilon and d, and of bytes against epsilon. `rows` are those of `steps`."""
     require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -202,12 +218,16 @@ def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
         return figure
 
 
-# The paper's rows, and what stands for them in the measurements (with k/d = 1/8, or half of the energy kept).
+# For each row of the paper's table, the compressor that represents it in the measurements. It keeps k/d = 1/8 of the
+# coordinates, or half of the energy.
 STANDS_FOR = {"uncompressed": "Identity", "SketchTopK": "SketchTopK", "RandomK": "RandomK", "constant": "AdaptiveTopK"}
 
 
 def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: int | None) -> list[dict[str, Any]]:
-    """Measure what is missing, write tables and figure, and return the rows of exponents. Raises ConfigError."""
+    """Make the missing measurements, write the tables and the figure, and return the rows of exponents.
+
+    Raises ConfigError if the folder cannot be used.
+    """
     wanted = list(few_jobs() if scale == "smoke" else all_jobs())
     check_free(folder)
     check_folder(folder, "table1", scale, resume=resume)
@@ -237,7 +257,10 @@ def _tabulated(
 
 
 def _measured(record: Path) -> list[dict[str, Any]]:
-    """The measurements that are there. A last line that was cut off is ended, so that the next one is apart from it."""
+    """Return the measurements in a file of JSON lines; unreadable lines are ignored.
+
+    If the last line is incomplete, a line break is added to the file, so that the next measurement begins a new line.
+    """
     lines, found = [], record.read_text() if record.exists() else ""
     for text in found.splitlines():
         try:
@@ -269,7 +292,10 @@ def _measure(missing: Sequence[Job], all_of_them: int, folder: Path, jobs: int) 
 
 
 def table(rows: Sequence[Mapping[str, Any]], d: int = 1_000_000, epsilon: float = 0.1) -> dict[str, Any]:
-    """Return Table 1 at a d and an epsilon, each row with the plan that stands for it and the measured exponents."""
+    """Return Table 1 for one d and epsilon.
+
+    Each row has the plan for the compressor that represents it (`STANDS_FOR`), and the measured exponents.
+    """
     slopes = exponents([dict(row) for row in rows])
     found = []
     for row in TABLE_1:

@@ -1,4 +1,4 @@
-"""Theorems 3.1 and 3.2, tried: runs of Algorithm 1 with planned parameters on problems whose saddles are known."""
+"""Tests of Theorems 3.1 and 3.2: runs of Algorithm 1 with planned parameters on problems whose saddles are known."""
 
 import math
 import time
@@ -24,17 +24,20 @@ COMPRESSORS: dict[str, Compressor] = {
     "AdaptiveTopK": AdaptiveTopK(0.5),
 }
 CONSTANTS = {"practical": PRACTICAL, "iota = 1": Constants("theory", 1.0)}
-WIDTH = 1.25  # of the cosine's saddle, in units of sqrt(epsilon): its curvature over the threshold's
-LOOKS = 4000  # iterates looked at, evenly spaced over the planned steps
+# Width of the saddle of `Cosine`, in units of sqrt(epsilon). It equals the saddle's negative curvature over the
+# threshold for a second-order stationary point.
+WIDTH = 1.25
+LOOKS = 4000  # number of iterates that are checked for stationarity, evenly spaced over the planned steps
 Variant = Literal["Algorithm 1", "no noise", "interval / 100", "no error feedback"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `question` is "share" (all planned steps) or "half" (until half of the iterates are epsilon-SOSPs).
+    """The settings of one run of Algorithm 1, or of a variant without one of its parts.
 
-    Only Algorithm 1 has the theorems' promise; its variants are there to see what breaks it. With `quiet` the oracle is
-    silent along the direction in which the cosine's saddle is left.
+    `question` is "share" (run all planned steps) or "half" (stop once half of the iterates are epsilon-approximate
+    second-order stationary points). The theorems apply to Algorithm 1 only; the variants show which of its parts are
+    needed. With `quiet` the stochastic gradients have no noise along the cosine's direction of negative curvature.
     """
 
     question: str
@@ -43,8 +46,8 @@ class Job:
     d: int
     compressor: str
     seed: int
-    factor: float = 1.0  # eta is the planned one times this, and I is shortened as much
-    lipschitz: bool = True  # Assumption C
+    factor: float = 1.0  # factor of the planned step size eta; the planned interval I is divided by it
+    lipschitz: bool = True  # the stochastic gradients satisfy Assumption C
     constants: str = "practical"
     variant: Variant = "Algorithm 1"
     quiet: bool = False
@@ -57,14 +60,17 @@ class Job:
 
 
 def few_jobs() -> Iterator[Job]:
-    """A minute's worth, enough for exponents in epsilon and d of uncompressed SGD and RandomK."""
+    """Yield runs that take about a minute together.
+
+    They suffice for the exponents in epsilon and d of uncompressed SGD and RandomK.
+    """
     for epsilon, d in ((0.4, 8), (0.3, 8), (0.2, 8), (0.4, 16), (0.4, 32)):
         for name in ("Identity", "RandomK"):
             yield Job("half", "cosine", epsilon, d, name, 0)
 
 
 def all_jobs() -> Iterator[Job]:
-    """All runs: two seeds, but one where they are long."""
+    """Yield all runs of Table 1: two seeds of each setting, and one seed of the settings with long runs."""
     factors = (1.0, 4.0, 16.0, 64.0, 256.0)
     for name in COMPRESSORS:
         yield Job("share", "cosine", 0.4, 16, name, 0)
@@ -89,16 +95,23 @@ def all_jobs() -> Iterator[Job]:
 
 
 def saddle_jobs(seeds: int) -> Iterator[Job]:
-    """Runs from a saddle that only xi_t can leave, of Algorithm 1 and its variants; one seed where they are long."""
+    """Yield runs of Algorithm 1 and its variants from a saddle that only the artificial noise xi_t can leave.
+
+    AdaptiveTopK has one seed only, since its runs are long.
+    """
     for seed in range(seeds):
         for name in ("Identity", "RandomK", "AdaptiveTopK")[: 2 if seed else 3]:
             yield from (Job("share", "cosine", 0.4, 64, name, seed, variant=v, quiet=True) for v in get_args(Variant))
 
 
 def setting(job: Job) -> tuple[Problem, torch.Tensor, Assumptions]:
-    """The problem, the saddle to start from, and what the planner is told; L and rho hold on the ball that runs see."""
+    """Return the problem, the saddle from which a run starts, and the assumptions for the planner.
+
+    The Lipschitz constants L and rho are valid in the ball in which runs remain.
+    """
     lipschitz = 1.0 if job.lipschitz else None
-    if job.problem == "cosine":  # a saddle as weak as it may be
+    # The cosine's saddle is nearly as weak as the theorems allow: its curvature is 1.25 times the threshold.
+    if job.problem == "cosine":
         width = WIDTH * math.sqrt(job.epsilon)
         problem: Problem = Cosine(job.d, width)
         return (
@@ -116,7 +129,10 @@ def setting(job: Job) -> tuple[Problem, torch.Tensor, Assumptions]:
 
 
 def stationary(problem: Problem, x: torch.Tensor, a: Assumptions) -> bool:
-    """Definition 2.4, in closed form or by the dense Hessian."""
+    """Return True if x is an epsilon-approximate second-order stationary point (Definition 2.4).
+
+    The smallest eigenvalue is from a closed form for `Cosine`, and from the dense Hessian for the rest.
+    """
     if float(problem.gradient(x).norm()) > a.epsilon:
         return False
     if isinstance(problem, Cosine):
@@ -126,7 +142,7 @@ def stationary(problem: Problem, x: torch.Tensor, a: Assumptions) -> bool:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Do one run and return what was seen."""
+    """Do one run, and return its settings, plan and measurements as plain types."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     problem, start, a = setting(job)
@@ -180,7 +196,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def plan_for_unit_fall(a: Assumptions, planned: Plan) -> Plan:
-    """The plan for f_max = 1: a chain of such saddles."""
+    """Return the plan for f_max = 1, which corresponds to passing several saddles of this kind in sequence."""
     whole = Assumptions(
         a.d, a.epsilon, a.smoothness, a.hessian_lipschitz, a.sigma, lipschitz_gradient=a.lipschitz_gradient
     )

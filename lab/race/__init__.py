@@ -1,1 +1,1 @@
-"""The race: packsaddle and its peers, trained side by side in one run. Read `race` first."""
+"""The race: a benchmark of packsaddle and torch's own methods, trained side by side in one run. Read `race` first."""

@@ -213,7 +213,7 @@ COMMANDS = Group(
 
 
 def main() -> None:
-    """Run the command that the program was given."""
+    """Run the race that the command line names."""
     serve(COMMANDS, PROGRAM)
 
 

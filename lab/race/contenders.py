@@ -51,10 +51,10 @@ class Contender:
     `outer="nesterov"` is DiLoCo's outer optimizer.
     """
 
-    text: str  # as the user wrote it
+    text: str  # the contender as the user wrote it
     lr: float
-    steps: int | None = None  # of its training; None: the race's
-    noise: float = 0.0  # for packsaddle's only, as are all fields up to `outer`
+    steps: int | None = None  # number of training steps; None: the race's number
+    noise: float = 0.0  # standard deviation; this and all fields up to `outer` are for packsaddle's methods only
     momentum: float = 0.0
     memory: Memory = "buffer"
     hook: Scope | None = None  # scope of the hook, "bucket" or "model"; None: no hook
@@ -62,30 +62,30 @@ class Contender:
     delay: int = 0
     fragments: int = 1
     outer: str = "none"
-    peer: str = ""  # a name of PEERS; its N is `number`
+    peer: str = ""  # a name in PEERS, in which N stands for `number`
     number: int = 1
     compressor: Compressor | None = None
 
     @property
     def period(self) -> int:
-        """The period of its exchanges, in steps."""
+        """The period of the method's exchanges, in steps."""
         return self.number if self.peer in _PERIODIC else self.every or 1
 
     @property
     def name(self) -> str:
-        """The text without options."""
+        """The contender's text without its options."""
         return _split(self.text)[0]
 
     @property
     def method(self) -> str:
-        """The text without step size and steps, which are tuned for each method."""
+        """The contender's text without step size and number of steps, which are tuned for each method."""
         return " ".join(word for word in self.text.split() if not word.startswith(("lr=", "steps=")))
 
 
 def parse(text: str, lr: float) -> Contender:
-    """Read "ddp", "powersgd-4 lr=0.3", "RandomK(0.01) noise=0.01" and the like; raises ValueError.
+    """Read a contender from text such as "ddp", "powersgd-4 lr=0.3" or "RandomK(0.01) noise=0.01". Raises ValueError.
 
-    `lr` is the step size of a contender without one.
+    `lr` is the step size of a contender whose text has none.
     """
     name, written = _split(text)
     options: dict[str, Any] = {option: _value(option, value, text) for option, value in written.items()}
@@ -120,12 +120,12 @@ def parse(text: str, lr: float) -> Contender:
 
 
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
-    """Read contenders, without duplicates. Raises ValueError."""
+    """Read contenders from their texts, without duplicates. Raises ValueError for an invalid text."""
     return [parse(text, lr) for text in dict.fromkeys(texts)]
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
-    """Return a contender's name and its options as written."""
+    """Split a contender's text into its name and its options, as {option: written value}."""
     name, options = text.strip(), dict[str, str]()
     while match := _OPTION.search(name):
         name, options[match[1]] = name[: match.start()], match[2]
@@ -133,7 +133,7 @@ def _split(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _value(option: str, written: str, text: str) -> float | int | str:
-    """Read the value of an option. Raises ValueError."""
+    """Read the `written` value of an option. Raises ValueError, which quotes `text`, the whole contender."""
     if option in _WORDS:
         if written not in _WORDS[option]:
             raise ValueError(

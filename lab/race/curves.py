@@ -26,7 +26,7 @@ from lab.race.workload import TrainingWorkload, evenly_spaced
 from lab.runs.tasks import Dataset
 from packsaddle.comm import Group, process_group
 
-_HELD_OUT = 512  # examples, evenly spaced
+_HELD_OUT = 512  # number of held-out examples for a validation loss, evenly spaced
 _AT_ONCE = 64
 
 
@@ -42,7 +42,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """The result of one training; losses[i] is that after (i + 1) * every steps, None if it is not finite."""
+    """The result of one training.
+
+    losses[i] is the validation loss after (i + 1) * every steps, or None if it is not finite.
+    """
 
     workers: int
     contender: str
@@ -51,30 +54,36 @@ class Curve:
     steps: int
     every: int
     losses: tuple[float | None, ...]
-    sent: float  # bytes per step that this worker sends
-    seconds: float  # of training on this machine, without evaluation
+    sent: float  # bytes that this worker sends per step
+    seconds: float  # duration of the training on this machine, without evaluations
     peak_mb: float  # peak memory of worker 0's process
     origin: Origin = UNKNOWN
 
     @property
     def job(self) -> Job:
-        """The job of this curve."""
+        """The training job whose result this curve is."""
         return Job(self.workers, self.contender, self.lr, self.seed)
 
     @property
     def final(self) -> float:
-        """The last loss; inf if it is not finite."""
+        """The last validation loss; inf if it is not finite."""
         return math.inf if self.losses[-1] is None else self.losses[-1]
 
     def loss_at(self, step: float) -> float:
-        """Return the loss after a number of steps, interpolated linearly; before the first evaluation, its loss."""
+        """Return the loss after a number of steps, interpolated linearly between two evaluations.
+
+        Before the first evaluation, it is the loss of the first evaluation.
+        """
         losses = [math.inf if loss is None else loss for loss in self.losses]
         place = min(max(step / self.every - 1, 0.0), len(losses) - 1.0)
         before, share = int(place), place - int(place)
         return losses[before] if share == 0 else (1 - share) * losses[before] + share * losses[before + 1]
 
     def steps_to(self, loss: float) -> float | None:
-        """Return the number of steps at which the loss is first reached, interpolated linearly, or None."""
+        """Return the number of steps at which the curve first reaches `loss`, interpolated linearly.
+
+        Returns None if the curve never reaches it.
+        """
         before = (0.0, math.inf)
         for i, found in enumerate(self.losses):
             now = ((i + 1.0) * self.every, math.inf if found is None else found)
@@ -87,7 +96,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Training:
-    """The settings that all jobs share."""
+    """The settings that are common to all jobs of a race."""
 
     workload: TrainingWorkload
     optimizer: Kind
@@ -99,7 +108,7 @@ class Training:
             raise ValueError(f"every must be 1 to steps = {self.steps}, got {self.every}")
 
     def read(self, job: Job) -> tuple[Contender, Recipe]:
-        """Return a job's contender and recipe. Raises ValueError."""
+        """Return a job's contender and recipe. Raises ValueError if the contender's text is invalid."""
         contender = parse(job.contender, job.lr)
         return contender, Recipe(self.optimizer, contender.steps or self.steps)
 
@@ -121,7 +130,7 @@ def train_all(training: Training, jobs: Sequence[Job], out: Path) -> None:
 
 
 def train(training: Training, job: Job, group: Group) -> Curve:
-    """Train one contender; collective."""
+    """Train one contender and return its curve; collective."""
     contender, recipe = training.read(job)
     workload = replace(training.workload, seed=job.seed)
     batches = workload.batches(workload.examples(), group.rank, group.size)
@@ -174,19 +183,19 @@ def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
 
 
 def load(path: Path) -> list[Curve]:
-    """Return the curves of a file, [] if it does not exist. Raises ValueError for a row that is not a curve."""
+    """Return the curves in a CSV file, [] if it does not exist. Raises ValueError for a row that is not a curve."""
     return read_rows(path, _curve, "curve")
 
 
 def append(path: Path, curve: Curve) -> None:
-    """Add a curve to the file."""
+    """Add a curve to a CSV file."""
     losses = " ".join("-" if loss is None else f"{loss:.4f}" for loss in curve.losses)
     row = asdict(curve) | {"losses": losses}
     add_rows(path, [row | row.pop("origin")])
 
 
 def best_rate(curves: Iterable[Curve]) -> float:
-    """Return the step size with the lowest final loss, among curves of one contender and seed."""
+    """Return the step size of the curve with the lowest final loss. The curves must be of one contender and seed."""
     return min(curves, key=lambda curve: curve.final).lr
 
 
@@ -206,7 +215,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> float:
-    """Return the peak memory of this process, MB; 0 if unknown."""
+    """Return the peak memory of this process in MB; 0 if it is unknown."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -38,11 +38,12 @@ class Entrant:
     optimizers: list[torch.optim.Optimizer]
     schedules: list[torch.optim.lr_scheduler.LRScheduler]
     sent: Callable[[], int]  # bytes that this worker has sent, start and flush included: counted or computed
-    flush: Callable[[], object] = int  # gives all workers one model
-    average: Callable[[], object] = int  # runs after each step
+    flush: Callable[[], object] = int  # makes the models of all workers identical at the end
+    average: Callable[[], object] = int  # called after each step, for methods that average parameters
     local: LocalUpdates | None = None
     steps: int = 0
-    diverges: bool = False  # workers' models differ between averages, and their mean is the common model
+    # True: workers' models differ between averages, and the common model is their mean.
+    diverges: bool = False
 
     def step(self, batch: Batch) -> None:
         """Run forward, backward, exchange and update."""
@@ -58,7 +59,10 @@ class Entrant:
 
     @contextmanager
     def common_model(self, group: Group) -> Iterator[None]:
-        """Set the parameters to the anchor, or for averages of models (local SGD) to the workers' mean."""
+        """Set the parameters to the workers' common model within the context.
+
+        That is the anchor of local updates, or for local SGD, which averages models, the mean of the workers' models.
+        """
         if self.local is not None and not self.diverges:
             with self.local.at_anchor():
                 yield
@@ -73,7 +77,10 @@ class Entrant:
 
 
 def enter(method: Method, network: Task, lr: float, *, steps: int, warm_up: int) -> Entrant:
-    """Set up a method; collective. `steps` and `warm_up` are those of the schedule of the rate, whose peak is `lr`."""
+    """Set up a method for training; collective.
+
+    The learning rate rises to `lr` in `warm_up` steps and then falls until step `steps`.
+    """
     optimizers = make_inner(network, method.inner, lr, method.betas)
     schedules: list[torch.optim.lr_scheduler.LRScheduler] = [
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: share_of_peak(step, warm_up, steps)) for each in optimizers
@@ -92,7 +99,7 @@ def enter(method: Method, network: Task, lr: float, *, steps: int, warm_up: int)
 
 
 def _alone(method: Method, entrant: Entrant) -> None:
-    """Nothing is exchanged."""
+    """Set up training without any exchange: the entrant remains as it is."""
 
 
 def _local(method: Method, entrant: Entrant) -> None:
@@ -102,21 +109,22 @@ def _local(method: Method, entrant: Entrant) -> None:
         every=method.every,
         overlap=method.overlap,
         outer=None if method.outer is None else OuterSGD(*method.outer),
-        mean_momentum=0.0,  # as in all rows
+        mean_momentum=0.0,  # 0 in all rows of the race, so that they are comparable
         keep_unsent=method.keep_unsent,
     )
     last = method.make_compressor() if method.flush == "compressed" else Identity()
     entrant.local, entrant.flush = local, partial(local.flush, last)
-    entrant.diverges = not method.keep_unsent and method.outer is None  # local SGD, here with averages in 16 bits
+    # Without error memory and outer optimizer this is local SGD, here with averages in 16 bits.
+    entrant.diverges = not method.keep_unsent and method.outer is None
     entrant.sent = lambda: local.ledger.total.sent
 
 
 def _local_sgd(method: Method, entrant: Entrant) -> None:
-    """Average the parameters in float32 after every `every` steps, by torch's averager without a first average."""
+    """Set up local SGD: torch's averager averages the parameters in float32 at the end of each period of steps."""
     averager = PeriodicModelAverager(method.every, warmup_steps=0)
     world = dist.group.WORLD
     assert world is not None
-    averager.step = 1  # else it averages after the first step of every period, the very first one included
+    averager.step = 1  # starting at 0, torch's averager would average after the first step of each period
     averages = 0
 
     def average() -> None:
@@ -165,11 +173,11 @@ def _powersgd(method: Method, entrant: Entrant) -> None:
 
 def _wrapped(network: Task, bucket: float | None) -> DistributedDataParallel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch replaces bucket_cap_mb by two arguments
         return DistributedDataParallel(network, broadcast_buffers=False, bucket_cap_mb=bucket)
 
 
 def _ring(network: Task, itemsize: int) -> int:
-    """Return the bytes that a worker sends in a ring all-reduce of the parameters."""
+    """Return the bytes that a worker sends in a ring all-reduce of the parameters, at `itemsize` bytes each."""
     size = itemsize * sum(p.numel() for p in network.parameters())
     return ring_all_reduce(size, dist.get_world_size()).sent

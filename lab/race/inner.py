@@ -14,15 +14,16 @@ from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Message
 
 _NOT_HIDDEN = ("characters.weight", "places.weight", "head.weight")  # matrices that AdamW trains
-_AT_ONCE = 64  # windows
+_AT_ONCE = 64  # number of windows in one forward pass of an evaluation
 
 
 def make_inner(
     network: nn.Module, inner: str, rate: float, betas: tuple[float, float], momentum: float = 0.95
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW, or for `inner` "muon" Muon for hidden matrices and AdamW for the rest, at the same rate.
+    """Return the inner optimizers of a worker.
 
-    `betas` are AdamW's, `momentum` is Muon's.
+    With `inner` "muon" they are Muon for hidden matrices, and AdamW for all remaining parameters at the same rate;
+    otherwise there is only AdamW. `betas` is for AdamW, `momentum` for Muon.
     """
     named = [(p.ndim == 2 and not name.endswith(_NOT_HIDDEN), p) for name, p in network.named_parameters()]
     matrices = [p for is_hidden, p in named if is_hidden and inner == "muon"]
@@ -36,9 +37,9 @@ def make_inner(
 def muon(
     matrices: Iterable[Tensor], rate: float, momentum: float = 0.95, weight_decay: float = 0.1
 ) -> torch.optim.Muon:
-    """Return torch's Muon, whose steps are fast without instructions for bfloat16 as well.
+    """Return torch's Muon, with fast steps also on processors without instructions for bfloat16.
 
-    A step multiplies matrices in bfloat16, which torch emulates on such a processor, in ten times the time.
+    A step multiplies matrices in bfloat16. On such a processor torch emulates this, which takes ten times as long.
     """
     made = torch.optim.Muon(matrices, rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     entered = ExitStack()
@@ -49,7 +50,7 @@ def muon(
     def leave(*step: object) -> None:
         entered.close()
 
-    # Hooks, since the step of a subclass would run the hooks of others twice.
+    # Use hooks of the optimizer: in a subclass with its own step, torch would run all registered hooks twice.
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         made.register_step_pre_hook(enter)
         made.register_step_post_hook(leave)
@@ -57,22 +58,25 @@ def muon(
 
 
 class ProductsInFloat32(TorchFunctionMode):
-    """Within it, products of bfloat16 matrices are computed in float32 and rounded to bfloat16.
+    """A context in which products of bfloat16 matrices are computed in float32 and rounded to bfloat16.
 
-    That is what the instructions for bfloat16 do; only the order of the sums differs.
+    Instructions for bfloat16 do the same, except that the order of summation differs.
     """
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute one function of torch."""
+        """Call a function of torch, with matrix products of bfloat16 replaced. PyTorch calls this method."""
         if func not in (Tensor.matmul, Tensor.__matmul__, torch.addmm) or args[0].dtype != torch.bfloat16:
             return func(*args, **(kwargs or {}))
         return func(*(a.float() for a in args), **(kwargs or {})).bfloat16()
 
 
 def held_out_loss(network: nn.Module, held_out: Dataset, windows: Tensor) -> float:
-    """Return the mean loss on some windows, of which each worker evaluates a part; collective."""
+    """Return the mean loss on the held-out windows with the indices `windows`; collective.
+
+    Each worker evaluates a part of the windows.
+    """
     group, cpu = resolve(None), torch.device("cpu")
     mine = torch.split(windows[group.rank :: group.size], _AT_ONCE)
     total = torch.tensor([sum(float(network(*held_out.batch(i, cpu))) * len(i) for i in mine)])
@@ -82,7 +86,10 @@ def held_out_loss(network: nn.Module, held_out: Dataset, windows: Tensor) -> flo
 
 @dataclass(frozen=True)
 class Half(Compressor):
-    """All coordinates in float16, averaged by an all-reduce in float16: local SGD that averages in 16 bits."""
+    """A compressor that sends all coordinates in float16, which an all-reduce in float16 averages.
+
+    It is for local SGD that averages in 16 bits.
+    """
 
     fixed_size: ClassVar[bool] = True
 
@@ -96,9 +103,9 @@ class Half(Compressor):
         return 1 - 2.0**-22
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        """Round to float16; smaller values than 6e-8 become 0, and the error memory keeps the difference."""
+        """Round the vector to float16. Values below 6e-8 become 0; the error memory keeps the rounding error."""
         return Message({"values": v.half()})
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha times the values to `out`."""
+        """Add alpha times the values of a message to `out`, in place."""
         out.add_(message.parts["values"].to(out.dtype), alpha=alpha)

@@ -21,9 +21,10 @@ _STORED = Path(__file__).with_name("library")
 
 @lru_cache(maxsize=1)
 def library_text() -> str:
-    """Return the text: the modules in the order of their names' hashes, so that the last tenth is similar to the rest.
+    """Return the race's text: the source of all modules, in the order of the hashes of their names.
 
-    Raises ConfigError if a module is missing or the text is another one.
+    This order makes the last tenth, which is held out, similar to the rest. Raises ConfigError if a module is missing
+    or the SHA-256 of the text is wrong.
     """
     folder = Path(os.environ.get("RACE_LIBRARY") or sysconfig.get_path("stdlib"))
     names = (_STORED / "modules.txt").read_text().split()
@@ -34,7 +35,7 @@ def library_text() -> str:
         "(tag v3.11.7 of github.com/python/cpython)"
     )
 
-    # Assemble the text, and compare its hash.
+    # Assemble the text, and compare its hash with the expected one.
     try:
         parts = [stored.get(name) or (folder / name).read_bytes() for name in sorted(names, key=_place)]
     except OSError as error:

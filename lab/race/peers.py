@@ -1,6 +1,7 @@
 """Contenders set up for training: packsaddle's optimizer, or torch's DistributedDataParallel with its own hooks.
 
-This module imports torch.distributed for the peers, as otherwise only `packsaddle.comm` and `packsaddle.hooks.ddp` do.
+A peer is one of torch's own methods, for which this module imports torch.distributed. In the package, only
+`packsaddle.comm` and `packsaddle.hooks.ddp` import it.
 """
 
 import re
@@ -30,14 +31,14 @@ from packsaddle.errors import MissingExtraError
 
 # DDP rebuilds its buckets after the first step, so torch's hook does not allow error feedback before the third.
 _POWERSGD_FROM = 2
-# These hooks start a second collective when their first is done. With several buckets, gloo's workers may do so in
-# different orders, and abort; one bucket for all gradients avoids this.
+# The hooks of these peers start a second collective when the first one is done. With several buckets, workers may start
+# them in different orders, in which case gloo aborts. One bucket for all gradients avoids this.
 _CHAINED = ("powersgd-N", "ddp-uint8")
 _ONE_BUCKET = 1e6  # MiB
 
 
 class CannotRunError(RuntimeError):
-    """Raised if a peer does not work on this backend; with torch's message, identical on all workers."""
+    """Raised if a peer does not work on this backend. It has torch's message, which is identical on all workers."""
 
 
 @dataclass
@@ -51,8 +52,8 @@ class Racer:
     steps: int = 0
     clip: float | None = None
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
-    wait: Callable[[], None] = lambda: None  # waits for exchanges that overlap with steps
-    end: Callable[[], None] = lambda: None  # ends background services of the training; collective
+    wait: Callable[[], None] = lambda: None  # waits until no exchange overlaps with further steps
+    end: Callable[[], None] = lambda: None  # ends background services, such as torchft's; collective
 
     def step(self, batch: Batch) -> None:
         """Run forward, backward, exchange and update."""
@@ -70,13 +71,13 @@ def enter(contender: Contender, task: Task, recipe: Recipe = CONSTANT) -> Racer:
     """Set up a contender to train `task`; collective. Raises CannotRunError if torch does not support it."""
     racer = _enter(contender, task, recipe)
     racer.clip = recipe.clip
-    inner = getattr(racer.optimizer, "optim", racer.optimizer)  # torch's local SGD wraps one
+    inner = getattr(racer.optimizer, "optim", racer.optimizer)  # torch's local SGD wraps another optimizer
     racer.schedule = recipe.schedule(inner)
     return racer
 
 
 def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """Set up a contender with a constant rate."""
+    """Set up a contender with a constant learning rate; `enter` adds the schedule."""
     if contender.hook:
         return _hooked(contender, task, recipe)
     if contender.every:
@@ -89,7 +90,7 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
             noise=contender.noise,
             momentum=contender.momentum,
         )
-        start = ours.ledger.total  # the parameters of rank 0
+        start = ours.ledger.total  # bytes of the initial broadcast of rank 0's parameters
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
     sgd = recipe.make(task.parameters(), contender.lr)
     if contender.peer == ALONE:
@@ -107,13 +108,13 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 
 def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
-        # Batch statistics are not exchanged, as in packsaddle: DDP would send them in every forward pass.
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch replaces bucket_cap_mb by two arguments
+        # Do not broadcast buffers: DDP would send batch statistics in every forward pass, and packsaddle does not.
         return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
 
 
 def _hooked(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """Set up packsaddle's hook of DistributedDataParallel, with torch's optimizer."""
+    """Set up DistributedDataParallel with packsaddle's hook, and one of torch's optimizers."""
     assert contender.compressor is not None
     assert contender.hook is not None
     sgd, model = recipe.make(task.parameters(), contender.lr), _wrapped(task, None)
@@ -124,7 +125,7 @@ def _hooked(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 
 
 def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """Set up packsaddle's local updates of torch's optimizer."""
+    """Set up packsaddle's local updates, with one of torch's optimizers on each worker."""
     assert contender.compressor is not None
     assert contender.every is not None
     sgd = recipe.make(task.parameters(), contender.lr, momentum=contender.momentum)
@@ -134,14 +135,14 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
         every=contender.every,
         outer=torchft_diloco.outer if contender.outer == "nesterov" else None,
         overlap=Overlap(contender.delay, contender.fragments),
-        mean_momentum=0.0,  # as in all rows
+        mean_momentum=0.0,  # 0 in all rows of the race, so that they are comparable
         noise=contender.noise,
     )
     return Racer(task, task, sgd, _counted(local), wait=local.wait)
 
 
 def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
-    """Return a function of the bytes of local updates from now on, including running exchanges."""
+    """Return a function that returns the bytes of local updates since now, including exchanges in progress."""
     start = local.ledger.total
 
     def moved(_: int) -> Bytes:
@@ -152,9 +153,10 @@ def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
 
 
 def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
-    """Set up SparseLoCo (Sarfi et al. 2025, algorithm 1): sends the largest entries of 0.95 e + (a - x) in 2 bits.
+    """Set up SparseLoCo (Sarfi et al. 2025, algorithm 1).
 
-    As in its code, a coordinate of the mean is averaged over the workers that sent it.
+    It sends the largest entries of 0.95 e + (a - x) in 2 bits, where e is the error memory, a the anchor and x the
+    parameters. As in the authors' code, each coordinate is averaged only over the workers that sent it.
     """
     compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), exchange="senders", decay=0.95)
     outer = OuterSGD(1.0, momentum=0.0)
@@ -172,17 +174,18 @@ def _diloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Rac
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
-    """Make one step of a contender that may not work here. Raises CannotRunError, on all workers."""
+    """Make one step of a contender, to test if it works here. Raises CannotRunError on all workers if it does not."""
     try:
         racer.step(batch)
     except (IndexError, RuntimeError, ValueError) as error:
-        if contender.peer != "ddp-uint8":  # it fails after a collective that every worker has completed
+        # ddp-uint8 fails on all workers, after a collective that all have completed; other errors are unexpected.
+        if contender.peer != "ddp-uint8":
             raise
         raise CannotRunError(_first_line(error)) from None
 
 
 def _first_line(error: Exception) -> str:
-    """Return torch's message, without its wrapping of errors in callbacks."""
+    """Return the first line of torch's message, without the text that torch adds to errors in callbacks."""
     return re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", str(error)).splitlines()[0]
 
 
@@ -227,14 +230,14 @@ def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, 
 
 def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its own torch.jit.script on import
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch uses its deprecated torch.jit.script on import
         from torch.distributed.optim import PostLocalSGDOptimizer
     state = PostLocalSGDState(None, None, 0, post_local_gradient_allreduce=False)  # type: ignore[no-untyped-call]
     model.register_comm_hook(state, post_localSGD_hook)
     averager = PeriodicModelAverager(contender.number, warmup_steps=0)
     optimizer = PostLocalSGDOptimizer(sgd, averager)
     once = _reduced(task, 4)
-    # torch averages in the first of every N steps.
+    # torch averages in the first step of each period of N steps.
     return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
 
 
@@ -254,8 +257,11 @@ def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.Opti
 
 
 def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """Average as torch's quantization_pertensor_hook, but on gloo: all-gather each bucket as uint8 levels between its
-    smallest and largest value, and apply the mean over workers. No error feedback."""
+    """Average gradients like torch's quantization_pertensor_hook, which does not work on gloo.
+
+    Each bucket is all-gathered as uint8 levels between its smallest and largest value, and replaced by the mean over
+    workers. There is no error feedback.
+    """
     v: Tensor = bucket.buffer()
     low = v.min()
     width = ((v.max() - low) / 255).clamp_min(torch.finfo(v.dtype).tiny)

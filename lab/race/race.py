@@ -1,6 +1,6 @@
-"""A race of contenders in the same worker processes, by alternating blocks of steps.
+"""A race of contenders in the same worker processes, which alternate in blocks of steps.
 
-`Outcome` is the result of a race: laps, and the rows of its table.
+A lap is the measured time and bytes of a contender. `Outcome` is the result of a race.
 """
 
 import os
@@ -25,8 +25,8 @@ class Lap:
     """Training steps of one contender, measured by worker 0; all figures are per step."""
 
     contender: str
-    seconds: tuple[float, ...]  # of the slowest worker; one per block of consecutive steps
-    sent: float  # bytes by packsaddle's ledger, or for a peer computed from its collective
+    seconds: tuple[float, ...]  # times of the slowest worker, one per block of consecutive steps
+    sent: float  # bytes that packsaddle's ledger counted, or that a peer's collective must send
     received: float
     interface_sent: float | None  # bytes that the network interface counted, headers included
     interface_received: float | None
@@ -34,7 +34,7 @@ class Lap:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Laps and notes of one race."""
+    """The laps of one race, one per contender, and notes on contenders that could not run."""
 
     laps: tuple[Lap, ...] = ()
     notes: tuple[str, ...] = ()
@@ -43,9 +43,10 @@ class Outcome:
 def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) -> list[dict[str, Any]]:
     """Return rows of step times relative to dense DDP's and, if the link's rates are given, relative to the floor.
 
-    `up` and `down` (None: `up`) are bytes per second. "kB" are the ledger's 1,000 bytes, in the direction with more of
-    them; the floor is the time to compute a step without exchange plus that of its bytes in the slower direction;
-    "allowed" is dense DDP's floor over the contender's; "counted" are the bytes that the interface sent.
+    `up` and `down` (None: `up`) are bytes per second. "kB" is in units of 1,000 bytes, and counts the ledger's bytes
+    sent or received, whichever are more. The floor is the time to compute a step without exchange, plus the time of the
+    step's bytes in the slower direction. "allowed" is dense DDP's floor over the contender's. "counted kB" is counted
+    by the network interface, for sent bytes.
     """
     times = {lap.contender: Timing.of(list(lap.seconds)) for lap in laps}
     compute = times[ALONE].median
@@ -72,7 +73,8 @@ def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) 
     return rows
 
 
-_WARM_UP = 3  # steps: DDP rebuilds its buckets after the first, torch's PowerSGD begins at the third
+# Number of untimed first steps. DDP rebuilds its buckets after step 1, and torch's PowerSGD begins at step 3.
+_WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -93,30 +95,30 @@ class Race:
         for name in ("rounds", "block"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        self.field()  # raises ValueError for an invalid contender
+        self.field()  # called for its errors: ValueError for an invalid contender
 
     def field(self) -> list[Contender]:
-        """Return the contenders, with ALONE and DENSE."""
+        """Return all contenders: the requested ones, training without exchange (ALONE) and dense DDP (DENSE)."""
         return parse_all((ALONE, DENSE, *self.contenders), self.lr)
 
 
 def in_process_group(race: Race) -> Outcome:
-    """Join the launcher's world, run the race, and leave the world."""
+    """Join the process group of the launcher (torchrun), run the race, and leave the group."""
     with process_group() as group:
         settle(group)
         return run(race)
 
 
 def settle(group: Group) -> None:
-    """Set this worker to one thread, on its own core if there are enough cores."""
+    """Limit this worker to one thread, and pin it to its own core if there are enough cores."""
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):  # Linux
+    if hasattr(os, "sched_setaffinity"):  # only on Linux
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[group.rank % len(cores)]})
 
 
 def run(race: Race) -> Outcome:
-    """Run a race; collective."""
+    """Run a race and return its outcome; collective."""
     torch.set_num_threads(1)
     group, contenders = resolve(None), race.field()
     batches = race.workload.batches(race.workload.examples(), group.rank, group.size)
@@ -141,7 +143,7 @@ def run(race: Race) -> Outcome:
 
 
 def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) -> Racer:
-    """Set up a racer and warm it up, to the end of a period and of its exchanges. Raises CannotRunError."""
+    """Set up a contender, and warm it up until the end of a period, when no exchange runs. Raises CannotRunError."""
     racer = enter(contender, race.workload.task(), race.recipe)
     probe(racer, contender, batches(0))
     while racer.steps < _WARM_UP or racer.steps % contender.period:
@@ -151,10 +153,11 @@ def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) ->
 
 
 def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], group: Group) -> Lap:
-    """Time a block of consecutive steps, in whole periods, that all workers begin together; batches are read before.
+    """Time a block of consecutive steps, consisting of whole periods. All workers begin it together.
 
-    Between blocks no exchange runs. So if exchanges overlap with later steps, an untimed period precedes the block: its
-    last exchange ends within the block, as the block's last one ends after it.
+    Batches are read before the block. Between blocks no exchange runs. If exchanges overlap with later steps, the last
+    exchange of the block ends after it; in return an untimed period precedes the block, whose last exchange ends within
+    the block.
     """
     steps = -(-race.block // contender.period) * contender.period
     before = contender.period if contender.delay else 0
@@ -168,7 +171,8 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
         racer.step(batch)
     seconds = time.perf_counter() - begin
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
-    # Only now are all of this host's bytes sent: a collective returns when its own result has arrived.
+    # Read the byte counts only now, after a collective of all workers: an exchange returns as soon as its own result
+    # has arrived, while bytes for other workers may still be unsent.
     now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     nothing: list[float | None] = [None, None]
     over = [(b - a) / len(read) for a, b in zip(counted, counted_now, strict=True)] or nothing
@@ -177,7 +181,7 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
 
 
 def _merged(laps: list[Lap]) -> Lap:
-    """Return one lap of several blocks: all their times, and the mean of their bytes."""
+    """Merge the laps of a contender's blocks into one lap, which has all times and the mean numbers of bytes."""
 
     def mean(values: list[float | None]) -> float | None:
         known = [v for v in values if v is not None]
@@ -198,7 +202,7 @@ def _meet(group: Group) -> None:
 
 
 def _interface(name: str | None) -> list[int]:
-    """Return the bytes that a network interface has sent and received; [] without a name."""
+    """Return the numbers of bytes that a network interface has sent and received so far; [] if `name` is None."""
     if name is None:
         return []
     folder = Path("/sys/class/net") / name / "statistics"

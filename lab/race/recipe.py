@@ -1,8 +1,8 @@
 """Recipes of training in a race: the inner optimizer, its learning rate over the steps, and the clipping of gradients.
 
 "adamw" is nanoGPT's recipe: betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped to norm 1. "momentum"
-is the usual one of image networks: SGD with momentum 0.9 and weight decay 5e-4. Both have a linear warm-up and a cosine
-to a tenth. "sgd" is the paper's: one step size.
+is the usual recipe for image networks: SGD with momentum 0.9 and weight decay 5e-4. Both have a linear warm-up, then a
+cosine down to a tenth of the peak rate. "sgd" is the paper's recipe: a constant step size.
 """
 
 import math
@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 Kind = Literal["sgd", "momentum", "adamw"]
-_WARM_UP = 0.1  # of the steps, and at most _LONGEST of them
+_WARM_UP = 0.1  # length of the warm-up as a fraction of all steps, but at most _LONGEST steps
 _LONGEST = 100
 _LAST_SHARE = 0.1  # fraction of the peak rate at the end
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe of a training of `steps` steps."""
+    """The recipe of a training with `steps` steps: optimizer, learning rate schedule and clipping."""
 
     optimizer: Kind = "sgd"
     steps: int = 1000
@@ -38,7 +38,7 @@ class Recipe:
         return 1.0 if self.optimizer == "adamw" else None
 
     def make(self, parameters: Iterable[nn.Parameter], lr: float, *, momentum: float = 0.0) -> torch.optim.Optimizer:
-        """Return the optimizer, at its peak rate; `momentum` is for "sgd" only."""
+        """Return the optimizer with the peak learning rate `lr`. `momentum` is for the recipe "sgd" only."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr, momentum=momentum)
         if self.optimizer == "momentum":
@@ -49,23 +49,24 @@ class Recipe:
         return torch.optim.AdamW([decayed, others], lr, betas=(0.9, 0.99))
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """Return the schedule of the rate, None for a constant one."""
+        """Return the learning rate schedule, or None if the rate is constant."""
         if self.optimizer == "sgd":
             return None
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self.share)
 
     def share(self, step: int) -> float:
-        """Return the fraction of the peak rate at a step."""
+        """Return the learning rate at a step, as a fraction of the peak rate."""
         return share_of_peak(step, max(1, min(_LONGEST, round(_WARM_UP * self.steps))), self.steps)
 
 
-CONSTANT = Recipe()  # the paper's
+CONSTANT = Recipe()  # the paper's recipe: SGD with a constant step size
 
 
 def share_of_peak(step: float, warm_up: float, end: float) -> float:
-    """Return the fraction of the peak rate at a step, from 0: linear warm-up, then half a cosine to a tenth at `end`.
+    """Return the learning rate at a step, counted from 0, as a fraction of the peak rate.
 
-    The race does not use the library's schedule, so that its results stay comparable if that changes.
+    The rate rises linearly for `warm_up` steps, then falls by half a cosine to a tenth at step `end`. The race does not
+    use the library's schedule, so that its results stay comparable if the library changes.
     """
     if step + 1 < warm_up:
         return (step + 1) / warm_up

@@ -2,11 +2,12 @@
 
     python -m lab.race.regret experiments/race [--workers 2]
 
-For each number of workers and link of a race (`python -m lab.race loss`): predicted and measured milliseconds of
-the steps that the planner supports, and the regret: the measured time to the target of the method that it chooses, over
-that of the best method that it could have chosen. The planner gets the measured computing time of `alone` on that link,
-and speeds of coding measured here, so run this on the machine of the race. If workers share cores, which the planner
-does not model, its coding times are multiplied by the number of workers per core.
+Prints, for each number of workers and link of a race (`python -m lab.race loss`), the predicted and measured
+milliseconds of the steps that the planner supports. It also prints the regret: the measured time to the target of the
+method that the planner chooses, over that of the best method that it could have chosen. The planner gets the computing
+time of `alone`, measured on the same link, and speeds of packing and unpacking that are measured now, so run this on
+the machine of the race. The planner does not model workers that share cores; therefore its coding times are multiplied
+by the number of workers per core.
 """
 
 import argparse
@@ -39,14 +40,14 @@ from packsaddle.plan import MEASURED as HOOK
 
 @cache
 def pace(compressor: object, d: int, workers: int) -> Pace:
-    """Return the speed of a compressor, measured once, and reduced if workers share cores."""
+    """Return a compressor's speed of packing and unpacking, measured once and reduced if workers share cores."""
     alone, share = measure(compressor, d, repeats=5), max(1.0, workers / (os.cpu_count() or 1))  # type: ignore[arg-type]
     lines = {name: [share * value for value in astuple(line)] for name, line in vars(alone).items()}
     return Pace(**{name: Line(*values) for name, values in lines.items()})
 
 
 def setting(contender: Contender) -> Setting | None:
-    """Return a contender's planner setting of local updates, None for a contender of another kind."""
+    """Return a contender's local updates as the planner's setting, or None if the planner does not support it."""
     if contender.every is None or contender.compressor is None or contender.outer != "none" or contender.delay:
         return None
     kept = not contender.compressor.lossless
@@ -70,7 +71,10 @@ def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, up
 
 
 def factor(text: str, workers: int) -> float | None:
-    """Return the planner's multiple of dense training's steps at the nearest measured period; None if unmeasured."""
+    """Return the number of steps that a contender needs, as the planner's multiple of dense training's steps.
+
+    The multiple is that of the nearest measured period; None if no measured period is within 10% of the contender's.
+    """
     contender = parse(text, 1.0)
     if text == DENSE:
         return 1.0
@@ -114,7 +118,7 @@ def _one_link(
     update: float,
     table: list[dict[str, object]],
 ) -> str:
-    """Print predicted and measured steps, and return the row of the regret."""
+    """Print the predicted and measured step times on one link, and return the link's row in the table of regrets."""
     fleet = Fleet(workers, here[ALONE].ms / 1000)
     nominal = Link.nominal(1e6 * min(link.up, link.down), LATENCY)
     predicted = foreseen(list(here), workload, nominal, fleet, update)

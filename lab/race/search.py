@@ -1,6 +1,7 @@
-"""A search for each contender's best step size: one grid with the first seed, then more seeds at the best of each.
+"""A search for each contender's best step size.
 
-Finished curves are written to a file, and curves in the file are not made again.
+All step sizes of one grid are tried with the first seed; then the best one is repeated with more seeds. Finished curves
+are written to a file, and curves in the file are not made again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from packsaddle.comm import launch
 
 @dataclass(frozen=True)
 class Search:
-    """The contenders of one number of workers, the grid for those without a step size, and the number of seeds."""
+    """The settings of a search with one number of workers: contenders, a grid of step sizes, and a number of seeds.
+
+    The grid is for contenders whose text has no step size.
+    """
 
     training: Training
     workers: int
@@ -36,7 +40,10 @@ class Search:
             self._rates(text)
 
     def run(self, out: Path) -> None:
-        """Make the missing curves, with one launch of workers per contender. Raises WorkerFailedError."""
+        """Make the curves that the file does not have. The workers are launched once per contender.
+
+        Raises WorkerFailedError.
+        """
         for text in dict.fromkeys(self.contenders):
             for jobs in (self.first, self.more):
                 curves = load(out)
@@ -45,13 +52,14 @@ class Search:
                     launch(train_all, (self.training, missing, out), self.workers)
 
     def first(self, text: str, curves: Sequence[Curve]) -> list[Job]:
-        """Return the jobs of the first seed, at every step size."""
+        """Return the jobs of a contender with the first seed: one per candidate step size."""
         return [Job(self.workers, text, rate, 0) for rate in self._rates(text)]
 
     def more(self, text: str, curves: Sequence[Curve]) -> list[Job]:
-        """Return the jobs of further seeds at the best step size; [] if another entry of the contender was better.
+        """Return the jobs of a contender with further seeds, at its best step size.
 
-        A contender may be listed several times with different step sizes, which are then the candidates.
+        A contender may be listed several times with different step sizes, which are then the candidates. Returns [] if
+        another one of these entries has the best step size.
         """
         key = self._key(text)
         mine = [c for c in curves if c.workers == self.workers and c.seed == 0 and self._key(c.contender) == key]
@@ -61,11 +69,11 @@ class Search:
         return [Job(self.workers, text, best, seed) for seed in range(1, self.seeds) if best in self._rates(text)]
 
     def _rates(self, text: str) -> tuple[float, ...]:
-        """Return the candidate step sizes of a contender: its own, or the grid."""
+        """Return the candidate step sizes of a contender: the one in its text, or the grid."""
         own = parse(text, -1.0).lr
         return self.grid if own < 0 else (own,)
 
     def _key(self, text: str) -> tuple[str, int]:
-        """Return the setting for which the step size is searched: method and steps."""
+        """Return the contender's method and number of steps, for which one best step size is searched."""
         contender = parse(text, 1.0)
         return contender.method, contender.steps or self.training.steps

@@ -1,4 +1,4 @@
-"""A race to a target by the clock: which runs are missing, running them on links, and the table of all.
+"""A race to a target loss by the clock: finds the missing runs, does them on links, and makes tables of all runs.
 
 The folder of a race has `runs.csv` and `steps.csv`; a row is added after each training, so an interrupted race
 continues where it ended.
@@ -22,12 +22,12 @@ from lab.race.workload import TrainingWorkload
 from packsaddle.comm import WorkerFailedError, launch
 
 Part = Literal["all", "steps", "runs", "plan", "tables"]
-LOCAL = "local"  # the rate of processes without a link
+LOCAL = "local"  # the name, instead of a link's rate, for processes without a slow link
 
 
 @dataclass(frozen=True)
 class TargetRace:
-    """The settings, restricted to some methods, links and seeds, and the folder of the rows."""
+    """A race's settings and folder, restricted to some methods, links, numbers of workers and seeds."""
 
     settings: TargetSettings
     folder: Path
@@ -44,7 +44,10 @@ class TargetRace:
                 Rates.parse(rate)
 
     def run(self, part: Part) -> list[Result]:
-        """Make the missing rows of a part, and return the tables. Raises ValueError, WorkerFailedError."""
+        """Measure the missing rows of a part of the race, and return its tables.
+
+        Raises ValueError for invalid rows or settings, and WorkerFailedError.
+        """
         text = TrainingWorkload("gpt", self.settings.batch, self.settings.text or None).text_hash()
         origins = [*(run.origin for run in self.trainings()), *(step.origin for step in self.timed())]
         check_text(origins, text, self.folder)
@@ -61,16 +64,16 @@ class TargetRace:
         return [self._plan()] if part == "plan" else self._tables()
 
     def trainings(self) -> list[TargetRun]:
-        """Return the rows of trainings to this target."""
+        """Return the stored rows of trainings to this race's target."""
         rows = load_runs(self.folder / "runs.csv")
         return [row for row in rows if row.target == self.settings.target]
 
     def timed(self) -> list[TargetStep]:
-        """Return the rows of timed steps."""
+        """Return the stored rows of timed steps."""
         return load_steps(self.folder / "steps.csv")
 
     def missing_steps(self) -> Iterator[tuple[int, Jobs]]:
-        """Yield the number of workers and the jobs of each link with untimed methods."""
+        """Yield, for each link on which some methods are not timed yet, the number of workers and the jobs."""
         done = {(row.workers, row.rate, row.method) for row in self.timed()}
         for workers in self.workers:
             for rate in self.rates:
@@ -78,7 +81,7 @@ class TargetRace:
                     yield workers, Jobs(self.settings, str(self.folder), rate, timed=timed)
 
     def missing_runs(self) -> Iterator[tuple[int, Jobs]]:
-        """Yield the number of workers and the jobs of each link with missing trainings; methods take turns."""
+        """Yield, for each link with missing trainings, the number of workers and the jobs; methods alternate."""
         done = {(row.workers, row.rate, row.method, row.seed) for row in self.trainings()}
         for workers in self.workers:
             for rate in self.rates:
@@ -94,7 +97,10 @@ class TargetRace:
                 _on_hosts(jobs, workers)
 
     def steps(self, method: Method, workers: int) -> tuple[float, float, float] | None:
-        """Return mean, least and most steps to the target over seeds: simulated, else of trainings on any link."""
+        """Return the mean, minimum and maximum over seeds of a method's steps to the target, or None if unknown.
+
+        They are from simulated trainings if there are any, otherwise from trainings on any link.
+        """
         if not method.overlap and (found := predicted_steps(method, workers, self.settings.target)):
             return found
         runs = [run for run in self.trainings() if (run.workers, run.method) == (workers, method.name) and run.reached]
@@ -102,7 +108,10 @@ class TargetRace:
         return (statistics.fmean(by_seed.values()), min(by_seed.values()), max(by_seed.values())) if by_seed else None
 
     def predicted(self, method: Method, workers: int, rate: str) -> tuple[float, float, float] | None:
-        """Return the predicted seconds and their interval: steps to the target times the timed step; or None."""
+        """Return the predicted seconds to the target with their lower and upper ends, or None if unknown.
+
+        A prediction is the number of steps to the target times the timed step.
+        """
         steps = self.steps(method, workers)
         timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, method.name)]
         if steps is None or not timed:
@@ -111,9 +120,10 @@ class TargetRace:
         return steps[0] * step.ms / 1000, steps[1] * step.low / 1000, steps[2] * step.high / 1000
 
     def limit(self, inner: Inner, workers: int, runs: Sequence[TargetRun] = ()) -> float | None:
-        """Return the seconds of computing dense training's own steps to the target, with this optimizer, or None.
+        """Return the seconds that dense training with this optimizer computes until the target, without exchanges.
 
-        A step alone has the mean time of those around `runs`; if they have none, of those timed on any link.
+        The time of a step without exchanges is the mean over the blocks timed before and after `runs`, or if there are
+        none, over those timed on any link. Returns None if the time or the number of steps is unknown.
         """
         dense = next((m for m in self.settings.methods if m.kind == "dense" and m.inner == inner), None)
         timed = [run.alone_ms for run in runs if run.alone_ms is not None] or [
@@ -123,7 +133,7 @@ class TargetRace:
         return steps[0] * statistics.fmean(timed) / 1000 if steps and timed else None
 
     def _step_table(self) -> Result:
-        """Return the table of timed steps on these links."""
+        """Return the table of timed steps on the race's links."""
         mine = [row for row in self.timed() if row.workers in self.workers and row.rate in self.rates]
         names = ("workers", "rate", "method", "ms", "low", "high", "steps")
         rows = [{name: getattr(row, name) for name in names} for row in mine]
@@ -132,7 +142,7 @@ class TargetRace:
         return Result("How many milliseconds does a step take?", setting, rows, notes, digits=4)
 
     def _plan(self) -> Result:
-        """Return the table of missing trainings, with the predicted seconds of each."""
+        """Return the table of trainings that are still missing, with the predicted seconds of each."""
         rows = [
             {
                 "workers": workers,
@@ -164,7 +174,10 @@ class TargetRace:
         }
 
     def _tables(self) -> list[Result]:
-        """Return a table for each link with rows: seconds of each part, the prediction, and the limit."""
+        """Return a table for each link on which there are trainings.
+
+        It has the seconds of each part of the training, the predicted seconds, and the `limit` by computing alone.
+        """
         found = []
         for workers in self.workers:
             for rate in self.rates:

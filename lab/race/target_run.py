@@ -1,8 +1,8 @@
-"""Trainings until a target loss, by the clock, and timed blocks of steps; run by all workers of a link.
+"""Trainings until a target loss, by the clock, and timed blocks of steps. All workers of a link run this module.
 
 A training's time has three parts: the start (packsaddle's and DDP's first exchange), the steps until the loss reaches
-the target, interpolated between two evaluations, and the flush, which gives all workers one model. Evaluations are not
-timed; they are made where no exchange overlaps with steps, so that none proceeds while the clock stands.
+the target, interpolated between two evaluations, and the flush, which gives all workers one model. The clock is stopped
+during evaluations. They are made where no exchange overlaps with steps, so that no exchange proceeds untimed.
 
     python -m lab.race.target_run JOBS.json     # on a host, by torchrun
 """
@@ -32,12 +32,12 @@ from packsaddle.comm import Group, process_group
 from packsaddle.options import build
 from packsaddle.plan import Timing
 
-_ALONE = 25  # steps of a block without exchanges
+_ALONE = 25  # number of steps of a timed block without exchanges
 
 
 @dataclass(frozen=True)
 class TargetRun:
-    """One training until the target. Times are seconds by worker 0's clock, bytes are worker 0's."""
+    """The row of one training until the target. Times are seconds by worker 0's clock; bytes are those of worker 0."""
 
     workers: int
     rate: str
@@ -45,28 +45,29 @@ class TargetRun:
     seed: int
     lr: float
     target: float
-    reached: bool  # else the numbers are those at the end
-    steps: float  # to the target, interpolated
+    reached: bool  # False: the target was not reached, and all numbers are those at the end of the training
+    steps: float  # number of steps to the target, interpolated
     start_s: float
-    train_s: float  # of steps to the target, interpolated; without evaluations
+    train_s: float  # duration of the steps to the target, interpolated, without evaluations
     flush_s: float
-    block_ms: float  # median over the blocks between evaluations, per step
-    rounds_mb: float  # sent by steps up to the end, by the ledger (peers: by arithmetic)
-    with_ends_mb: float  # the same with start and flush
-    counted_mb: float | None  # start, steps and flush as the interface counted them, headers included
-    curve: str  # step:seconds:loss of each evaluation
-    alone_ms: float | None = None  # a step without exchanges, by the slowest worker: mean of a block before and after
+    block_ms: float  # milliseconds per step: the median over the blocks between evaluations
+    rounds_mb: float  # megabytes that all steps sent, counted by the ledger (for peers: computed)
+    with_ends_mb: float  # megabytes that start, steps and flush sent, counted in the same way
+    counted_mb: float | None  # megabytes that the network interface sent during start, steps and flush, with headers
+    curve: str  # "step:seconds:loss" of each evaluation, separated by spaces
+    # Milliseconds of a step without exchanges, by the slowest worker: mean of two blocks, before and after training.
+    alone_ms: float | None = None
     origin: Origin = UNKNOWN
 
     @property
     def total_s(self) -> float:
-        """Seconds of start, steps and flush."""
+        """The total seconds of start, steps and flush."""
         return self.start_s + self.train_s + self.flush_s
 
 
 @dataclass(frozen=True)
 class TargetStep:
-    """The milliseconds of a method's step: median and range over blocks, by the slowest worker."""
+    """The milliseconds of a method's step, by the slowest worker: median and range over blocks."""
 
     workers: int
     rate: str
@@ -74,7 +75,7 @@ class TargetStep:
     ms: float
     low: float
     high: float
-    steps: int  # of a block
+    steps: int  # number of steps of a block
     origin: Origin = UNKNOWN
 
 
@@ -88,14 +89,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Jobs:
-    """The work of the workers of one link, sent to them as JSON: trainings, and methods to time."""
+    """The work for the workers on one link: trainings, and methods whose steps are timed. Workers read it as JSON."""
 
     settings: TargetSettings
-    out: str  # folder of runs.csv and steps.csv
+    out: str  # folder that contains runs.csv and steps.csv
     rate: str
     trainings: tuple[Training, ...] = ()
-    timed: tuple[str, ...] = ()  # methods whose steps are timed in turns
-    interface: str = ""  # network interface whose bytes are counted
+    timed: tuple[str, ...] = ()  # methods whose steps are timed, in alternating blocks
+    interface: str = ""  # network interface whose bytes are counted; "": none
 
 
 def work(jobs: Jobs) -> None:
@@ -125,12 +126,12 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
     _warm_up(settings, method, texts[0], batches, group)
     network, windows = _network(settings, texts[0], seed), evenly_spaced(len(texts[1]), settings.windows)
 
-    # Time computing alone before and after, since the machine's speed varies between trainings.
+    # Time steps without exchanges before and after the training, since the machine's speed varies between trainings.
     computing = _enter_to_time(settings, alone(method.inner), texts[0])
     _block(computing, 2, batches, group)
     blocks = [_block(computing, _ALONE, batches, group)]
 
-    # Start, then blocks of steps with an evaluation after each.
+    # Time the start, then blocks of steps, with an untimed evaluation after each block.
     with clock.running(group):
         entrant = enter(method, network, lr, steps=settings.steps, warm_up=settings.warm_up)
     start, begun = clock.seconds, entrant.sent()
@@ -147,7 +148,7 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
         if not settings.target < loss < float("inf") or end >= settings.steps or elapsed > settings.max_seconds:
             break
 
-    # Flush, and the row.
+    # Time the flush, and make the row.
     before, rounds = clock.seconds, entrant.sent() - begun
     with clock.running(group):
         entrant.flush()
@@ -176,10 +177,11 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
 
 
 def crossing(curve: Sequence[tuple[int, float, float]], target: float) -> tuple[float, float]:
-    """Return steps and seconds at which the loss falls to the target, on the line through the last two evaluations.
+    """Return the steps and seconds at which the loss falls to the target.
 
-    The last ones if it is above the target, or if there is one evaluation only. `curve` ends at the first loss that
-    reaches the target.
+    `curve` has (steps, seconds, loss) of each evaluation up to the first one that reaches the target. The result is
+    interpolated between the last two evaluations. If the target was not reached, or there is only one evaluation, it is
+    that of the last evaluation.
     """
     step, seconds, loss = curve[-1]
     if len(curve) < 2 or not loss <= target:
@@ -190,7 +192,10 @@ def crossing(curve: Sequence[tuple[int, float, float]], target: float) -> tuple[
 
 
 def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list[TargetStep]:
-    """Time blocks of whole periods, from quiet step to quiet step, of all methods in turns; collective."""
+    """Time blocks of steps of all methods, which alternate; collective.
+
+    A block consists of whole periods, and begins and ends at a quiet step, after which no overlapping exchange runs.
+    """
     settings = jobs.settings
     batches = _batches(settings, texts[0], 0, group)
     timed = [replace(settings.method(name), start=2) for name in jobs.timed]
@@ -217,13 +222,13 @@ def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list
 
 
 def _enter_to_time(settings: TargetSettings, method: Method, data: Dataset) -> Entrant:
-    """Set up a method with a network that is thrown away, at a rate at which no method diverges; collective."""
+    """Set up a method with a network that is only timed, at a learning rate at which no method diverges; collective."""
     network = _network(settings, data, 0)
     return enter(method, network, 1e-4, steps=settings.steps, warm_up=settings.warm_up)
 
 
 def _block(entrant: Entrant, steps: int, batches: Callable[[int], Batch], group: Group) -> float:
-    """Make steps that all workers begin together; return the seconds of the slowest worker."""
+    """Do a block of steps, which all workers begin together, and return the seconds of the slowest worker."""
     group.all_reduce(torch.zeros(1))
     begin = time.perf_counter()
     for _ in range(steps):
@@ -233,7 +238,7 @@ def _block(entrant: Entrant, steps: int, batches: Callable[[int], Batch], group:
 
 
 class _Clock:
-    """Seconds and bytes sent by this worker in its running phases."""
+    """A clock that is stopped between phases; it also counts the bytes that this worker's interface sends."""
 
     def __init__(self, interface: str) -> None:
         self.seconds, self.sent = 0.0, 0
@@ -241,7 +246,7 @@ class _Clock:
 
     @contextmanager
     def running(self, group: Group) -> Iterator[None]:
-        """Count within; all workers begin together."""
+        """Count time and bytes within this context. All workers begin it together."""
         group.all_reduce(torch.zeros(1))
         before, begin = self._bytes(), time.perf_counter()
         yield
@@ -255,7 +260,7 @@ class _Clock:
 def _warm_up(
     settings: TargetSettings, method: Method, data: Dataset, batches: Callable[[int], Batch], group: Group
 ) -> None:
-    """Compile loops and open connections, with two steps of a network that is thrown away."""
+    """Do two steps with a temporary network, so that compiling loops and opening connections is not timed."""
     local = method.kind in ("local", "local-sgd")
     short = replace(method, every=2 if local else 1, overlap=min(method.overlap, 1), start=2)
     entrant = _enter_to_time(settings, short, data)
@@ -264,7 +269,7 @@ def _warm_up(
 
 
 def _block_seconds(curve: Sequence[tuple[int, float, float]]) -> list[float]:
-    """Return the seconds per step of each block between evaluations."""
+    """Return the seconds per step for each block of steps between two evaluations of a `curve`."""
     ends = [(0, 0.0), *((step, seconds) for step, seconds, _ in curve)]
     return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(ends)]
 
@@ -283,7 +288,7 @@ def _network(settings: TargetSettings, data: Dataset, seed: int) -> Any:
 
 
 def _batches(settings: TargetSettings, data: Dataset, seed: int, group: Group) -> Callable[[int], Batch]:
-    """Return this worker's batch as a function of the step, as in lab/bench/muon.py."""
+    """Return a function from a step to this worker's batch, which is the same as in lab/bench/muon.py."""
     mine = shard(data, "iid", worker=group.rank, workers=group.size, seed=seed)
     order, cpu = Batches(mine, settings.batch, worker=group.rank, seed=seed), torch.device("cpu")
     return lambda step: data.batch(order[step], cpu)
@@ -294,7 +299,7 @@ def _origin(settings: TargetSettings) -> Origin:
 
 
 def save(path: Path, rows: Sequence[TargetRun | TargetStep]) -> None:
-    """Add rows to their file."""
+    """Add rows to a CSV file."""
     plain = [asdict(row) for row in rows]
     add_rows(path, [row | row.pop("origin") for row in plain])
 
@@ -310,7 +315,7 @@ def load_steps(path: Path) -> list[TargetStep]:
 
 
 def _cells(row: Mapping[str, str], kind: type) -> dict[str, Any]:
-    """Convert a row's cells to the types of the fields of `kind`."""
+    """Return a CSV row's cells, converted to the types of the fields of the dataclass `kind`."""
     found: dict[str, Any] = {"origin": Origin.of_row(row)}
     for name, hint in kind.__annotations__.items():
         text = row.get(name) or ""
@@ -324,7 +329,7 @@ def _cells(row: Mapping[str, str], kind: type) -> dict[str, Any]:
 
 
 def main(path: str) -> None:
-    """Run the jobs of a file."""
+    """Run the jobs in a JSON file, as a worker that torchrun has started."""
     work(build(Jobs, json.loads(Path(path).read_text())))
 
 

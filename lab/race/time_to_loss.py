@@ -1,8 +1,8 @@
 """The time to train to a loss on a link: the number of steps to the loss, from curves, times the seconds of a step.
 
-The target is the loss of dense training at nine tenths of its tokens, separately for each seed: seeds differ in network
-and batches, which are the same for all contenders. Steps and their times are measured separately (see `curves` and
-`race`) and multiplied here, so one curve is valid for all links.
+The target is the loss of dense training after nine tenths of its tokens, separately for each seed. A seed determines
+the initial network and the batches, which are the same for all contenders. The number of steps and the time of a step
+are measured separately (see `curves` and `race`) and multiplied here, so one curve is valid for all links.
 """
 
 import math
@@ -19,7 +19,7 @@ from lab.race.curves import Curve
 from lab.race.race import Lap
 from packsaddle.plan import Timing
 
-_TARGET = 0.9  # fraction of dense training's tokens
+_TARGET = 0.9  # fraction of dense training's tokens after which its loss is the target
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Rates:
 
     @classmethod
     def parse(cls, text: str) -> "Rates":
-        """Read "50", or "10/100" for 10 up and 100 down. Raises ValueError."""
+        """Read rates in Mbit/s: "50" for both directions, or "10/100" to send at 10 and receive at 100.
+
+        Raises ValueError for an invalid text.
+        """
         words = text.split("/")
         try:
             rates = [float(word) for word in words]
@@ -53,16 +56,16 @@ class StepOnLink:
     up: float
     down: float
     contender: str
-    ms: float  # milliseconds, median over turns; then the range
+    ms: float  # milliseconds of a step, median over turns; `low` and `high` are the range
     low: float
     high: float
-    kb: float  # the ledger's kB per step, in the direction with more
-    counted_kb: float  # kB per step that the interface sent
+    kb: float  # kB per step by the ledger, sent or received, whichever are more
+    counted_kb: float  # kB per step that the network interface sent
     origin: Origin = UNKNOWN
 
     @classmethod
     def of(cls, workers: int, link: Rates, lap: Lap, origin: Origin) -> "StepOnLink":
-        """Return the step of a race's lap."""
+        """Return the row of a step on a link, from a race's lap."""
         time = Timing.of(list(lap.seconds))
         ms, low, high = (round(1000 * seconds, 3) for seconds in (time.median, time.low, time.high))
         counted = (lap.interface_sent or 0.0) / 1000
@@ -72,18 +75,18 @@ class StepOnLink:
 
     @property
     def link(self) -> Rates:
-        """The link on which it was timed."""
+        """The rates of the link on which the step was timed."""
         return Rates(self.up, self.down)
 
 
 def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
-    """Add rows to the file."""
+    """Add rows of timed steps to a CSV file."""
     rows = map(asdict, steps)
     add_rows(path, [row | row.pop("origin") for row in rows])
 
 
 def load_steps(path: Path) -> list[StepOnLink]:
-    """Return the rows of a file, [] if it does not exist. Raises ValueError for an invalid row."""
+    """Return the timed steps in a CSV file, [] if it does not exist. Raises ValueError for an invalid row."""
     return read_rows(path, _step, "step on a link")
 
 
@@ -94,7 +97,7 @@ def _step(row: Mapping[str, Any]) -> StepOnLink:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method with one number of steps: its curves at its best step size, one per seed."""
+    """One method with one training length: its curves at the best step size, one per seed."""
 
     method: str
     curves: tuple[Curve, ...]
@@ -106,11 +109,14 @@ class Entry:
 
     @property
     def losses(self) -> list[float]:
-        """The last losses, one per seed."""
+        """The final losses of the curves, one per seed."""
         return [curve.final for curve in self.curves]
 
     def steps_to(self, targets: Mapping[int, float]) -> list[float] | None:
-        """Return the steps to the target of each seed, or None if a seed does not reach its target or has none."""
+        """Return the number of steps to the target for each seed. `targets` has the target losses by seed.
+
+        Returns None if a seed does not reach its target or has no target.
+        """
         found = [curve.steps_to(targets.get(curve.seed, -math.inf)) for curve in self.curves]
         return None if None in found else [steps for steps in found if steps is not None]
 
@@ -121,7 +127,7 @@ def is_ours(method: str) -> bool:
 
 
 def entries(curves: Sequence[Curve]) -> list[Entry]:
-    """Return the entries of one number of workers' curves: each method with each number of steps it was trained for."""
+    """Return one entry for each method and each training length. All `curves` have the same number of workers."""
     groups: dict[tuple[str, int], list[Curve]] = {}
     for curve in curves:
         groups.setdefault((parse(curve.contender, curve.lr).method, curve.steps), []).append(curve)
@@ -129,7 +135,10 @@ def entries(curves: Sequence[Curve]) -> list[Entry]:
 
 
 def _best(group: list[Curve]) -> list[Curve]:
-    """Return the curves at the best step size, by mean last loss over seeds, among those with the most seeds."""
+    """Return the curves at the best step size, ordered by seed.
+
+    The best step size has the lowest mean final loss, among those that were run with the most seeds.
+    """
     by_rate: dict[tuple[str, float], list[Curve]] = {}
     for curve in group:
         by_rate.setdefault((curve.contender, curve.lr), []).append(curve)
@@ -139,12 +148,12 @@ def _best(group: list[Curve]) -> list[Curve]:
 
 
 def dense_of(found: Iterable[Entry]) -> Entry | None:
-    """Return dense training's entry, the first of its training lengths, or None."""
+    """Return the first entry of dense training, or None if there is none."""
     return next((entry for entry in found if entry.method == DENSE), None)
 
 
 def targets_of(dense: Entry) -> dict[int, float]:
-    """Return dense training's loss at nine tenths of its tokens, by seed."""
+    """Return the target losses by seed: the loss of dense training after nine tenths of its tokens."""
     return {curve.seed: curve.loss_at(_TARGET * curve.steps) for curve in dense.curves}
 
 
@@ -186,7 +195,10 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
 
 
 def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
-    """Return for each link the fastest method of packsaddle and of its peers, and the ratio of their times."""
+    """Return one row per link: packsaddle's fastest method, the fastest of torch's own methods, and their times' ratio.
+
+    `table` is the result of `rows`.
+    """
     found = []
     for link in dict.fromkeys(step.link for step in steps):
         name = str(link)
@@ -207,7 +219,7 @@ def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) ->
 
 
 def computing(steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
-    """Return for each contender the fraction of time in which it computes, by link."""
+    """Return one row per contender: the fraction of a step's time that is computing, for each link."""
     alone = {step.link: step.ms for step in steps if step.contender == ALONE}
     table: dict[str, dict[str, Any]] = {}
     for step in steps:

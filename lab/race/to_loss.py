@@ -51,7 +51,10 @@ class FullRace:
     block: int = 2
 
     def run(self, part: Part) -> list[Result]:
-        """Make the missing results of a part, and return the tables. Raises ValueError, WorkerFailedError."""
+        """Make the missing results of a part of the race, and return its tables.
+
+        Raises ValueError for invalid settings or data, and WorkerFailedError.
+        """
         if part not in get_args(Part):
             raise ValueError(f"only must be one of {', '.join(get_args(Part))}, got {part!r}")
         searches = [Search(self.training, w, self.contenders, self.grid, self.seeds) for w in self.workers]
@@ -71,7 +74,10 @@ class FullRace:
         return self._tables()
 
     def _claim(self, *, makes: bool) -> None:
-        """Raise ValueError if the folder has another race's results; else, with `makes`, write the settings to it."""
+        """Raise ValueError if the folder has the results of a race with different settings.
+
+        Otherwise, and if `makes` is True, the settings are written to the folder.
+        """
         path, workload = self.folder / "race.json", self.training.workload
         mine = {
             "model": workload.network,
@@ -99,7 +105,7 @@ class FullRace:
             partial.replace(path)
 
     def _time_steps(self, workers: int) -> None:
-        """Time on each link, in alternating turns, the contenders that were not timed there."""
+        """Time the steps of all contenders that were not timed on a link yet; contenders alternate."""
         path = self.folder / "steps.csv"
         for link in self.links:
             done = {s.contender for s in load_steps(path) if s.workers == workers and s.link == link}
@@ -115,7 +121,7 @@ class FullRace:
             save_steps(path, [StepOnLink.of(workers, link, lap, origin) for lap in laps])
 
     def _tables(self) -> list[Result]:
-        """Return the tables of the files, two or three per number of workers."""
+        """Return the tables of all stored results, two or three per number of workers."""
         curves, steps = load(self.folder / "curves.csv"), load_steps(self.folder / "steps.csv")
         found = []
         for workers in self.workers:
@@ -126,7 +132,10 @@ class FullRace:
 
 
 def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOnLink]) -> list[Result]:
-    """Return the tables of one number of workers: losses and times, the best on each link, fractions of computing."""
+    """Return the tables for one number of workers.
+
+    They are losses and times to the loss, the best methods on each link, and the fractions of time spent computing.
+    """
     workload = race.training.workload
     setting = {
         "workers": workers,
@@ -161,5 +170,5 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
 
 
 def _once(contenders: Iterable[str]) -> list[str]:
-    """Return the contenders with different step times: each method once, regardless of step size and steps."""
+    """Return one contender per method, since the time of a step does not depend on step size and training length."""
     return list(dict.fromkeys(parse(text, 1.0).method for text in (ALONE, DENSE, *contenders)))

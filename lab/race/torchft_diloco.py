@@ -1,4 +1,4 @@
-"""torchft's DiLoCo as a contender: AdamW or SGD inside, Nesterov momentum outside, on torchft's own Manager and gloo.
+"""torchft's DiLoCo as a contender, with AdamW or SGD as the inner optimizer, on torchft's own Manager and gloo.
 
 Each worker is one replica; worker 0 runs the lighthouse. DiLoCo's outer optimizer is the published one (Douillard et
 al. 2023): SGD of rate 0.7 with Nesterov momentum 0.9 on the mean local update, all-reduced in float32.
@@ -15,16 +15,16 @@ from torch import nn
 from packsaddle.comm import Group, connect, resolve
 from packsaddle.errors import require
 
-outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)  # of the anchor's tensors
+outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)  # makes the outer optimizer from the anchor
 _JOIN_MS = 30_000  # milliseconds that the lighthouse waits for late workers
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Callable[[], None]:
-    """Add DiLoCo rounds of `every` steps to `optimizer`; collective. Returns a function that ends them.
+    """Add DiLoCo rounds, one every `every` steps, to `optimizer`; collective.
 
-    Raises MissingExtraError without torchft.
+    Returns a function that ends torchft's background services. Raises MissingExtraError without torchft.
     """
-    os.environ.setdefault("RUST_LOG", "warn")  # else its servers log several lines per round
+    os.environ.setdefault("RUST_LOG", "warn")  # by default torchft's servers log several lines per round
     torchft: Any = require("torchft.local_sgd", "torchft", "diloco-N")
     group = resolve(None)
     lighthouse, place = _lighthouse(group)
@@ -43,7 +43,10 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
 
 
 def _lighthouse(group: Group) -> tuple[Any, str]:
-    """Start the lighthouse on worker 0; return it (None on other workers) and its address, on the master's host."""
+    """Start the lighthouse on worker 0, on the host of MASTER_ADDR.
+
+    Returns the lighthouse (None on all workers except worker 0) and its address.
+    """
     server, port = None, torch.zeros(1, dtype=torch.int64)
     if group.rank == 0:
         coordination: Any = require("torchft.coordination", "torchft", "diloco-N")

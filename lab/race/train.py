@@ -1,7 +1,7 @@
-"""Benchmarks of whole training steps, on this machine's own worker processes and over a real slow link.
+"""Benchmarks of whole training steps, in worker processes of this machine and over a real slow link.
 
-Contenders are the requested compressors and torch's own ways to exchange gradients. Over a link, step times are
-compared with the floor by their bytes.
+Contenders are the requested compressors and torch's own ways to exchange gradients. Over a link, the time of a step is
+compared with its floor: the computing time plus the time that the link needs for the step's bytes.
 """
 
 import json
@@ -30,7 +30,7 @@ def race_on_workers(race: Race, workers: int) -> list[Result]:
 
 
 def described(race: Race) -> dict[str, object]:
-    """Return the settings common to all races."""
+    """Return the settings of a race for the heading of its table."""
     workload = race.workload
     d, origin = sum(p.numel() for p in workload.task().parameters()), Origin.here(threads=1)
     return {
@@ -47,7 +47,7 @@ def described(race: Race) -> dict[str, object]:
 
 
 def legend(race: Race) -> list[str]:
-    """Return the notes that describe the contenders."""
+    """Return notes that describe a race's contenders, for its table."""
     peers = dict.fromkeys(c.peer for c in race.field() if c.peer)
     named = [f"{peer}: {PEERS[peer]}" for peer in peers]
     return [*named, "DDP overlaps its exchange with backward, and sends no batch statistics, as packsaddle does not"]

@@ -33,7 +33,9 @@ from lab.runs.tasks import (
 )
 
 Network = Literal["mnist-autoencoder", "resnet18", "resnet18-16", "gpt", "gpt-10m"]
-Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]; or int64[b, context] both
+# A batch of images is float32[b, channels, height, width] in [0, 1] and labels int64[b]. A batch of text is two tensors
+# int64[b, context]: characters, and the characters that follow them.
+Batch = tuple[Tensor, Tensor]
 
 _SHAPES: dict[str, tuple[int, int, int]] = {
     "mnist-autoencoder": (1, 28, 28),
@@ -55,8 +57,10 @@ _TEXT = DataConfig("text")
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """A network and its data. `batch` is per worker; without `data_dir` the images are synthetic, and the text is the
-    source of the standard library."""
+    """A network and its data, with `batch` examples per worker and step.
+
+    Without `data_dir`, images are synthetic, and text is the source of Python's standard library.
+    """
 
     network: Network
     batch: int
@@ -123,7 +127,7 @@ class TrainingWorkload:
 
 
 def evenly_spaced(n: int, most: int) -> Tensor:
-    """Return the indices of at most `most` of n examples, int64, at equal distances."""
+    """Return the indices of at most `most` out of n examples, evenly spaced, int64."""
     return torch.arange(0, n, max(1, n // most))[:most]
 
 
@@ -140,7 +144,10 @@ LIBRARY = SHA256[:12]  # hash of the standard library's text, as rows record it
 
 
 def load_library(config: DataConfig, *, train: bool) -> Text:
-    """Load the source of Python's standard library, cut as by `load_text`. Raises ConfigError if it is another text."""
+    """Load the source of Python's standard library: its last tenth, or with `train` the rest, cut into windows.
+
+    Raises ConfigError if the running Python has a different source.
+    """
     return cut_text(config, *_library(), "the standard library", train=train)
 
 

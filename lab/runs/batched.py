@@ -24,10 +24,11 @@ def why_not_batched(config: Config) -> str:
 
 
 class BatchedGradients:
-    """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at equal parameters.
+    """The gradients of the W workers of a serial simulation, computed together by `torch.func.vmap` over their batches.
 
-    They equal those of W passes up to rounding. Batch normalization over all workers shares its running statistics
-    between the workers' models; the ledger of each worker counts the bytes that its exchanges would have sent.
+    All workers must have equal parameters. The gradients equal those of W separate passes up to rounding. Batch
+    normalization over all workers shares its running statistics between the workers' models. The ledger of each worker
+    counts the bytes that its exchanges would have sent.
     """
 
     def __init__(
@@ -51,19 +52,20 @@ class BatchedGradients:
         """Set `.grad` to the gradients of this worker's mean loss on examples `index`, int64[b]; return the loss."""
         loss, gradients = self._group.computed_at_once(index, self._of_all)
         for name, p in self._parameters.items():
-            # The gradient needs the parameter's memory format, for views of the optimizer's flat vector.
+            # The gradient needs the parameter's memory format, so that it can be a view of the optimizer's flat vector.
             last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
             p.grad = gradients[name].contiguous(memory_format=layout)
         for norm in self._norms:
             for _ in ("forward", "backward"):
-                self._channel.count_mean(norm.weight.expand(2, -1), "batch norm")  # two moments of each channel
+                # A layer exchanges two moments of each channel.
+                self._channel.count_mean(norm.weight.expand(2, -1), "batch norm")
         return loss
 
     def _of_all(self, indices: list[Tensor]) -> Sequence[tuple[Tensor, Tensors]]:
         together = self._batch(torch.cat(indices))
         inputs, targets = (t.view(len(indices), -1, *t.shape[1:]) for t in together)
-        # channels_last would be slower under vmap, and warn.
+        # Use contiguous parameters, since channels_last is slower under vmap and causes warnings.
         parameters = {name: p.detach().contiguous() for name, p in self._parameters.items()}
         of_each = vmap(grad_and_value(self._loss), in_dims=(None, None, 0, 0))
         gradients, losses = of_each(parameters, dict(self._task.named_buffers()), inputs, targets)

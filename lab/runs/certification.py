@@ -24,20 +24,23 @@ from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
-_WORKERS_PER_CORE = 8  # most worker processes per core
-_BATCHES_OF_POPULATION = 32  # fewest batches: the population's bounds come from the variance between batches
+_WORKERS_PER_CORE = 8  # maximum number of worker processes per core
+# Minimum number of batches for a certificate of the population, whose bounds come from the variance between batches.
+_BATCHES_OF_POPULATION = 32
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Certification of weights of one run, all on the same examples."""
+    """Certification of one or more weights of one run, all on the same examples."""
 
     run: Path
-    files: tuple[Path, ...]  # files of weights, as saved by `Trainer`
+    files: tuple[Path, ...]  # files of weights, as `Trainer` saves them
     questions: Questions = Questions()  # noqa: RUF009 -- immutable
-    examples: int | None = None  # size of the random sample (by `questions.seed`); None: all, or `at_most` of them
+    # Size of the random sample of examples, drawn with `questions.seed`. None: all examples, up to `at_most`.
+    examples: int | None = None
     at_most: int | None = None  # maximum number of examples, if `examples` is None; None: no limit
-    batch_size: int | None = None  # None: 500 for all examples, 64 for a sample: a standard error needs many batches
+    # None: 500 for all examples. For a sample it is 64, since its standard error must be estimated from many batches.
+    batch_size: int | None = None
     double: bool = False  # True: compute in float64
     data_dir: Path | None = None
 
@@ -59,11 +62,14 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify the weights in every file, in `workers` new processes if above 1, and return one finding per file.
-        Raises ConfigError for more workers than examples, or more than 8 per core."""
+        """Certify the weights in every file, and return one finding per file.
+
+        If `workers` is above 1, that number of processes is started. Raises ConfigError if there are more workers than
+        examples, or more than 8 per core.
+        """
         if workers == 1:
             return self.certify()
-        _, data, _ = self.load()  # raises for invalid input before any worker starts
+        _, data, _ = self.load()  # raises ConfigError for invalid input, before any worker starts
         examples = self.examples or min(self.at_most or len(data), len(data))
         for most, of in ((examples, "examples"), (_WORKERS_PER_CORE * (os.cpu_count() or 1), "cores")):
             if workers > most:
@@ -82,7 +88,7 @@ class Audit:
             except ValueError as error:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
 
-        # Certify all files, with one countdown; then compute profiles, spectra and populations.
+        # Certify all files, with one progress display. Then compute the loss along directions, spectra and populations.
         certificates = []
         most = self.questions.search.max_hvps
         with self.questions.countdown("certify", len(self.files) * most) as progress:
@@ -109,7 +115,7 @@ class Audit:
         return task.to(examples.device, examples.dtype), examples
 
     def _examples(self, data: Dataset) -> Examples:
-        """Return this worker's part of the chosen examples, in batches."""
+        """Return this worker's part of the examples on which weights are certified, in batches."""
         group, n = resolve(None), len(data)
         order = torch.randperm(n, generator=generator(self.questions.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32

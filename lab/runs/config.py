@@ -25,7 +25,8 @@ from packsaddle.messages import shortened, shown
 from packsaddle.options.schema import build, line_of
 from packsaddle.sgd.gradient import Storm
 
-# The classes that `kind` may name; for type checkers, which cannot read PLAIN, their base class.
+# The type of a compressor in a configuration: a union of the classes that `kind` may name. Type checkers, which cannot
+# evaluate PLAIN, use the base class of these classes.
 if TYPE_CHECKING:
     AnyCompressor = Compressor
 else:
@@ -226,14 +227,15 @@ class Config(Compression):
             Storm(self.storm)
         check_momentum(*self.effective_momentum())
 
-        # The option classes raise for options that the optimizer of all workers, or local updates, do not support.
+        # Construct the option classes, which raise errors for options that CompressedSGD or local updates do not
+        # support.
         local = self.local
         if local is None:
             self.compression().for_sgd()
             return
         LocalOptions(self.compression(), **local.arguments())
 
-        # Each worker steps with local.optimizer: lr, momentum and nesterov are its options.
+        # With local updates, lr, momentum and nesterov are options of local.optimizer, with which each worker steps.
         if self.storm is not None:
             raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
         if self.momentum and local.optimizer == "adamw":
@@ -248,7 +250,7 @@ class Config(Compression):
         return Compression(**values | {"monitor_every": self.log_every})
 
     def effective_momentum(self) -> tuple[float, bool]:
-        """Return the momentum and whether it is Nesterov's; by default those of the optimizer."""
+        """Return the momentum, and True if it is Nesterov momentum; by default those of the optimizer."""
         if self.momentum is None and self.local is not None and self.local.optimizer == "muon":
             return 0.95, True
         return self.momentum or 0.0, self.nesterov
@@ -269,13 +271,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 def configure(
     data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
 ) -> Config:
-    """Build a Config from nested dictionaries, after applying overrides, such as "data.limit=100", to them in place.
-    Raises ConfigError, naming the override at fault, else the key's place: `origin(key)`, such as a line of a file."""
+    """Build a Config from nested dictionaries, after applying overrides such as "data.limit=100" to them in place.
+
+    Raises ConfigError, which names the override at fault. If no override is at fault, it names the place of the key,
+    `origin(key)`, such as a line of a file.
+    """
     given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
     try:
         return build(Config, data)
     except ConfigError as error:
-        # At fault is the last override of the key or of a table that contains it, else that of a key in it.
+        # The override at fault is the last one of this key or of a table that contains it. If there is none, it is the
+        # last override of a key inside it.
         key = error.key
         about = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
         where = given[about[-1]] if about else origin(key)
@@ -286,15 +292,17 @@ def configure(
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
-    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key; `key=` removes it.
-    Raises ConfigError."""
+    """Apply one override `key=value`, with a dotted key, to nested dictionaries in place, and return the key.
+
+    `key=` removes the key. Raises ConfigError for an invalid override.
+    """
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set needs key=value, got {shown(assignment)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        value = text  # text that is not a TOML value is a string
     except (ValueError, RecursionError):
         raise ConfigError(f"--set {shortened(assignment)}: too many digits, or too deeply nested brackets") from None
 

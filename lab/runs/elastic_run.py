@@ -1,8 +1,8 @@
 """One worker of a configured run whose workers may join and leave: `python -m lab run --elastic`.
 
-Every worker is started separately and writes its own folder. Steps, epochs and the learning rate schedule count the
-steps of all workers together. Data are not sharded, since the number of workers is unknown: each worker uses all data,
-in its own random order.
+Every worker is started separately and writes its own folder. The number of steps, the epochs and the learning rate
+schedule count the steps of all workers together. Data are not sharded, since the number of workers is unknown: each
+worker uses all data, in its own random order.
 """
 
 import os
@@ -50,7 +50,8 @@ class ElasticTrainer(Trainer):
     training: LocalTraining
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, elastic: Elastic) -> None:
-        self._elastic, self._seen = elastic, 0  # _seen: steps of all workers at the last metrics
+        # _seen: number of steps of all workers together at the last line of metrics.
+        self._elastic, self._seen = elastic, 0
         with ambient_group(Solo()):
             super().__init__(check_elastic(config), data_dir, download)
 
@@ -71,7 +72,7 @@ class ElasticTrainer(Trainer):
             print("waiting for the other workers' next round", flush=True)
         training.front.join()
 
-        # The end is a number of steps of all workers together: a worker that joins late does fewer steps.
+        # Train until all workers together have done `steps` steps. A worker that joins late does fewer steps itself.
         with live(f"{count}{self.config.label or folder.path.name}", steps, quiet=quiet) as report:
             for index in self._indices():
                 if training.front.position >= steps:
@@ -86,14 +87,14 @@ class ElasticTrainer(Trainer):
 
         # Do the last exchange, then write this worker's results.
         training.finish()
-        if tally.step > tally.since or not tally.line:  # the last steps, or all, have no line of metrics yet
+        if tally.step > tally.since or not tally.line:  # the latest steps have no line of metrics yet
             tally.line = self._log(folder, time.perf_counter() - begin)
         self._finish(folder, tally)
         self._elastic.manager.shutdown(wait=False)
         return True
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        """See `Trainer`; `step` counts the steps of all workers together."""
+        """Return a line of metrics, as `Trainer` does, in which `step` counts the steps of all workers together."""
         return super()._line(min(self.calendar.steps, self.training.front.position), means, seconds)
 
     def _test_due(self, steps: int, since: int) -> bool:

@@ -16,7 +16,10 @@ LOCK = ".lock"
 
 
 class FolderLock:
-    """The file descriptor of a held lock. Unpickling it in a process started by multiprocessing duplicates it there."""
+    """The file descriptor of a held lock. It can be sent to a process started by multiprocessing.
+
+    Unpickling it there duplicates the descriptor, so the lock is held until both processes have closed it.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -36,10 +39,10 @@ def _inherited(sent: Any) -> FolderLock:
 def locked(folder: Path) -> Iterator[FolderLock | None]:
     """Context manager that holds the lock of a run folder; the folder is created if missing.
 
-    Yields the lock; or None, with a warning on stderr, if the file system has no locks. Raises ConfigError if another
-    process holds the lock (it is named) or the folder cannot be written.
+    Yields the lock, or None, with a warning on stderr, if the file system has no locks. Raises ConfigError if another
+    process holds the lock, which is then named, or if the folder cannot be written.
     """
-    # Training starts without a lock only if the file system has none.
+    # Training starts without a lock only if the file system does not support locks.
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)

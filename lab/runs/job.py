@@ -1,4 +1,4 @@
-"""Jobs: configured runs with their folders, done by worker processes or in a simulation."""
+"""Jobs: configured runs with their folders, executed by worker processes or in a simulation."""
 
 import json
 import os
@@ -36,8 +36,9 @@ from packsaddle.options.schema import build, first_difference, plain
 from packsaddle.version import __version__
 
 _ELASTIC_TIMEOUT = 60.0  # default timeout of a collective with --elastic, in seconds
-# Execution of W workers: as processes, or simulated in this process: sequentially ("serial"), sequentially with all
-# gradients in one pass ("batched"), or as one worker that holds their mean ("fused").
+# The ways to execute W workers. "processes" starts a process for each. The rest simulate them in this process: "serial"
+# sequentially, "batched" also sequentially but with all gradients in one pass, and "fused" as one worker that holds the
+# mean of all workers.
 How = Literal["processes", "serial", "batched", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
@@ -70,7 +71,8 @@ class Job:
     quiet: bool = False
     track: tuple[TrackerName, ...] = ()  # trackers that also record rank 0's metrics
     saving: CheckpointPolicy = NEVER
-    resume: bool = False  # continue the run in `folders[0]`, the only folder, if begun; `configs` may be empty then
+    # True: continue the run in `folders[0]`, the only folder, if it has begun; `configs` may then be empty.
+    resume: bool = False
     timeout: timedelta | None = None  # timeout of a collective of worker processes; None: torch's default
     lighthouse: str | None = None  # address of the torchft lighthouse, for one elastic worker; None: not elastic
     memory_file: Path | None = None  # file of the elastic worker's error memory
@@ -86,8 +88,11 @@ class Job:
                 shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """Return the job to do; with `resume` it has the configuration saved in its folder. None if that run is done.
-        Raises ConfigError, also if another process is training in the folder."""
+        """Return the job to do. With `resume` its configuration is the one saved in the folder.
+
+        Returns None if that run is already done. Raises ConfigError for an invalid folder, or if another process is
+        training in it.
+        """
         if not self.resume:
             return self
         config = self.configs[0] if self.configs else None
@@ -119,10 +124,13 @@ class Job:
             )
 
     def claim(self, stack: ExitStack) -> "Job | None":
-        """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
-        Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
+        """Locate and check the job on rank 0, create its folders, and lock them until `stack` closes; collective.
+
+        Returns the job, or None if it is already done. On failure rank 0 raises ConfigError, and all remaining workers
+        exit with code 2.
+        """
         collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
-        # All workers must have the same configuration.
+        # Check that all workers have the same configuration.
         given = collectives.gather([plain(config) for config in self.configs])
         for worker, configs in enumerate(given):
             for ours, theirs in zip(given[0], configs, strict=False):
@@ -137,7 +145,8 @@ class Job:
         outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
         if collectives.group.rank == 0:
             try:
-                with ambient_group(Solo()):  # the check constructs optimizers, which would be collective
+                # The check constructs optimizers, which is collective; a group of one makes it local.
+                with ambient_group(Solo()):
                     job = self.located()
                     if job is not None:
                         job.check(collectives.group.size)
@@ -148,7 +157,7 @@ class Job:
             except ConfigError as error:
                 problem, outcome["failed"] = error, True
 
-        # Broadcast rank 0's outcome before any worker stops.
+        # Broadcast the outcome on rank 0 before any worker stops.
         outcome = collectives.gather(outcome)[0]
         if problem is not None:
             raise problem
@@ -160,7 +169,7 @@ class Job:
         return replace(self, configs=configs, saving=replace(self.saving, resume=outcome["resume"]))
 
     def train(self, *, batched: bool = False) -> bool:
-        """Do the runs in the current group (see `comm.group.resolve`); collective. Return False if stopped."""
+        """Do the runs in the current group (see `packsaddle.comm.resolve`); collective. Returns False if stopped."""
         runs = len(self.configs)
         for i, (config, path) in enumerate(zip(self.configs, self.folders, strict=True), 1):
             trainer = self._trainer(config, batched)
@@ -179,7 +188,7 @@ class Job:
     def _trainer(self, config: Config, batched: bool) -> Trainer:
         if self.lighthouse is None:
             return Trainer(config, self.data_dir, self.download, batched)
-        # Imported here since only elastic runs need it.
+        # The import is here since only elastic runs need it.
         from lab.runs.elastic_run import ElasticTrainer
 
         seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
@@ -187,10 +196,10 @@ class Job:
         return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
-        """Write config.json and environment.json. For a resumed run, only append this machine to the latter."""
+        """Write config.json and environment.json. For a resumed run, only add this machine to environment.json."""
         here = environment(__version__, workers, device)
         if not self.saving.resume:
-            folder.write_json("config.json", plain(config))  # first: it suffices to resume the run
+            folder.write_json("config.json", plain(config))  # written first, since it suffices to resume the run
         began = folder.path / "environment.json"
         if self.saving.resume and began.exists():
             found = json.loads(began.read_text())
@@ -198,8 +207,11 @@ class Job:
         folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
-        """Do the runs with `workers` workers. Return False if stopped. Raises ConfigError if they do not support `how`
-        or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
+        """Do the runs with `workers` workers. Returns False if they were stopped after saving a checkpoint.
+
+        Raises ConfigError if a run does not support `how`, or if another process uses a folder. Raises TerminatedError
+        if the launcher was stopped and the workers have not saved.
+        """
         with self.held() as locks:
             self._check_unchanged()
             if how == "processes" and workers > 1:
@@ -244,8 +256,11 @@ class Job:
 
 
 def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
-    """Call `Job.train` in a process started by `launch`; return its result, or class name and message of a common
-    error. The launcher's locks stay open here while training, in case the launcher is killed."""
+    """Call `Job.train` in a process started by `launch`, and return its result.
+
+    For an expected error, returns its class name and its message. `locks` are the launcher's locks: they are also held
+    by this process while it trains, in case the launcher is killed.
+    """
     with _in_process_group(job), ExitStack() as stack:
         for lock in filter(None, locks):
             stack.callback(lock.close)

@@ -1,4 +1,4 @@
-"""Live progress on the terminal: a bar or lines with a text, such as the loss, and the time left."""
+"""Live progress on the terminal: a bar, or lines, with a text such as the loss, and with the time left."""
 
 import time
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ from packsaddle.messages import printable
 
 @contextmanager
 def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
-    """Context manager that shows progress through `total` steps, of which `first` are done; no-op if `quiet`.
-    On a terminal it is a bar, elsewhere a line every 10%."""
+    """Context manager that shows the progress of `total` steps, of which `first` are already done.
+
+    A terminal shows a bar; other outputs get a line every 10%. With `quiet` nothing is shown.
+    """
     console, label = Console(), printable(label)
     if quiet:
         yield lambda step, text: None
@@ -25,7 +27,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             task = bar.add_task(escape(label), total=total, completed=first, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        # The time left is extrapolated from the steps since `first`.
+        # The time left is extrapolated from the duration of the steps since `first`.
         tenths, last, begin = first * 10 // total, "", time.monotonic()
 
         def report(step: int, text: str) -> None:

@@ -24,9 +24,12 @@ from packsaddle.comm.launching import asked_to_stop
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import build, first_difference, plain
 
-_SECONDS = 30.0  # shortest time between checkpoints, if `every` is None
-_STOP = 1024.0  # a vote to stop, larger than the only vote to save (1, of rank 0), and exact in float32
-_COSTS = 50  # shortest time between checkpoints, in units of the last save: saving takes at most 2% of a run
+_SECONDS = 30.0  # minimum seconds between checkpoints, if `CheckpointPolicy.every` is None
+# The value of a vote to stop. A vote to save is 1, and only rank 0 votes to save, so the sum of all votes, which is
+# exact in float32, shows both.
+_STOP = 1024.0
+# Minimum time between checkpoints, in units of the last save's duration, so that saving takes at most 2% of a run.
+_COSTS = 50
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,19 @@ NEVER = CheckpointPolicy(every=0)
 
 class StopAndSaveVote:
     """Collective decision to save a checkpoint or to stop, at the same step on all workers.
-    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used."""
+
+    The votes of all workers are averaged in a step's exchange. Only worker 0 votes to save, by its own clock.
+    """
 
     def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
         self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """Return this worker's vote to save or stop, float[1], averaged in step `step`; None without votes."""
+        """Return this worker's vote to save or stop, float[1], which the exchange of step `step` averages.
+
+        Returns None if there is no vote, since saving or stopping is off.
+        """
         if not (self._saving.on and self._saving.stops):
             return None
         may_save = self._rank == 0 and self._saving.every is None and step + 1 - self._saved >= self._per_epoch
@@ -67,8 +75,10 @@ class StopAndSaveVote:
         return torch.tensor([_STOP * asked_to_stop() + due])
 
     def decide(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
-        """Return (save, stop) after `steps` steps, from the mean of the votes.
-        `means` is None after a step without an exchange; then only the number of steps decides."""
+        """Return the decision (save, stop) after `steps` steps, from the mean of the votes.
+
+        `means` is None after a step without an exchange. Then only the number of steps decides.
+        """
         if not self._saving.on:
             return False, False
         total = round(float(means[0]) * self._workers) if self._saving.stops and means is not None else 0
@@ -85,8 +95,8 @@ class StopAndSaveVote:
 
 
 CHECKPOINTS = "checkpoint"  # name of the folder in a run's folder
-FINAL_WEIGHTS = f"{CHECKPOINTS}/model.pt"  # written after the last step, before checkpoints are removed
-STOPPED = "stopped.json"  # exists while a run is stopped by SIGTERM
+FINAL_WEIGHTS = f"{CHECKPOINTS}/model.pt"  # file written after the last step, before checkpoints are removed
+STOPPED = "stopped.json"  # file that exists after a run was stopped by SIGTERM, until it is resumed
 
 
 class LoadingError(CheckpointError):
@@ -108,8 +118,11 @@ class RunCheckpoints:
         return time.perf_counter() - before
 
     def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
-        """Restore the parts from the newest checkpoint, if any, and truncate the recorded metrics to its step.
-        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError."""
+        """Restore the parts from the newest checkpoint, if there is one, and truncate the recorded metrics to its step.
+
+        `load` is called with the checkpoint, to restore all state that is not in the parts. Returns notes for the user.
+        Raises LoadingError.
+        """
         try:
             found = restore(self._path, self._parts, process_group=self._group)
             step = 0
@@ -130,7 +143,10 @@ class RunCheckpoints:
                 raise CheckpointError(str(error)) from error
 
     def record_stop(self, step: int, steps: int, *, quiet: bool) -> None:
-        """Write stopped.json and print how to resume. Call after `save`. `steps`: of the whole run."""
+        """Write stopped.json and print how to resume the run. Call after `save`.
+
+        `step` is the number of steps done, `steps` that of the whole run.
+        """
         if self._group.rank == 0:
             hint = self.policy.hint
             self._folder.write_json(STOPPED, {"step": step, "of": steps, "resume": hint})
@@ -145,15 +161,18 @@ State = Literal["new", "begun", "done"]
 
 
 def find(path: Path, config: Config | None) -> tuple[Config, State]:
-    """Return the configuration and state of the run in a folder. `config`: that of the command, or None. Raises
-    ConfigError if it is no run folder, or if the two configurations differ in more than the number of workers."""
+    """Return the configuration and state of the run in a folder.
+
+    `config` is the configuration given to the command, or None. Raises ConfigError if the folder is not a run folder,
+    or if the two configurations differ in more than the number of workers.
+    """
     state = state_of(path)
     if state == "new":
         if config is None:
             raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json); to start one, add CONFIG")
         return config, state
 
-    # The folder of a begun run contains its configuration.
+    # Once a run has begun, its folder contains the configuration.
     file = path / "config.json"
     try:
         saved = build(Config, json.loads(file.read_text()))
@@ -166,7 +185,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
 
 
 def state_of(path: Path) -> State:
-    """Return the state of the run in a folder. Raises ConfigError if the folder contains other files, but no run."""
+    """Return the state of the run in a folder. Raises ConfigError if the folder contains files but no run."""
     if (path / "config.json").is_file():
         if (path / "summary.json").is_file():
             return "done"

@@ -35,13 +35,16 @@ _BATCHES = 8
 
 
 class NoiseCheck:
-    """Compares the artificial noise with mini-batch noise, measured on this process's next batches, except for networks
-    with batch normalization: their gradients differ in evaluation mode at the start of training."""
+    """Compares the artificial noise with mini-batch noise, which is measured on this process's next batches.
+
+    Networks with batch normalization are excluded, since at the start of training their gradients in evaluation mode
+    differ from those in training mode.
+    """
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
-        # With local updates the noise is in the units of x, not of a gradient.
+        # Local updates are excluded too: their noise is in the units of x, not of a gradient.
         normalised = any(hasattr(module, "running_mean") for module in task.modules())
         self._measures = config.local is None and not normalised
 
@@ -51,7 +54,10 @@ class NoiseCheck:
         return step == steps or (rest == 0 and times & (times - 1) == 0)
 
     def measurements(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
-        """Return the measured noises before step `step`, as plain types; `moves`: the result of `Training.walk`."""
+        """Return the artificial and the mini-batch noise measured before step `step`, as plain types.
+
+        `moves` is the result of `Training.walk`.
+        """
         r = self._config.noise.std
         walk = Walk(*moves, self._size)
         values = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
@@ -66,7 +72,10 @@ class NoiseCheck:
 
 
 def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | None:
-    """Return a warning if a run's noise would move the parameters too far, or None; `by_round`: local updates."""
+    """Return a warning if a run's noise would move the parameters too far, otherwise None.
+
+    `found` has the measurements of `NoiseCheck`. `by_round` is True if noise is added per round of local updates.
+    """
     walk, times, suggested = found["walk"], found.get("times"), found["suggested"]
     if walk is None or suggested is None or not walk > FAR:
         return None
@@ -84,7 +93,10 @@ class Inspector:
     def __init__(
         self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
     ) -> None:
-        """Choose the examples. `shards`: of the workers in this process, several in a simulation by `FusedGroup`."""
+        """Choose the examples to certify on.
+
+        `shards` are the shards of the workers in this process; there are several in a fused simulation.
+        """
         assert config.certify is not None
         self._rule, self._lr, self._seed = config.certify, config.sgd_lr(), config.seed
         self._task, self._steps, self._per_epoch, self._population = task, steps, per_epoch, len(data)
@@ -96,7 +108,7 @@ class Inspector:
             chosen.append(mine[torch.randperm(len(mine), generator=rng)[: self._rule.examples]])
         self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
 
-        # The steps to certify: every `every` epochs, the epochs `at`, and the end if either is set.
+        # Certify every `every` epochs, at the epochs `at`, and at the end if one of the two is set.
         due = {round(epoch * per_epoch) for epoch in self._rule.at}
         if self._rule.every is not None:
             stride = max(1, round(self._rule.every * per_epoch))
@@ -124,7 +136,7 @@ class Inspector:
                     sample_of=self._population,
                     process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
                 ).to_dict(self._lr)
-            except NotFiniteError:  # a run that diverged continues to its end and reports it
+            except NotFiniteError:  # ignored, since a run that diverged continues to its end and reports the divergence
                 found = {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
             if resolve(None).rank == 0:
                 folder.append("certificates.jsonl", {"step": step, "epoch": step / self._per_epoch, **found})
@@ -139,9 +151,12 @@ def drawn_names(config: Config, steps: int) -> list[str]:
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
 
-# The number of examples used: 1/128 of them, within limits. Ten products then take about a quarter of an epoch.
+# The check uses 1/128 of the examples, but at least 32 and at most 256. Ten Hessian-vector products on them take about
+# a quarter of an epoch.
 _LEAST, _MOST, _SHARE = 32, 256, 128
-_LONG = 5.0  # fewest mean steps between two sends of a coordinate: below, it moves by few gradients at a time
+# The check applies if some coordinates have at least this mean number of steps between two sends. If coordinates are
+# sent more often, few gradients accumulate between two sends, so the step size needs no check.
+_LONG = 5.0
 
 
 class StepSizeCheck:
@@ -150,7 +165,8 @@ class StepSizeCheck:
     def __init__(
         self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
     ) -> None:
-        """Choose the examples. `waits`: see `Training.waits`; `shards`: of the workers in this process."""
+        """Choose the examples. `waits` is the result of `Training.waits`; `shards` are those of the workers in this
+        process."""
         self._config, self._task = config, task
         self._steps = [
             CoordinateStep(name, config.lr / (1 - config.effective_momentum()[0]), wait)

@@ -1,7 +1,7 @@
 """A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/.
 
 With [certify] it also has certificates.jsonl and iterates/. A folder is created once and never overwritten. All files
-are written atomically, except the .jsonl, which grow line by line. summary.json is written when the run is done.
+are written atomically, except the .jsonl files, which grow line by line. summary.json is written when the run is done.
 
 Unknown fields are accepted on reading, so that folders of other versions can be read.
 """
@@ -30,13 +30,16 @@ from packsaddle.version import __version__
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a run folder. Raises ConfigError, naming the file."""
+    """Read a JSON object from a file of a run folder. Raises ConfigError, which names the file, if it is invalid."""
     return _parsed(read_text(path, path.name), path.name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON lines in a file of a run folder; empty if it does not exist.
-    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line."""
+    """Read the JSON lines in a file of a run folder; returns [] if the file does not exist.
+
+    An incomplete last line, which a killed process leaves, is ignored. Raises ConfigError, which names the line, if
+    another line is invalid.
+    """
     lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
@@ -59,7 +62,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Writer of a run folder, for rank 0 (and for each worker's own file in checkpoint/)."""
+    """Writer of the files in a run folder. It is used by rank 0, and by each worker for its own file in checkpoint/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +81,7 @@ class RunFolder:
                 os.fsync(file.fileno())
 
     def cut(self, step: int) -> None:
-        """Truncate the .jsonl files to the lines written in the first `step` steps. Raises ConfigError if damaged."""
+        """Truncate the .jsonl files to the lines of the first `step` steps. Raises ConfigError if a file is damaged."""
         for name, last in (("metrics.jsonl", step), ("certificates.jsonl", step - 1)):
             path = self.path / name
             if path.exists():
@@ -101,7 +104,8 @@ class RunFolder:
 @cache
 def commit() -> str | None:
     """Return the commit of the running code, with "+" if the package or the lab has changes; None without git."""
-    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2])]  # no lock file remains if killed
+    # Without optional locks, git leaves no lock file if it is killed.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2])]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -142,22 +146,26 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The configured label, or the folder's name (SETTING of SETTING/seed-N), with control characters escaped."""
+        """The configured label, or if there is none the folder's name, with control characters escaped.
+
+        For a study's folder SETTING/seed-N the name is SETTING.
+        """
         folder = self.path.absolute()
         inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
         return printable(str(self.config.get("label") or inner))
 
 
-_DEPTHS = ("*", "*/*", "*/*/*")  # patterns of run folders: RUN, SETTING/seed-N, runs/SETTING/seed-N of a study
+# Patterns of run folders inside a folder: RUN, or SETTING/seed-N and runs/SETTING/seed-N in a study's folder.
+_DEPTHS = ("*", "*/*", "*/*/*")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders, and folders that contain run folders, down to a study's runs/SETTING/seed-N.
+    """Read run folders, and folders that contain run folders, such as a study's folder with runs/SETTING/seed-N.
 
     Runs directly in a folder are sorted by modification time, deeper ones by path, with seed-2 before seed-10.
     Duplicates are read once. Raises ConfigError for a path that neither is nor contains a run folder.
     """
-    found: dict[Path, Path] = {}  # by resolved path, since one folder can be given by several paths
+    found: dict[Path, Path] = {}  # keys are resolved paths, since several paths can lead to one folder
     for path in paths:
         if (path / "config.json").is_file():
             found.setdefault(path.resolve(), path)

@@ -23,7 +23,7 @@ from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
 
-# Example values, written commented out for keys and tables that are None.
+# Example values of keys and tables that are None by default. They are written as comments.
 _EXAMPLES: dict[str, Any] = {
     "exchange": "two-way",
     "momentum": 0.0,
@@ -58,14 +58,19 @@ _COLUMN, _WIDTH = 28, 120
 
 
 def template(config: Config, heading: str) -> str:
-    """Return `config` as TOML text with every key. Keys at their defaults or None are commented out.
-    Keys that are None have example values. `heading`: text at the top of the file, written as a comment."""
+    """Return `config` as TOML text with every key. Keys with default values are commented out.
+
+    Keys that are None are commented out too, with example values. `heading` is written as a comment at the top.
+    """
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     return "\n".join([*lines, "", *_content(config, "")]) + "\n"
 
 
 def _content(value: Any, where: str, off: str = "") -> Iterator[str]:
-    """Yield the lines of a table: its keys, then its tables, as TOML requires. `where`: key prefix, "" or "TABLE."."""
+    """Yield the lines of a TOML table: first its keys, then the tables inside it, as TOML requires.
+
+    `where` is the prefix of the names of these tables: "" or "TABLE.".
+    """
     hints, fields = get_type_hints(type(value)), settable(type(value))
     tables = [f for f in fields if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
     for f in fields:
@@ -116,7 +121,7 @@ def _toml(value: Any) -> str:
 
 
 EPOCHS = 60.0
-# Loss of the best constant output: the mean variance of a pixel of the training digits.
+# The loss of the best constant output, i.e. the mean variance of a pixel of the training digits.
 PLATEAU = 0.0735
 
 
@@ -128,7 +133,7 @@ def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[st
         "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),
         "topk-noise": ("TopK 1% + noise", TopK(0.01), 0.003),
     }
-    shared = Config(  # validates `epochs` before the noise schedule is computed from it
+    shared = Config(  # also validates `epochs`, before the noise schedule is computed from it
         data=DataConfig("digits"),
         model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
         lr=1.0,
@@ -153,7 +158,7 @@ TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnis
 
 @dataclass(frozen=True)
 class Task:
-    """A preset: a configuration with its description."""
+    """A preset of `python -m lab init`: a configuration with its description."""
 
     about: str
     config: Config
@@ -168,7 +173,7 @@ _CHARACTERS = Config(
     batch_size=16,
     compressor=TopK(0.01),
     workers=2,
-    plateau=3.25,  # the entropy of a single character
+    plateau=3.25,  # the loss, in nats, of predicting each character by its frequency
 )
 TASKS: dict[TaskName, Task] = {
     "char-transformer": Task(
@@ -199,7 +204,7 @@ TASKS: dict[TaskName, Task] = {
             batch_size=64,
             compressor=RandomK(0.001),
             noise=NoiseConfig(0.01, lower_from=10.0, lower_until=14.0),
-            plateau=0.095,  # the loss of the best constant gray
+            plateau=0.095,  # the loss if every output pixel has the same, best gray value
         ),
         " --data-dir DIR --download",
     ),

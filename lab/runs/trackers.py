@@ -1,7 +1,8 @@
 """Experiment trackers that record a run's metrics on this machine: TensorBoard, Weights & Biases and MLflow.
 
-A tracker is any object with `log` and `finish`. No data leaves the machine unless the library's environment variables
-(WANDB_MODE, MLFLOW_TRACKING_URI) are set so; telemetry of the libraries is off unless such a variable enables it.
+A tracker is any object with `log` and `finish`. No data leaves the machine unless an environment variable of the
+library (WANDB_MODE, MLFLOW_TRACKING_URI) is set to send it. The libraries' telemetry is off unless such a variable
+enables it.
 """
 
 import os
@@ -17,7 +18,7 @@ from packsaddle.errors import require
 from packsaddle.integrations.callbacks import scalars
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-Outcome = Literal["finished", "failed", "killed"]  # outcome of a run; killed: interrupted or terminated
+Outcome = Literal["finished", "failed", "killed"]  # the outcome of a run; "killed": interrupted or terminated
 _EXIT_CODES: Mapping[Outcome, int] = {"finished": 0, "failed": 1, "killed": 130}
 _FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that may be missing in metrics.jsonl
 
@@ -33,8 +34,10 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`. Raises MissingExtraError without
-    tensorboard."""
+    """A tracker that writes event files to a folder, which `tensorboard --logdir FOLDER` shows.
+
+    Raises MissingExtraError without tensorboard.
+    """
 
     def __init__(self, folder: Path) -> None:
         require_tracker("tensorboard")
@@ -55,8 +58,8 @@ class TensorBoard:
 class WandB:
     """A tracker that records a Weights & Biases run in `folder`/wandb.
 
-    The run is offline, for upload with `wandb sync`, unless WANDB_MODE is set. `project`, `name` and `config` are those
-    of `wandb.init`. Raises MissingExtraError without wandb.
+    The run is offline, for upload with `wandb sync`, unless WANDB_MODE is set. `project`, `name` and `config` are
+    passed to `wandb.init`. Raises MissingExtraError without wandb.
     """
 
     def __init__(
@@ -146,7 +149,10 @@ class TrackedFolder(RunFolder):
         self._trackers = trackers
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append a line to a .jsonl file and log its numbers: metrics by name, those of other files as FILE/NAME."""
+        """Append a line to a .jsonl file, and log its numbers.
+
+        Numbers in metrics.jsonl are logged as NAME, and numbers in every other file as FILE/NAME.
+        """
         super().append(name, line)
         found = scalars(line, "" if name == "metrics.jsonl" else name.removesuffix(".jsonl") + "/")
         self._log({key: value for key, value in found.items() if key.split("/")[-1] != "step"}, line["step"])
@@ -163,8 +169,11 @@ class TrackedFolder(RunFolder):
 
 @contextmanager
 def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[TrackedFolder]:
-    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block. An
-    exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed"."""
+    """Context manager that yields a run folder with the named trackers, which write inside the folder.
+
+    On exit the trackers are finished with the outcome of the block. An exception means "failed"; KeyboardInterrupt,
+    SystemExit and `TrackedFolder.is_stopped` mean "killed".
+    """
     trackers: list[Tracker] = []
     folder = TrackedFolder(path, trackers)
 
@@ -178,7 +187,7 @@ def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mappin
                 case "tensorboard":
                     trackers.append(TensorBoard(path / "tensorboard"))
                 case "wandb":
-                    trackers.append(WandB(path, name=label, config=config))  # creates a subfolder wandb
+                    trackers.append(WandB(path, name=label, config=config))  # it creates the subfolder wandb
                 case "mlflow":
                     trackers.append(MLflow(path / "mlflow", name=label, config=config))
             stack.push(partial(finish, trackers[-1]))

@@ -1,4 +1,4 @@
-"""The trainer of a configured run on one worker, a process or a simulated one: setup, loop, evaluation and counters."""
+"""The trainer of a configured run on one worker, which is a process or simulated: setup, loop, evaluation, counters."""
 
 import math
 import sys
@@ -44,7 +44,7 @@ class RunCounters:
     since: int = 0  # `step` at the last line of metrics
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sums of losses, gradient norms
     final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of the last epoch's losses
-    line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
+    line: dict[str, Any] = field(default_factory=dict)  # the latest line of metrics; the last step always writes a line
     elapsed: float = 0.0  # seconds of the run at the last checkpoint
     left_out: int = 0  # skipped steps, without a loss, since the last line of metrics
     in_final: int = 0  # number of losses in `final`
@@ -53,7 +53,10 @@ class RunCounters:
     noise: dict[str, Any] | None = None  # result of the last noise check (see `run_checks`)
 
     def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
-        """Add a step's loss and gradient norm, float64[2]; if not `taken`, count it as skipped. `last`: last epoch."""
+        """Add a step's loss and gradient norm, float64[2]. If `taken` is False, the step is only counted as skipped.
+
+        `last` is True in the last epoch, whose mean loss is the final loss.
+        """
         if not taken:
             self.left_out += 1
             return
@@ -72,18 +75,20 @@ class RunCounters:
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
-        """Restore all fields: `state` is from `state_dict`; `sums` and `final` are the tensors missing from it."""
+        """Restore all fields: `sums` and `final` from these tensors, the rest from the result of `state_dict`."""
         vars(self).update(state)
         self.sums, self.final = sums.clone(), final.clone()
 
 
 EVAL_BATCH = 512  # examples per batch in tests
-_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # bytes for these purposes are not counted as gradients
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # purposes whose bytes are not counted as gradients
 
 
 class Trainer:
-    """The training of a configured run on one worker: its construction and `run` are collective. `batched`: compute the
-    gradients of all simulated workers in one pass (see `lab.runs.batched`)."""
+    """The training of a configured run on one worker. Construction and `run` are collective.
+
+    With `batched` the gradients of all simulated workers are computed in one pass (see `lab.runs.batched`).
+    """
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
         self.config = config
@@ -93,10 +98,10 @@ class Trainer:
         self.data = load_data(config.data, data_dir, train=True, download=download)
         self.test_data = load_data(config.data, data_dir, train=False, download=download)
         found = {"training examples": len(self.data), "test examples": len(self.test_data)}
-        with config_errors():  # workers may read different files
+        with config_errors():  # an error on one worker is raised on all, since workers may read different files
             check_agreement(Communicator(self.group, Ledger()), found, self.device)
         rank, size = self.group.rank, self.group.size
-        # Ranks of the workers in this process: all of them in a fused simulation, else one.
+        # The ranks of the workers in this process: all of them in a fused simulation, and otherwise a single one.
         self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
         self.history = [(0, size)]
         self._plan()
@@ -119,7 +124,7 @@ class Trainer:
         self.step_size_check = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
-        self.inspected = 0.0  # seconds of checks along the run
+        self.inspected = 0.0  # seconds spent on checks along the run
         self.tally = RunCounters()
 
     def _training(self) -> Training:
@@ -127,7 +132,7 @@ class Trainer:
         return kind(self.config, self.task, self.calendar, self._escape())
 
     def _plan(self) -> None:
-        """Set the shards, batches and epoch calendar from `history`, the numbers of workers so far."""
+        """Set shards, batches and the calendar of epochs from `self.history`, the numbers of workers so far."""
         config, (_, size) = self.config, self.history[-1]
         how, seed = config.data.shard, config.seed
         self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
@@ -146,7 +151,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _own_group(self) -> Group:
-        """Return the group of the processes that write files; a fused simulation of all workers is one process."""
+        """Return the group of the processes that write files. A fused simulation is a single process."""
         return Solo() if isinstance(self.group, FusedGroup) else self.group
 
     def _escape(self) -> Escape | None:
@@ -181,7 +186,7 @@ class Trainer:
                 where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
 
-        # Workers vote on saving and stopping, so that all do it at the same step.
+        # Workers vote on saving and stopping, so that all of them save and stop at the same step.
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
@@ -195,7 +200,7 @@ class Trainer:
                 except NonFiniteError as error:
                     raise self._with_resume_hint(error, checkpoints) from error
 
-                # Recorded seconds exclude checks, tests and saving.
+                # Count the step. The recorded seconds exclude checks, tests and saving.
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
@@ -214,7 +219,7 @@ class Trainer:
                         return False
             self._check(steps, folder, quiet=quiet)
 
-        # Remove checkpoints last: without a summary the run can still be resumed.
+        # Remove the checkpoints last, since a run without a summary can be resumed from them.
         self._finish(folder, tally)
         checkpoints.remove()
         return True
@@ -245,10 +250,10 @@ class Trainer:
         return seconds
 
     def _with_resume_hint(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
-        """Save a checkpoint when too many steps were skipped; return `error`, extended by the command that resumes."""
+        """Save a checkpoint after too many skipped steps, and return `error` with the command that resumes the run."""
         if not checkpoints.policy.on:
             return error
-        self.training.front.reset_skip_streak()  # resuming allows max_skipped new skips
+        self.training.front.reset_skip_streak()  # a resumed run may again skip max_skipped steps
         self._save(checkpoints)
         hint = f"; to resume: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
@@ -267,13 +272,16 @@ class Trainer:
         return line
 
     def _check(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
-        """Do the checks due before step `step`, or at the end: certificates, step size and noise; collective."""
+        """Do the checks that are due before step `step`, or at the end; collective.
+
+        They are certificates, the stability of the step size, and the size of the noise.
+        """
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
                 self.inspector.inspect(step, folder)
 
-        # Rank 0 warns of unstable step sizes, and at the start of too much noise.
+        # Rank 0 warns of an unstable step size, and at the start of a run of too much noise.
         if self.group.rank == 0 and step < steps and self.step_size_check.due(step, self.calendar):
             self._warn(self.step_size_check.warning(step), quiet=quiet)
         if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
@@ -289,8 +297,10 @@ class Trainer:
                 print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
-        """Do step `step`, averaging `scalars` in its exchange. Returns this worker's loss and gradient norm,
-        float64[2]."""
+        """Do step `step`, whose exchange also averages `scalars` over workers.
+
+        Returns this worker's loss and gradient norm, float64[2].
+        """
         return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
 
     def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
@@ -311,7 +321,7 @@ class Trainer:
         return self.calendar.position(steps) // every > self.calendar.position(since) // every
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        purposes = self.training.moved()  # without the start, which is sent once
+        purposes = self.training.moved()  # bytes by purpose; the purpose "start" is not counted, as it is sent once
         moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
         return {
             "step": steps,
@@ -329,7 +339,7 @@ class Trainer:
     # Evaluation
 
     def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
-        """Save the final weights and states first, since the rest could fail; then evaluate and summarize."""
+        """Save the final weights and states, then evaluate and summarize the run, which could fail."""
         final_loss = self._final_loss(tally)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.training.state_dict())
         with self.training.at_anchor():
@@ -339,7 +349,8 @@ class Trainer:
                 folder.save_tensors(FINAL_WEIGHTS, weights)
             test = self._test()
 
-        # Rank 0 summarizes the run: compression = bytes of float32 gradients / payload of the training exchanges.
+        # Rank 0 summarizes the run. Its compression is the bytes of float32 gradients over the bytes of the messages of
+        # the training exchanges.
         if self.group.rank == 0:
             summary, moved, front = self.training.summary(), self.training.moved(), self.training.front
             dense = self.tally.step * summary["parameters"] * 4
@@ -371,15 +382,18 @@ class Trainer:
         return self._means(torch.cat([tally.final, tally.final.new_tensor([tally.in_final])])).item()
 
     def _means(self, totals: Tensor) -> Tensor:
-        """Return `totals[:-1]` summed over workers, divided by the summed counts `totals[-1]`, NaN if 0; collective."""
+        """Return means over workers: the sum of `totals[:-1]` over the sum of the counts `totals[-1]`; collective.
+
+        The means are NaN if the sum of the counts is 0.
+        """
         means = self.training.channel.mean(totals, "metrics")
         return means[:-1] / means[-1]
 
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
-        """Return the mean test loss and, for classifiers, accuracy. Each worker evaluates its part; collective."""
+        """Return the mean test loss and, for classifiers, the accuracy; collective. Each worker evaluates a part."""
         average_buffers(self.task, self.training.channel)
-        totals = torch.zeros(3, dtype=torch.float64)  # sums of losses, correct predictions, examples
+        totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, number of correct predictions, number of examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
         for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer examples than workers

@@ -1,4 +1,4 @@
-"""The interface between a trainer and its optimizer, for CompressedSGD and for local updates."""
+"""The interface of a trainer to its optimizer, with implementations for CompressedSGD and for local updates."""
 
 import math
 from abc import ABC, abstractmethod
@@ -30,12 +30,15 @@ from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 
 _LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
-Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
+Closure = Callable[[], Tensor]  # clears the gradients, computes new ones, and returns the loss
 
 
 @dataclass(repr=False)
 class Rescheduled:
-    """A noise schedule with a replaceable ramp: steps per epoch change with the number of workers."""
+    """A noise schedule whose `ramp` (std by exchange) can be replaced.
+
+    It is replaced when the number of workers, and thus the number of steps per epoch, has changed.
+    """
 
     ramp: Ramp
 
@@ -43,21 +46,22 @@ class Rescheduled:
         return self.ramp(exchange)
 
     def __repr__(self) -> str:
-        return repr(self.ramp)  # the text that workers compare
+        return repr(self.ramp)  # workers compare this text, to validate that their schedules are equal
 
 
 class Training(ABC):
     """Interface of one worker's optimizer and its exchanges, used by `Trainer`.
 
-    `front` exchanges updates, `every` steps apart. `channel` averages all other values, such as losses; both count
-    bytes in the same totals. `reach`: distance by which noise of std 1 moves a coordinate in one exchange.
+    `front` is the object that exchanges updates, every `every` steps. `channel` averages all remaining values, such as
+    losses. Both count bytes in the same totals. `reach` is the distance by which noise of std 1 moves a coordinate in
+    one exchange.
     """
 
     front: CompressedSGD | LocalUpdates
     channel: Communicator
     reach = 1.0
     scalars: Tensor | None = None  # means over workers of the last step's scalars; None if it had no exchange
-    took: bool = True  # the last step counts in mean losses; False: skipped or non-finite
+    took: bool = True  # True: the last step counts in mean losses; False: it was skipped or non-finite
 
     def __init__(self, config: Config, calendar: Calendar, every: int) -> None:
         self._config, self._calendar, self._every = config, calendar, every
@@ -77,19 +81,26 @@ class Training(ABC):
             self._noise.ramp = self._ramp()
 
     def walk(self) -> tuple[float, float]:
-        """Return `reach`, and the sum of (r_t / r)^2 over all exchanges t, r_t the scheduled std, r the initial one."""
+        """Return `reach`, and the sum of (r_t / r)^2 over all exchanges t.
+
+        r_t is the scheduled standard deviation of the noise, and r the initial one.
+        """
         exchanges, std = self._calendar.steps // self._every, self._config.noise.std
         return self.reach, self._noise.ramp.squares(exchanges) / std**2 if self._noise and std else float(exchanges)
 
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
-        """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
-        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError after
-        too many skipped steps."""
+        """Do one step, and return this worker's loss and the norm of its gradient before clipping, float[2].
+
+        A step with an exchange is collective, and sets `self.scalars` to the mean of `scalars` over workers. Raises
+        NonFiniteError after too many skipped steps.
+        """
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
-        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError after too
-        many rejected rounds."""
+        """Make the parameters identical on all workers at the end of a run; collective.
+
+        Raises NonFiniteError after too many rejected rounds.
+        """
 
     def at_anchor(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -116,7 +127,7 @@ class Training(ABC):
 
     @property
     def rounds(self) -> int:
-        """The number of applied exchanges; with local updates, each is of one fragment of the parameters."""
+        """The number of applied exchanges. With local updates, an exchange is of one fragment of the parameters."""
         return self.front.steps
 
     def waits(self) -> list[float] | None:
@@ -125,7 +136,7 @@ class Training(ABC):
 
 
 class CompressedTraining(Training):
-    """Training with CompressedSGD: an exchange in every step; parameters are identical on all workers."""
+    """Training with CompressedSGD: every step has an exchange, and parameters are identical on all workers."""
 
     front: CompressedSGD
 
@@ -170,8 +181,11 @@ class CompressedTraining(Training):
 
 
 class LocalTraining(Training):
-    """Training with the local updates configured in [local]. Other averages over workers, such as of losses, use the
-    default group and a separate ledger, because an exchange may run in another thread at the same time."""
+    """Training with the local updates that are configured in the table [local].
+
+    Averages that are not of updates, such as of losses, use the default group and a separate ledger, because an
+    exchange of updates may run in another thread at the same time.
+    """
 
     front: LocalUpdates
 
@@ -202,7 +216,8 @@ class LocalTraining(Training):
                 seed=config.seed,
             )
         self.channel = Communicator(resolve(None), Ledger())
-        self._mu: dict[str, Any] = {}  # measured contraction before `finish`, whose exchange has another compressor
+        # Contraction measured before `finish`, since the exchange in `finish` has a different compressor.
+        self._mu: dict[str, Any] = {}
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         # Compute gradients, and clip them if configured.
@@ -214,7 +229,8 @@ class LocalTraining(Training):
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
 
-        # Set the scheduled learning rate. With elastic workers it depends on the steps that the anchor includes.
+        # Set the scheduled learning rate. With elastic workers it depends on the number of steps of all workers that
+        # the anchor includes.
         done = self.front.position if self._is_elastic else self.front.steps
         for group in self._inner.param_groups:
             group["lr"] = self.rate(done)
@@ -237,7 +253,7 @@ class LocalTraining(Training):
         return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
 
     def finish(self) -> None:
-        """Exchange pending updates. If that is rejected, exchange again: only valid updates remain then."""
+        """Exchange the pending updates. If the exchange is rejected, exchange the updates that are still valid."""
         self._mu = self.contraction()
         if not self.front.flush():
             self.front.flush()
@@ -246,7 +262,8 @@ class LocalTraining(Training):
         return self.front.at_anchor()
 
     def parts(self) -> dict[str, Any]:
-        """See `Training`. Learning rate schedules are functions of the step, without a state."""
+        """Return the objects to checkpoint, see `Training`. Learning rate schedules are not among them: they have no
+        state, since they are functions of the step."""
         return {"optimizer": self._inner, "local": self.front, "ledger": self.channel.ledger}
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,7 +280,10 @@ class LocalTraining(Training):
         return self._mu or {"mu": self.front.contraction, "mu_by_tensor": {}}
 
     def summary(self) -> dict[str, Any]:
-        """See `Training`. The exchange is described as if all fragments were exchanged together."""
+        """Return the constant entries of the summary, see `Training`.
+
+        The exchange is described as if all fragments were exchanged together.
+        """
         # n of the d coordinates are compressed.
         config = self._config
         compressed = [p for p in self._parameters if not is_sent_uncompressed(p, config.dense_below)]

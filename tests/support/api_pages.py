@@ -11,18 +11,18 @@ PAGES = sorted(page for page in (Path(__file__).parents[2] / "docs" / "api").glo
 
 
 def text_of(page: Path) -> str:
-    """The text of a page, with the directives that it generates for the compressors."""
+    """Return the text of a page, in which the directives for all compressors replace the one that generates them."""
     generated = "".join(f".. autoclass:: packsaddle.{name}\n" for name in CLASSES)
     return page.read_text().replace("```{generated-compressor-classes}\n", generated)
 
 
 def documented(page: Path) -> list[str]:
-    """The dotted names on a page."""
+    """Return the dotted names of the objects that a page documents."""
     return re.findall(r"\.\. auto(?:function|class|module):: ([\w.]+)", text_of(page))
 
 
 def found(name: str) -> Any:
-    """The object of a dotted name; modules are imported where a package does not have them."""
+    """Return the object with a dotted name. Modules that are not attributes of their package are imported."""
     parts = name.split(".")
     thing = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], 2):

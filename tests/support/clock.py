@@ -1,4 +1,4 @@
-"""Clocks for tests, in place of a module's `time`, so that a test takes the same steps on any machine."""
+"""Clocks that replace a module's `time` in tests, so that a test does the same on any machine."""
 
 from collections import Counter
 from itertools import count
@@ -7,7 +7,7 @@ from packsaddle.comm import resolve
 
 
 class Clock:
-    """One second passes from one reading to the next, and pauses take none."""
+    """A clock on which each reading is one second after the last one, and `sleep` takes no time."""
 
     def __init__(self) -> None:
         self._readings = count()
@@ -20,10 +20,10 @@ class Clock:
 
 
 class WorkersClock:
-    """A clock of each worker, which `work` alone advances."""
+    """One clock per simulated worker, which only `work` advances."""
 
     def __init__(self) -> None:
-        self._now: Counter[int] = Counter()  # by rank
+        self._now: Counter[int] = Counter()  # time by rank
 
     def monotonic(self) -> float:
         return float(self._now[resolve(None).rank])

@@ -1,4 +1,4 @@
-"""Sizes in code lines: lines that are not only docstring, comment or blank, so that no docstring is squeezed for them.
+"""Sizes of files in code lines, which exclude docstrings, comments and blank lines, so that these may be long.
 
 A statement counts each line that it spans.
 """
@@ -34,7 +34,10 @@ def code_lines(source: str) -> int:
 
 @cache
 def sizes(root: Path) -> dict[str, tuple[int, int]]:
-    """Return the number of files and of code lines in each folder of `root`, and as "" of the files in `root`."""
+    """Return {folder: (number of files, number of code lines)} for each folder in `root`.
+
+    The key "" is for the files directly in `root`.
+    """
     files, lines = Counter[str](), Counter[str]()
     for path in root.rglob("*.py"):
         folder, *rest = path.relative_to(root).parts
@@ -45,13 +48,13 @@ def sizes(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def total(roots: Iterable[Path]) -> tuple[int, int]:
-    """Return the number of files and of code lines in all of these folders."""
+    """Return the number of files and the number of code lines in all given folders together."""
     found = [size for root in roots for size in sizes(root).values()]
     return sum(n for n, _ in found), sum(lines for _, lines in found)
 
 
 def members(source: str, name: str) -> tuple[int, int]:
-    """Return the number of functions, and of attributes that `__init__` sets, of a class in a module."""
+    """Return the number of functions of the class `name` in a module, and of attributes that its `__init__` sets."""
     classes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == name]
     functions = [n for n in classes[0].body if isinstance(n, ast.FunctionDef)]
     stores = [n for f in functions if f.name == "__init__" for n in ast.walk(f) if isinstance(n, ast.Attribute)]

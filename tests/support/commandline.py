@@ -1,4 +1,4 @@
-"""The command lines of the package and of the lab, run in this process."""
+"""Functions that run command lines of the package and of the lab in this process."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from packsaddle import cli
 
-# Programs of the lab, and the modules that `python -m` runs.
+# The programs of the lab: for each name, the module that `python -m` would run.
 LAB = {
     "lab.bench.pieces": "lab.bench.pieces",
     "lab.race": "lab.race.__main__",
@@ -34,7 +34,10 @@ def command(*arguments: Any) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: Any) -> str:
-    """Assert that these arguments give code 2 and one line with the message; return what was printed as a result."""
+    """Assert that a command with these arguments exits with code 2 and prints one line with `message` on stderr.
+
+    Returns what it printed on stdout.
+    """
     assert command(*arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err

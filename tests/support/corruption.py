@@ -1,4 +1,4 @@
-"""Settings whose messages are corrupted, vectors to send, and what a receiver must make of a message."""
+"""Compressors whose messages tests corrupt, vectors to send, and the outcome of decoding a message."""
 
 from collections.abc import Mapping
 
@@ -28,7 +28,8 @@ SETTINGS: list[Compressor] = [
     Stages(Stages(QSGD(3, 64)), 2),
     Stages(AdaptiveTopK(0.5, values="int4"), 2),
 ]
-# Gaussian coordinates; few that are not 0, so that indices are few and buckets of QSGD empty; and nothing.
+# A vector of Gaussian coordinates; one with few nonzero coordinates, so that messages have few indices and QSGD has
+# empty buckets; and a vector of zeros.
 VECTORS = {
     "gaussian": torch.randn(D, generator=torch.Generator().manual_seed(0)),
     "sparse": torch.where(torch.arange(D) % 641 == 5, 1.0, 0.0),
@@ -37,11 +38,11 @@ VECTORS = {
 
 
 def replaced(parts: Mapping[str, Tensor], name: str, content: Tensor) -> dict[str, Tensor]:
-    """Return the parts with another content for one of them."""
+    """Return a message's parts, in which the part `name` has the given content."""
     return {**parts, name: content}
 
 
 def outcome(compressor: Compressor, parts: Mapping[str, Tensor], d: int) -> str:
-    """Return "refused" if `receive` raises MessageError, or "valid"."""
+    """Return "refused" if decoding the message `parts` raises MessageError, and "valid" if it succeeds."""
     found = mutations.outcome(compressor, parts, d)
     return "valid" if found in ("finite", "not finite") else found

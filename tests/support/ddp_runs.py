@@ -1,4 +1,4 @@
-"""Small networks behind DistributedDataParallel: data by rank, an ordinary training loop, every compressor."""
+"""Training of small networks with DistributedDataParallel: each worker's data, a training loop, and all compressors."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 import packsaddle as ps
 from packsaddle.comm.group import resolve
 
-SEVERAL = 0.02  # MiB: the network below then has several buckets
+SEVERAL = 0.02  # size of DDP's buckets in MiB at which `network` has several of them
 COMPRESSORS: dict[str, ps.Compressor] = {
     "Identity": ps.Identity(),
     "RandomK": ps.RandomK(0.05),
@@ -18,7 +18,8 @@ COMPRESSORS: dict[str, ps.Compressor] = {
     "TopK": ps.TopK(0.05),
     "TopK k": ps.TopK(k=200),
     "AdaptiveTopK": ps.AdaptiveTopK(0.3),
-    # Counters in bfloat16 are rounded otherwise in eta g than in g, so the hook and the optimizer may choose otherwise.
+    # Use float32 counters: in bfloat16, rounding differs between eta g and g, so that the optimizer and the hook could
+    # select different coordinates.
     "SharedTopK": ps.SharedTopK(0.05, half=False),
     "SketchTopK": ps.SketchTopK(0.05, rows=3, columns=64, half=False),
     "Sign": ps.Sign(),
@@ -26,7 +27,7 @@ COMPRESSORS: dict[str, ps.Compressor] = {
     "LinearSketch": ps.LinearSketch(0.2),
     "LowRank": ps.LowRank(1),
 }
-# Every compressor, and the exchanges through owners, which keep residuals of the mean.
+# The options of all tested runs: every compressor, and the exchanges whose chunk owners keep a residual of the mean.
 WAYS: dict[str, dict[str, Any]] = {
     **{name: {"compressor": c} for name, c in COMPRESSORS.items()},
     "two-way": {"compressor": ps.TopK(0.05), "exchange": "two-way"},
@@ -44,7 +45,7 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def batches(steps: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """This worker's own data."""
+    """Return this worker's batches, one per step."""
     rng = torch.Generator().manual_seed(100 + resolve(None).rank)
     return [torch.randn(12, 30, generator=rng).to(dtype) for _ in range(steps)]
 
@@ -70,7 +71,7 @@ def train(
     clip: float | None = None,
     accumulate: bool = False,
 ) -> None:
-    """An ordinary loop: the two halves of a batch one after the other if `accumulate`."""
+    """Train in an ordinary loop. With `accumulate` the gradients of the two halves of each batch are accumulated."""
     for batch in data:
         optimizer.zero_grad()
         halves = batch.chunk(2) if accumulate else (batch,)

@@ -1,7 +1,7 @@
 """Trainings on the CPU and on a pretended device: their parameters, and the events on the device in each step.
 
-The CPU's run with torch's loops, as a device's do; so results are bitwise equal, except where a device draws other
-numbers. Functions below "In child processes" are called by `run_in_processes`.
+Trainings on the CPU use torch's loops, as those on a device do. So results are bitwise identical, except if the device
+draws different random numbers. Functions below "In child processes" are called by `run_in_processes`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ STEPS = 2 * EVERY
 
 @dataclass
 class Training:
-    """A model with what trains it."""
+    """A model with its optimizers, and optionally its local updates and gradient scaler."""
 
     model: nn.Module
     optimizers: Sequence[Any]
@@ -44,9 +44,10 @@ Make = Callable[[nn.Module], Training]
 class Outcome:
     """The result of a training on one device."""
 
-    x: Tensor = field(default_factory=lambda: torch.zeros(0))  # all parameters in the end, on the CPU
-    waits: list[int] = field(default_factory=list)  # of the host, in each of the last `EVERY` steps and in the flush
-    lines: list[str] = field(default_factory=list)  # the waits
+    x: Tensor = field(default_factory=lambda: torch.zeros(0))  # all parameters at the end, on the CPU
+    # Numbers of times that the host waited for the device, in each of the last `EVERY` steps and in the flush.
+    waits: list[int] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)  # descriptions of these waits
     faults: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -77,12 +78,12 @@ def step(training: Training, x: Tensor, y: Tensor) -> None:
 
 
 def vector(model: nn.Module) -> Tensor:
-    """Return this worker's part of all parameters, on the CPU."""
+    """Return this worker's local parts of all parameters as one vector, on the CPU."""
     return torch.cat([getattr(p, "_local_tensor", p).detach().cpu().reshape(-1) for p in model.parameters()])
 
 
 def train(make: Make, where: Any, device: Device | None = None, rank: int = 0) -> Outcome:
-    """Train for `STEPS` steps and flush; on the CPU without a `device`."""
+    """Train for `STEPS` steps and flush, and return the outcome. If `device` is None, train on the CPU."""
     found, logs = Outcome(), []
 
     def recorded(act: Callable[..., None], *args: Any) -> None:
@@ -108,7 +109,7 @@ def train(make: Make, where: Any, device: Device | None = None, rank: int = 0) -
 
 # ------------------------------------------------------------------------------------------------------ what is trained
 def own(optimizer: Any, **options: Any) -> Make:
-    """A training by an optimizer alone."""
+    """Return a function that makes a training with an optimizer only."""
     return lambda model: Training(model, [optimizer(model.parameters(), **options)])
 
 
@@ -133,7 +134,7 @@ def muon(model: nn.Module) -> Training:
 
 
 def ddp(*args: Any, hooked: bool = True, scaled: bool = False, protects: bool = True, **options: Any) -> Make:
-    """A DistributedDataParallel, without a hook if not `hooked`."""
+    """Return a function that makes a training with DistributedDataParallel, and with packsaddle's hook if `hooked`."""
 
     def make(model: nn.Module) -> Training:
         where = next(model.parameters()).device
@@ -149,7 +150,11 @@ def ddp(*args: Any, hooked: bool = True, scaled: bool = False, protects: bool = 
 
 
 def fsdp(*args: Any, hooked: bool = True) -> Make:
-    """A model sharded over one process, with two replicas; without a hook over both processes."""
+    """Return a function that makes a training with FSDP2.
+
+    With packsaddle's hook there are two replicas, each sharded over one process. Without it, the model is sharded over
+    both processes.
+    """
 
     def make(model: nn.Module) -> Training:
         where, names = next(model.parameters()).device.type, ("replicate", "shard")
@@ -215,15 +220,15 @@ HOOKS: dict[str, Make] = {
 
 # --------------------------------------------------------------------------------------------------- In child processes
 BACKENDS = {"nccl": "nccl", "mixed": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
-# Few cases with backends whose paths differ from NCCL's in few places.
+# The cases for the backends "mixed" and "gloo". They are few, since these differ from NCCL in few places of the code.
 MIXED = ("LocalUpdates", "LocalUpdates, offload", "LocalUpdates, offload overlap", "DDP hook")
 GLOO = (*MIXED, "CompressedSGD, TopK", "LocalUpdates, overlap", "DDP hook, TopK model", "FSDP hook, uncoded")
-# On devices whose tensors are exchanged by way of the host alone, where torch has no DistributedDataParallel.
+# The cases for devices whose tensors are always exchanged through the host, where torch has no DistributedDataParallel.
 STAGED = (
     *("CompressedSGD, TopK", "CompressedSGD, QSGD uncoded", "LocalUpdates", "LocalUpdates, clip"),
     *("LocalUpdates, overlap", "LocalUpdates, overlap fragments", "LocalUpdates, offload"),
 )
-# Without a group: those whose paths differ there, and on other devices than CUDA.
+# The cases without a process group: those that run different code without a group, and on devices except CUDA.
 ALONE = (
     *("torch: SGD", "torch: AdamW", "CompressedSGD, noise", "CompressedSGD, TopK two-way", "CompressedSGD, LowRank"),
     *("LocalUpdates", "LocalUpdates, capturable", "LocalUpdates, Muon and AdamW", "LocalUpdates, TopK int2"),
@@ -237,7 +242,7 @@ def trained(cases: Mapping[str, Make], where: Any, device: Device | None = None,
 
 
 def together(kind: Kind, library: Path, folder: Path) -> dict[Key, Outcome]:
-    """Train as one of two workers; return the outcomes by backend ("cpu": without a device) and name."""
+    """Train as one of two workers, and return the outcomes by backend and name. "cpu" stands for no device."""
     rank, device = dist.get_rank(), start(kind, library, devices=1 if kind == "mps" else 2)
     where = torch.device(kind, 0 if kind == "mps" else rank)
     torch.accelerator.set_device_index(where.index)
@@ -255,14 +260,17 @@ def together(kind: Kind, library: Path, folder: Path) -> dict[Key, Outcome]:
         else:
             outcomes = trained(these, where, device, rank)
         found |= {(name, case): outcome for case, outcome in outcomes.items()}
-        if name != "gloo":  # whose group the caller destroys
+        if name != "gloo":  # the caller destroys the group of "gloo"
             dist.destroy_process_group()
             leftovers.forget_meshes()
     return found
 
 
 def alone(kind: Kind, library: Path) -> dict[Key, Outcome]:
-    """Train without a process group, and run the other programs of one process; return the outcomes as `together`."""
+    """Train without a process group, and run the programs that need one process only.
+
+    Returns the outcomes by device type and name.
+    """
     dist.destroy_process_group()
     device = start(kind, library)
     found: dict[Key, Outcome] = {}
@@ -275,12 +283,12 @@ def alone(kind: Kind, library: Path) -> dict[Key, Outcome]:
         with torch_only():
             outcomes["RandomK without numba"] = message(ps.RandomK(0.05), where, device)
         found |= {(where, name): outcome for name, outcome in outcomes.items()}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # which the caller destroys
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the caller destroys this group
     return found
 
 
 def observed(device: Device, program: Callable[[], Tensor]) -> Outcome:
-    """Run a program that returns its result, on the CPU."""
+    """Run a program, and return the outcome with its result and the events on the device. The result is on the CPU."""
     found = Outcome()
     with device.record() as log:
         try:
@@ -292,7 +300,7 @@ def observed(device: Device, program: Callable[[], Tensor]) -> Outcome:
 
 
 def message(compressor: ps.Compressor, where: Any, device: Device) -> Outcome:
-    """Encode a vector, and decode what another worker receives."""
+    """Encode a vector, decode the message as a receiver does, and return the outcome."""
     v = torch.randn(5_001, generator=torch.Generator().manual_seed(3)).to(where)
     out = torch.zeros_like(v)
 
@@ -307,7 +315,7 @@ def message(compressor: ps.Compressor, where: Any, device: Device) -> Outcome:
 
 
 def certified(where: Any, device: Device) -> Outcome:
-    """Certify a point."""
+    """Compute a certificate of a point on a device, and return the outcome."""
     model, batches = network(where), [batch(i, 0, where) for i in range(2)]
 
     def certificate() -> Tensor:
@@ -319,7 +327,10 @@ def certified(where: Any, device: Device) -> Outcome:
 
 
 def resumed(where: Any, device: Device) -> Outcome:
-    """Save in the middle of a round, and continue with new objects, whose parameters are the result."""
+    """Save a state in the middle of a round, and continue with new objects that load it.
+
+    Returns the outcome, whose result is the parameters of the new objects.
+    """
     make, middle = local(TOPK, mean_momentum=0.5), EVERY + 2
 
     def continued() -> Tensor:

@@ -1,4 +1,4 @@
-"""Workers that come and go without torchft: a Manager of simulated workers whose rounds fail where a test says so."""
+"""Elastic workers without torchft: a fake Manager for simulated workers, whose rounds fail as a test specifies."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -15,7 +15,10 @@ COMPRESSION = Compression(TopK(0.25), dense_below=0, compare_every=1)
 
 
 class FakeManager:
-    """torchft's Manager for workers that are always there; of the votes those in `refused`, from 0, say no."""
+    """A replacement of torchft's Manager, for a group of workers that does not change.
+
+    A vote to commit fails if its number, counted from 0, is in `refused`.
+    """
 
     def __init__(self, group: Group, refused: Collection[int] = (), site: Group | None = None) -> None:
         self.group, self.refused, self.site = group, refused, site or Solo()
@@ -61,7 +64,7 @@ class FakeManager:
 
 
 class FakeGroup(ManagedGroup):
-    """A group's collectives, of which those in `broken`, from 0, raise on all workers after they were carried out."""
+    """The collectives of a group. A collective whose number, counted from 0, is in `broken` raises after its work."""
 
     def __init__(self, manager: FakeManager, broken: Collection[int] = ()) -> None:
         self.manager, self.site, self.broken, self.calls = manager, manager.site, broken, 0
@@ -92,7 +95,7 @@ class FakeGroup(ManagedGroup):
 
 
 class Worker:
-    """A linear model in float64, and one inner step of it whose gradient is a function of the worker and the step."""
+    """A worker that trains a linear model in float64. A step's gradient is a function of the worker and the step."""
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class Worker:
         else:
             arguments["workers"] = group
         self.local = LocalUpdates(self.optimizer, **local_options(**arguments))
-        self.moved = torch.zeros(30, dtype=torch.float64)  # the sum of what the inner optimizer has done
+        self.moved = torch.zeros(30, dtype=torch.float64)  # the sum of the inner optimizer's steps, x_0 - x
 
     def x(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1).clone() for p in self.parameters])
@@ -129,7 +132,7 @@ class Worker:
         return torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
 
     def gradients(self) -> None:
-        """Set the gradients of the next step."""
+        """Set the parameters' gradients for the next step."""
         rng = torch.Generator().manual_seed(1000 * self.rank + self.local.steps)
         for p in self.parameters:
             p.grad = torch.randn(p.shape, generator=rng, dtype=p.dtype) + p.detach()
@@ -138,11 +141,11 @@ class Worker:
         for _ in range(steps):
             self.gradients()
             flat = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
-            self.moved += 0.1 * flat  # of plain SGD
+            self.moved += 0.1 * flat  # the step of plain SGD with learning rate 0.1
             self.optimizer.step()
 
     def everything(self) -> list[Tensor]:
-        """Return all state that a failed round must leave alone."""
+        """Return copies of all state that a failed round must not change."""
         found = [self.x(), self.anchor()]
         found += [part.feedback.memory.vector.clone() for part in self.local._fragments]
         for optimizer in (self.optimizer, self.local.outer):
@@ -158,14 +161,17 @@ def membership(worker: Worker) -> ElasticWorkers:
 
 
 def joined(**arguments: Any) -> Worker:
-    """Return this worker of the simulated ones, or one alone, which has joined the others."""
+    """Return this simulated worker, after it has joined the run. Outside a simulation it is the only worker."""
     worker = Worker(resolve(None), **arguments)
     worker.local.join()
     return worker
 
 
 def of_state(state: Callable[[], Any], *, joins: bool = True, **arguments: Any) -> Worker:
-    """Return a worker that loads a state of the others at its first quorum; with `joins` it has joined them."""
+    """Return a worker that loads the given state, another worker's, at its first quorum.
+
+    With `joins` the worker has already joined the run.
+    """
     worker = Worker(resolve(None), **arguments)
 
     def load() -> None:
@@ -179,7 +185,10 @@ def of_state(state: Callable[[], Any], *, joins: bool = True, **arguments: Any) 
 
 
 def check_nothing_is_lost(workers: Sequence[Worker], *, pending: bool) -> None:
-    """Check that the anchor has moved from x_0 by the mean of what workers have done, less what is still `pending`."""
+    """Check that the anchor has moved from x_0 by the mean over workers of their steps, minus their pending updates.
+
+    `pending` is True if there must be pending updates, and False if there must be none.
+    """
     mean = torch.stack([worker.moved - worker.local.pending() for worker in workers]).mean(0)
     for worker in workers:
         torch.testing.assert_close(worker.anchor(), Worker().x() - mean, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Runs of simulated workers that come and go, with a fault or a change of who is there, by public results alone."""
+"""Runs of simulated elastic workers with faults, joins and leaves. Their results are read from public attributes."""
 
 import tempfile
 from collections.abc import Mapping
@@ -12,15 +12,17 @@ from packsaddle import OuterSGD, simulate
 from packsaddle.comm import Solo, resolve
 
 ROUNDS = 6
-CONFIRM = 11  # the collective, from 0, that confirms the second round: after two of the join, five a round
+# Number of the collective, counted from 0, that confirms the second round. A join has two collectives, a round five.
+CONFIRM = 11
 
 
 def adamw(tensors: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(tensors, 0.05)
 
 
-# By step of a worker: where worker 0 is joined by the other, which has begun alone if `apart`; where worker 1 leaves
-# and worker 0 goes on alone; where x of worker 0 is not finite. By worker: the collectives that break.
+# Arguments of `run`. `together` is the step at which worker 1 joins worker 0; with `apart` worker 1 has trained alone
+# before. `leaves` has the steps at which worker 1 leaves and worker 0 continues alone. `bad` is the step at which x of
+# worker 0 is not finite. `broken` has the numbers of the collectives that fail, by worker.
 SETTINGS: dict[str, dict[str, Any]] = {
     "all there": {"workers": 3, "noise": 0.01},
     "join": {"together": 7},
@@ -52,7 +54,7 @@ def run(
     flush: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return what each worker ends with: x and anchor, what is pending, the ledger, and the counts."""
+    """Do a run, and return each worker's final results: x, anchor, pending updates, ledger and counts."""
     managers: list[FakeManager] = []
 
     def begin(rank: int, folder: str) -> Worker:
@@ -71,17 +73,17 @@ def run(
             worker.local.join()
             steps = 0
             while worker.local.rounds < ROUNDS:
-                # Who is there from this step on.
+                # Set the group of workers that are present from this step on.
                 if steps == together and together:
                     if worker.manager.group is not group and rank:
-                        worker.manager.step = 0  # its own rounds are not the others'
+                        worker.manager.step = 0  # rounds that it has done alone do not count in the joint run
                     worker.manager.group = group
                 if leaves and rank == 1 and steps == leaves[0]:
                     worker.local.leave()
                     break
                 if leaves and rank == 0 and steps == leaves[1]:
                     worker.manager.group = Solo()
-                # An inner step, and a round that is due.
+                # Do an inner step, and the round if it is due.
                 if steps == bad and rank == 0:
                     worker.parameters[0].data[0, 0] = torch.nan
                 worker.train(1)
@@ -94,10 +96,10 @@ def run(
 
 
 def catch_up(manager: FakeManager, managers: list[FakeManager]) -> None:
-    """Load the state of the worker that is ahead, as torchft does at a quorum."""
+    """Load the state of the worker with the most steps, as torchft does at a quorum, if this worker has fewer."""
     ahead = max(managers, key=lambda other: other.step)
     if manager.group.size > 1 and ahead.step > manager.step:
-        manager.load(deepcopy(ahead.save()))  # a copy, as of what comes from another machine
+        manager.load(deepcopy(ahead.save()))  # a copy, like a state that is received from another machine
         manager.step = ahead.step
 
 

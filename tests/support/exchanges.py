@@ -1,4 +1,4 @@
-"""One exchange of one vector by any aggregator, in the present group."""
+"""A function that exchanges one vector by any aggregator, in the current group of workers."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from packsaddle.comm.select_aggregator import choose
 
 
 def decoded(terms: Any, d: int) -> Tensor:
-    """Return the sum of an average's terms, float[d]."""
+    """Return the vector that an aggregator's average represents, float[d]: the sum of its decoded terms."""
     out = torch.zeros(d)
     for term in terms:
         term.add_to(out, 1.0)
@@ -30,9 +30,10 @@ def exchanged(
     steps: int = 1,
     seed: int = 7,
 ) -> dict[str, Any]:
-    """Average this worker's vector of `vs` with the others' `steps` times, and its rank in `dense` coordinates.
+    """Average the workers' vectors `vs`, one per rank, in `steps` exchanges with uncompressed parts of size `dense`.
 
-    Return the last exchange's results, this worker's vector, and the bytes that were counted and predicted.
+    The uncompressed part of each worker consists of its rank. Returns the results of the last exchange, this worker's
+    vector, and the counted and the predicted bytes.
     """
     channel, d = Communicator(resolve(None), Ledger()), len(vs[0])
     rank, workers = channel.group.rank, channel.group.size

@@ -1,4 +1,7 @@
-"""Two workers; rank 0 fails in its backward pass, after handing over a bucket whose collective rank 1 never joins."""
+"""A script for two workers, of which rank 0 fails in its backward pass.
+
+Before that, rank 0 has passed a bucket to DDP's hook, and rank 1 never joins the bucket's collective.
+"""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Every compressor in several settings, for tests that hold for all of them."""
+"""Every compressor in several settings, for tests of properties that all compressors have."""
 
 import torch
 

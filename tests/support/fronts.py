@@ -1,7 +1,8 @@
-"""One adapter for each front of the engine, so that a property is stated once and checked on all of them.
+"""One adapter for each front of the engine, so that a property is stated once and checked on all fronts.
 
-A `Training` is one worker's: a small network on batches that are functions of (rank, t). Fronts behind torch's wrappers
-need real processes; the others are simulated. `run_on` hides the difference.
+A front is a public class that trains: CompressedSGD, a hook, or LocalUpdates. A `Training` is the part of one worker: a
+small network, trained on batches that are functions of (rank, t). Fronts that use torch's wrappers need real processes;
+the workers of the rest are simulated. `run_on` hides the difference.
 """
 
 import io
@@ -26,7 +27,7 @@ LR = 0.1
 
 
 class Spoiled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a value in its first row."""
+    """The identity function, whose backward pass multiplies the first row of the gradient by a value."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, value: float) -> Tensor:
@@ -41,7 +42,7 @@ class Spoiled(torch.autograd.Function):
 
 
 class Layer(nn.Linear):
-    """A layer of whose weight the gradient can be spoiled."""
+    """A linear layer. If `value` is not None, the first row of its weight's gradient is multiplied by it."""
 
     value: float | None = None
 
@@ -51,7 +52,7 @@ class Layer(nn.Linear):
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Three layers, in several of DDP's buckets of `SEVERAL` MiB, with three matrices and three vectors."""
+    """Return a network of three linear layers, which fills several of DDP's buckets of `SEVERAL` MiB."""
     rng = torch.Generator().manual_seed(1)
     model = nn.Sequential(Layer(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 30))
     with torch.no_grad():
@@ -66,7 +67,10 @@ def batch(t: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 class Training:
-    """One worker's training through a front: its `engine` has `steps`, `skips`, `drifts`, `ledger` and a state."""
+    """One worker's training by a front.
+
+    `engine` is the object with the attributes `steps`, `skips`, `drifts` and `ledger`, and with a state.
+    """
 
     plain: nn.Sequential  # the network, without a wrapper
     model: nn.Module
@@ -90,15 +94,15 @@ class Training:
         raise NotImplementedError
 
     def objective(self) -> Tensor:
-        """The loss on a batch that all steps leave alone."""
+        """Return the loss on a batch that no step trains on."""
         data = batch(-1, self.dtype)
         return (self.plain(data) - data).square().mean()  # type: ignore[no-any-return]
 
     def begin(self) -> None:
-        """Do what the front needs before its first step, and after loading."""
+        """Prepare the front for its first step. Call also after loading a state."""
 
     def end(self) -> None:
-        """Do what the front needs after a step that raised."""
+        """Clean up after a step that raised an error."""
 
     def step(self, t: int, value: float | None = None) -> None:
         """Train on batch t; `value` multiplies the first row of the first layer's gradient on this worker."""
@@ -114,29 +118,29 @@ class Training:
         self.optimizer.step(closure)
 
     def parameters(self) -> list[Tensor]:
-        """This worker's parameters as plain tensors; views."""
+        """Return this worker's parameters as plain tensors, which are views."""
         return [p.detach() for p in self.plain.parameters()]
 
     def x(self) -> Tensor:
-        """The point on which workers agree, float[d]."""
+        """Return the point on which all workers agree, float[d]: the parameters, or the anchor of local updates."""
         return flat(self.parameters())
 
     def y(self) -> Tensor:
-        """x less all that is unsent, float[d]; collective."""
+        """Return x minus the mean over workers of all unsent updates, float[d]; collective."""
         raise NotImplementedError
 
     def disturb(self) -> str:
-        """Change one number of what all workers share; return the parameter's name."""
+        """Change one coordinate of the parameters or the anchor, which all workers share; return the changed name."""
         self.parameters()[2].view(-1)[3] += 1e-6
         return "2.weight"
 
     def everything(self) -> dict[str, Any]:
-        """All on which later steps depend, as copies."""
+        """Return copies of all state on which later steps depend."""
         state = {"x": self.parameters(), "optimizer": self.optimizer.state_dict(), "engine": self.engine.state_dict()}
         return copied(state)  # type: ignore[no-any-return]
 
     def outcome(self) -> dict[str, Any]:
-        """All that is a function of the options and the batches, as copies."""
+        """Return copies of all state that is a function of the options and the batches only."""
         return self.everything()
 
     def load(self, state: dict[str, Any]) -> None:
@@ -182,7 +186,7 @@ class DDPModel(DDPBuckets):
 
 
 class FSDP(Hook):
-    """One shard, so that a parameter's local part is all of it."""
+    """The hook for FSDP2 with one shard per replica, so that a parameter's local part is the whole parameter."""
 
     defaults: ClassVar[dict[str, Any]] = {}
 
@@ -202,7 +206,10 @@ class FSDP(Hook):
         return [p.detach().to_local() for p in self.plain.parameters()]  # type: ignore[attr-defined]
 
     def y(self) -> Tensor:
-        """A module's error is one vector, in the order of its parameters; the first step is without."""
+        """Return x minus the mean unsent update. Before the first exchange there is no error memory.
+
+        The error memory of a module is one vector, in the order of the module's parameters.
+        """
         memory = self.engine.memory()
         return self.x() - LR * mean(flat([memory[name] for name in sorted(memory)])) if memory else self.x()
 
@@ -230,7 +237,7 @@ class Local(Training):
 
 
 class LocalSeveral(Local):
-    """Two optimizers, one of the matrices and one of the biases; the latter steps first."""
+    """Local updates of two inner optimizers. The optimizer of the biases steps before that of the matrices."""
 
     def build(self, options: dict[str, Any]) -> None:
         self.model = self.plain
@@ -266,7 +273,7 @@ class LocalSeveral(Local):
         self.engine.load_state_dict(state["engine"])
 
     def _in_order(self, vector: Tensor) -> Tensor:
-        """Of float[d], in the order of the optimizers' parameters, that in the network's."""
+        """Reorder a vector, float[d], from the order of the optimizers' parameters to that of the network's."""
         held = [p for member in self.members for p in member.param_groups[0]["params"]]
         parts = dict(zip(map(id, held), vector.split([p.numel() for p in held]), strict=True))
         return torch.cat([parts[id(p)] for p in self.plain.parameters()])
@@ -289,7 +296,10 @@ class ElasticLocal(Local):
         return self.x() - mean(self.engine.pending())
 
     def outcome(self) -> dict[str, Any]:
-        """A run's and its rounds' names are random, and joining again costs bytes."""
+        """Return the state without the random names of the run and its rounds, and without the ledger.
+
+        Joining again after loading a state sends bytes, so the ledger may differ.
+        """
         state = self.everything()
         for name in ("membership", "ledger"):
             del state["engine"][name]
@@ -298,7 +308,7 @@ class ElasticLocal(Local):
 
 @dataclass(frozen=True)
 class Front:
-    """A front, and if it needs real processes."""
+    """A front's class of `Training`, with its need of real processes."""
 
     make: Callable[..., Training]
     processes: bool = False
@@ -317,7 +327,7 @@ FRONTS = {
 
 
 def made(front: str, **options: Any) -> Training:
-    """Return a training that is ready for its first step."""
+    """Return a new training by a front, ready for its first step."""
     one = FRONTS[front].make(**options)
     one.begin()
     return one
@@ -335,14 +345,14 @@ def mean(vector: Tensor) -> Tensor:
 
 
 def copied(state: Any) -> Any:
-    """Return a state as a file would give it back."""
+    """Return a copy of a state, as if it were saved to a file and loaded again."""
     file = io.BytesIO()
     torch.save(state, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Return where two states differ in any bit."""
+    """Return the places, such as keys, at which two states are not bitwise identical."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
         return [] if same else [place]
@@ -354,7 +364,7 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 
 def parameters_of(fronts: Mapping[str, Iterable[str]]) -> Any:
-    """Parametrize a test over (front, way), with the mark of those that start processes."""
+    """Return the decorator that parametrizes a test over (front, way). Fronts that start processes have a mark."""
     marks = {name: [pytest.mark.process] if FRONTS[name].processes else [] for name in fronts}
     cases = [pytest.param(name, way, marks=marks[name]) for name, ways in fronts.items() for way in ways]
     return pytest.mark.parametrize(("front", "way"), cases)

@@ -1,4 +1,7 @@
-"""Inputs for fuzzing what reads them, and the readers: whatever comes in, ConfigError or a valid object comes out."""
+"""Random inputs for fuzzing, and the functions that read them.
+
+For every input, a reader must either raise ConfigError or return a valid object.
+"""
 
 import contextlib
 import json
@@ -44,7 +47,7 @@ radius = 2.0
 epsilon = 0.1
 """
 
-# Small: a large network is valid, and takes long to make.
+# The integers are small, since a large network would be valid but would take long to make.
 INTEGERS = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 16])
 FLOATS = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-3, 0.1, 0.5, 1.0, 3.0])
 _HOSTILE = ["", "\x1b[31m", "[red]", "</script>", "=1+1", "../x", "a" * 5000]
@@ -60,7 +63,7 @@ def _mostly(right: st.SearchStrategy[Any], wrong: st.SearchStrategy[Any]) -> st.
 
 
 def of(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of an annotation: mostly of its type, at its edges; now and then of another."""
+    """Return a strategy of values for a type hint: mostly of this type, at its limits, and sometimes of another."""
     kinds = choices(hint)
     if kinds:
         return _mostly(st.sampled_from(kinds).flatmap(lambda c: table(c, c.__name__)), VALUES)
@@ -76,7 +79,7 @@ def of(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def table(cls: Any, kind: str | None = None) -> st.SearchStrategy[dict[str, Any]]:
-    """Tables of a dataclass's keys: some of them, and now and then one that it does not have."""
+    """Return a strategy of TOML tables for a dataclass: some of its keys, and sometimes an unknown key."""
     hints = get_type_hints(cls)
     some = st.fixed_dictionaries(
         {} if kind is None else {"kind": st.just(kind)}, optional={f.name: of(hints[f.name]) for f in settable(cls)}
@@ -85,7 +88,7 @@ def table(cls: Any, kind: str | None = None) -> st.SearchStrategy[dict[str, Any]
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it, on one line."""
+    """Return a value in TOML's notation, on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -151,24 +154,24 @@ def _constructed(config: Config) -> None:
 
 
 def read_file(content: bytes | str, folder: Path) -> None:
-    """A configuration file, up to the construction of its runs."""
+    """Read a configuration file, and construct its run."""
     path = folder / "config.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     _constructed(load(path))
 
 
 def read_assignment(text: str, folder: Path) -> None:
-    """A --set beside a valid configuration."""
+    """Apply an assignment, as of --set, to a valid configuration, and construct its run."""
     _constructed(configure(json.loads(json.dumps(BASE)), [text]))
 
 
 def read_run(files: dict[str, Any], folder: Path) -> None:
-    """A run folder of this version, whose lines may be no objects, as reports and certificates read it."""
+    """Read a run folder as reports and certificates do. Lines of its files may be JSON values that are no objects."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         for name, content in files.items():
             lines = content if name.endswith("l") else [content]
             (Path(made) / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        with contextlib.suppress(ConfigError):  # a report reads less of it
+        with contextlib.suppress(ConfigError):  # ignored, since a report may be valid without a valid configuration
             read_config(Path(made))
         runs = read_runs([Path(made)])
         found = grouped(runs)
@@ -189,7 +192,7 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], None]]] =
 
 
 def outcome(read: Callable[[Any, Path], None], value: Any, folder: Path) -> str:
-    """Return "valid" or "refused"; another exception passes."""
+    """Return "valid" if `read` accepts a value, and "refused" if it raises ConfigError. Other exceptions are raised."""
     try:
         read(value, folder)
     except ConfigError:

@@ -1,8 +1,8 @@
-"""Gloo worker processes for tests: a pool that serves call after call, each in a process group of its own.
+"""Gloo worker processes for tests: a pool that serves one call after the other, each in its own process group.
 
-To start a process, and to import torch's parts and a test module in it, takes longer than most calls. So the workers of
-a pytest process stay; a call that fails, hangs, or leaves something that cannot be undone (leftovers.py) ends them,
-and the next call gets new ones.
+Starting a process, and importing torch's parts and a test module in it, takes longer than most calls. So the workers of
+a pytest process are reused. A call that fails, hangs, or changes global state that cannot be restored (leftovers.py)
+ends them, and the next call gets new workers.
 """
 
 import atexit
@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT = 120.0
-_GRACE = 5.0  # seconds for the others to say what they make of a worker that failed
-_KEPT = 4  # workers at most that stay
-# Clean children that do not import torch again, whatever threads the test process has by now.
+_GRACE = 5.0  # seconds for the remaining workers to report their errors after one worker has failed
+_KEPT = 4  # maximum number of workers that are reused
+# A fork server starts clean processes that need not import torch again, even if the test process has threads.
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The first optimizer of a process imports torch._dynamo, which takes as long as torch; so does numba's first loop. The
-# processes that commands start in tests are of this server too.
+# Import torch._dynamo and numba in the server: the first optimizer of a process imports the former, which takes as long
+# as importing torch, and the first loop the latter. Processes that commands start in tests come from this server too.
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "lab.runs.job", "pytest"]
 )
@@ -38,10 +38,10 @@ _CONTEXT.set_forkserver_preload(
 def run_in_processes(
     fn: Callable[..., Any], workers: int, folder: Path, *args: Any, timeout: float = _TIMEOUT, fresh: bool = False
 ) -> list[Any]:
-    """Run fn(*args) in `workers` gloo processes; fn must be importable. Returns the results by rank.
+    """Run fn(*args) in `workers` gloo processes, and return the results by rank. fn must be importable.
 
-    fresh=True: in processes that have run nothing before and end afterwards, for what leaves traces that leftovers.py
-    does not know (a patched torch, an extension loaded).
+    With `fresh` the processes are new and end afterwards. This is for functions that change state which leftovers.py
+    does not restore, such as a patched torch or a loaded extension.
     """
     own = fresh or workers > _KEPT
     pool = _Pool(reusable=False) if own else _kept()
@@ -56,7 +56,7 @@ def run_in_processes(
 
 
 class _Pool:
-    """Workers by rank, each with the connection to it."""
+    """The worker processes, in the order of their ranks, with the connections to them."""
 
     def __init__(self, *, reusable: bool = True) -> None:
         self._members: list[tuple[Any, Connection]] = []
@@ -68,18 +68,18 @@ class _Pool:
         return all(process.is_alive() for process, _ in self._members)
 
     def grow(self, workers: int) -> None:
-        """Start the workers that there are not yet."""
+        """Start workers until there are at least `workers`."""
         while len(self._members) < workers:
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(theirs, self._reusable), daemon=True)
             process.start()
-            theirs.close()  # so that a worker's death is the end of the connection
+            theirs.close()  # closed here, so that the connection ends when the worker dies
             self._members.append((process, ours))
 
     def run(
         self, fn: Callable[..., Any], args: tuple[Any, ...], workers: int, folder: Path, timeout: float
     ) -> tuple[list[Any], bool]:
-        """Make one call. Returns the results, and whether the workers are as good as new ones."""
+        """Make one call. Returns the results by rank, and True if the workers can be reused."""
         members = self._members[:workers]
         store, call = str(folder / f"store-{next(self._calls)}"), pickle.dumps((fn, args))
         for rank, (_, connection) in enumerate(members):
@@ -122,14 +122,17 @@ atexit.register(_pool.end)
 
 
 def _kept() -> _Pool:
-    """Return the pool of this process; without the workers that it had if one of them died between calls."""
+    """Return the pool of this process. If a worker has died since the last call, the pool's workers are ended."""
     if not _pool.usable:
         _pool.end()
     return _pool
 
 
 def _serve(connection: Connection, reusable: bool) -> None:
-    """Make the calls that come, until the other side ends or one of them fails; if `reusable`, without a trace."""
+    """Make the calls received through a connection, until the connection ends or a call fails.
+
+    With `reusable` the global state is restored after each call.
+    """
     torch.set_num_threads(1)
     while True:
         try:
@@ -142,16 +145,16 @@ def _serve(connection: Connection, reusable: bool) -> None:
             fn, args = pickle.loads(call)
             before = leftovers.State()
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-            # As bytes: torch would share tensors through a worker that may be about to exit.
+            # Send the result as bytes: torch would share tensors' memory with this worker, which may exit soon.
             result = pickle.dumps(fn(*args))
             dist.barrier()
             del fn, args
             leftovers.forget_tests()
-            gc.collect()  # models and hooks go before their process group
+            gc.collect()  # delete models and hooks before their process group is destroyed
             dist.destroy_process_group()
             left = before.restore() if reusable else []
             outcome = result, "", left
         except BaseException:
             connection.send((b"", traceback.format_exc(), []))
-            return  # without a group: the others' exchanges with this worker end
+            return  # exiting closes the process group, so that exchanges of other workers with this one fail
         connection.send(outcome)

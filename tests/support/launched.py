@@ -1,4 +1,4 @@
-"""What launched workers do in tests: one fails, is stopped, or saves when told to end."""
+"""Functions that tests run in launched workers: one worker fails, is stopped, or saves after SIGTERM."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from packsaddle.comm.launching import asked_to_stop, recording_sigterm
 
 
 def fail_beside_a_stopped_one(folder: Path) -> None:
-    """Rank 1 stops itself, and then rank 0 fails."""
+    """Make rank 1 stop itself with SIGSTOP; then raise an error on rank 0."""
     pid = folder / "pid"
     if os.environ["RANK"] == "1":
         pid.write_text(str(os.getpid()))
@@ -21,7 +21,7 @@ def fail_beside_a_stopped_one(folder: Path) -> None:
 
 
 def save_when_told(folder: Path) -> None:
-    """Wait for SIGTERM, and then take a while to save."""
+    """Wait for SIGTERM, then save, which takes a while."""
     with recording_sigterm():
         (folder / f"here-{os.environ['RANK']}").touch()
         while not asked_to_stop():
@@ -31,5 +31,5 @@ def save_when_told(folder: Path) -> None:
 
 
 def _state(pid: int) -> str:
-    """T is stopped (proc_pid_stat(5))."""
+    """Return the state of a process, such as "T" for a stopped one (see proc_pid_stat(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""

@@ -1,4 +1,4 @@
-"""Traces of a call in the process that made it: global state that is put back, and what cannot be."""
+"""Global state of a process that a test's call has changed: it is restored, or reported if that is impossible."""
 
 import gc
 import os
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-_settled: list[Any] = []  # caches that the collector does not list any more
+_settled: list[Any] = []  # caches that the garbage collector no longer lists, since they are frozen
 
 
 class State:
-    """The global state of a process at one time, to go back to."""
+    """A snapshot of the global state of this process, to which `restore` returns."""
 
     def __init__(self) -> None:
         self._environment, self._folder, self._path = dict(os.environ), Path.cwd(), list(sys.path)
@@ -34,9 +34,10 @@ class State:
         self._names = _names()
 
     def restore(self) -> list[str]:
-        """Put back what can be, and return what else is not as it was.
+        """Restore the state as far as possible, and return descriptions of the changes that remain.
 
-        What there is is kept from the collector then, which would go through all of torch's modules after every call.
+        Then all objects are frozen (`gc.freeze`): otherwise the garbage collector would visit all of torch's modules
+        after every call.
         """
         os.environ.clear()
         os.environ.update(self._environment)
@@ -53,7 +54,7 @@ class State:
         return [*self._threads_left(), *self._names_changed(), *["a process group"] * dist.is_initialized()]
 
     def _restore_torch(self) -> None:
-        """Put back torch's state, and empty its caches of what was compiled and of meshes of groups that are gone."""
+        """Restore torch's state, and clear its caches of compiled functions and of meshes with destroyed groups."""
         rng, dtype, threads = self._torch
         torch.set_rng_state(rng)
         torch.set_default_dtype(dtype)
@@ -67,12 +68,12 @@ class State:
         forget_meshes()
 
     def _threads_left(self) -> list[str]:
-        """Threads that go on, but for those of the kernels' pool and those that are not Python's."""
+        """Return the new threads that still run, except those of the kernels' pool and threads not made by Python."""
         ours = [t for t in threading.enumerate() if t not in self._threads and t.is_alive()]
         return [t.name for t in ours if not isinstance(t, threading._DummyThread) and t.name[:10] != "packsaddle"]
 
     def _names_changed(self) -> list[str]:
-        """Names in packsaddle that stand for something else than before; modules imported since do not count."""
+        """Return the names in packsaddle whose objects were replaced. Modules that were imported since do not count."""
         now, found = _names(), []
         for where, before in self._names.items():
             after = now.get(where, {})
@@ -82,18 +83,21 @@ class State:
 
 
 def _changed(was: Any, now: Any) -> bool:
-    """Tell a patch from a module that was imported, and from torch's timer around an optimizer's step."""
+    """Return True if a name was patched.
+
+    A module that was imported is not a patch, nor is the timer that torch adds to an optimizer's step.
+    """
     timed = getattr(now, "hooked", False) and getattr(now, "__wrapped__", None) is was
     return not isinstance(now, ModuleType) and not timed
 
 
 def _names() -> dict[str, dict[str, Any]]:
-    """What the names in packsaddle's modules and in their classes stand for."""
+    """Return {name: object} for each of packsaddle's modules and for the classes in them."""
     found = {}
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] != "packsaddle":
             continue
-        # Names that begin with two underscores are the interpreter's, and those that torch.compile adds, but for one.
+        # Names that begin with two underscores are made by the interpreter or torch.compile, except __version__.
         found[module_name] = {k: v for k, v in vars(module).items() if not k.startswith("__") or k == "__version__"}
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module_name:
@@ -103,7 +107,7 @@ def _names() -> dict[str, dict[str, Any]]:
 
 
 def forget_meshes() -> None:
-    """Empty torch's caches of meshes, whose groups are gone with the default group."""
+    """Clear torch's caches of device meshes, whose groups were destroyed with the default group."""
     _settled.extend(_caches())
     if "torch.distributed.tensor" in sys.modules:
         for cache in _settled:
@@ -113,14 +117,17 @@ def forget_meshes() -> None:
 
 
 def _caches() -> list[Any]:
-    """torch.distributed's caches of functions, of which some hold meshes."""
-    found = [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]  # isinstance would ask proxies
+    """Return the function caches of torch.distributed, since some of them contain device meshes."""
+    found = [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]  # isinstance would call code of proxies
     return [x for x in found if str(getattr(x, "__module__", "")).startswith("torch.distributed")]
 
 
 def forget_tests() -> None:
-    """Have test modules imported anew, with whatever they hold, but for this one and those that serve calls."""
-    here = f"{Path(__file__).parents[1]}{os.sep}"  # of some thousand modules' files: as text, not as paths
+    """Remove test modules from sys.modules, so that the next call imports them again.
+
+    This module and those that serve calls are kept.
+    """
+    here = f"{Path(__file__).parents[1]}{os.sep}"  # text, since comparing thousands of paths would be slow
     for name in sys.modules.keys() - {"__main__", "__mp_main__", "gloo", __name__}:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(here):
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""The addresses at which processes of this machine listen, as Linux has them in /proc."""
+"""The addresses at which processes of this machine listen, as read from Linux's /proc."""
 
 import ipaddress
 import os
@@ -12,7 +12,7 @@ def listeners(pid: int) -> set[tuple[str, int]]:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
             found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(link))
-        except FileNotFoundError:  # closed meanwhile
+        except FileNotFoundError:  # the descriptor was closed in the meantime
             continue
         if found:
             inodes.add(found[1])

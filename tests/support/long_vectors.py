@@ -1,4 +1,4 @@
-"""Vectors long enough for samples and blocks, meant to break loops that select and round."""
+"""Vectors that are long enough for sampling and for several blocks, and are difficult to select from or to round."""
 
 import math
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @cache
 def long_vectors(d: int) -> dict[str, Tensor]:
-    """Return vectors float32[d] by name; the sample of `selection.largest` sees nothing of what is "misleading"."""
+    """Return vectors float32[d] by name. In "misleading" the sample of `selection.largest` misses all large values."""
     rng, places = torch.Generator().manual_seed(0), torch.arange(d)
     normal, sampled = torch.randn(d, generator=rng), places % max(1, d >> 16) == 0
     return {

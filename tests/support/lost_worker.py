@@ -1,4 +1,4 @@
-"""One of several workers, the last of which dies or stops in mid-run; the others say whom they lost."""
+"""A script for several workers, of which the last one dies or stops during a run; the rest name the lost worker."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ torch.distributed.init_process_group(
 group = TorchGroup()
 tensor = torch.ones(1000)
 group.all_reduce(tensor)
-if how == "stop":  # all workers are there now: the time in which one starts cannot end the others
+if how == "stop":  # set the timeout only now that all workers have started, so that a slow start causes no error
     _set_pg_timeout(timedelta(seconds=3))
 if rank == (0 if how == "held" else size - 1):
     os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Structured mutations of messages, fast enough for millions: parts are byte strings until they are decoded."""
+"""Structured mutations of messages for fuzzing. Parts are byte strings until they are decoded, which is fast."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from torch import Tensor
 from packsaddle import Compressor, Message
 from packsaddle.errors import MessageError
 
-HUGE = 1e30  # finite numbers on the wire above this may decode to numbers that are not
+HUGE = 1e30  # finite numbers in a message above this magnitude may decode to non-finite numbers
 _NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -1.0, 0.0, 1.0)
 _FORMATS = {torch.float32: "f", torch.float64: "d", torch.float16: "e"}
 
@@ -53,7 +53,7 @@ def _flip_bits(part: Part, rng: random.Random) -> bytes:
 
 
 def _change_lengths(part: Part, rng: random.Random) -> bytes:
-    """Change the first bytes, which say how the rest is coded and how long it is, or the last, a count."""
+    """Change the first bytes, which contain the coding and the length of the rest, or the last bytes, a count."""
     content = bytearray(part.content)
     if content:
         at = rng.randrange(min(len(content), 10)) if rng.randrange(4) else len(content) - 1
@@ -62,7 +62,7 @@ def _change_lengths(part: Part, rng: random.Random) -> bytes:
 
 
 def _replace_codes(part: Part, rng: random.Random) -> bytes:
-    """Fill a run with zeros, ones or random bytes: codes without an end, or that end at once."""
+    """Replace a run of bytes by zeros, ones or random bytes, so that codes do not end or end immediately."""
     content = bytearray(part.content)
     start = rng.randrange(len(content) + 1)
     stop = min(len(content), start + rng.choice((1, 4, 16, 1 << 20)))
@@ -72,7 +72,7 @@ def _replace_codes(part: Part, rng: random.Random) -> bytes:
 
 
 def _truncate(part: Part, rng: random.Random) -> bytes:
-    """Cut the end, or remove a run."""
+    """Remove the end of a part, or a run of bytes inside it."""
     n, size = len(part.content), part.dtype.itemsize
     if rng.randrange(2):
         return part.content[: rng.choice((n // 2, max(0, n - size), rng.randrange(n + 1)))]
@@ -81,14 +81,17 @@ def _truncate(part: Part, rng: random.Random) -> bytes:
 
 
 def _extend(part: Part, rng: random.Random) -> bytes:
-    """Append, insert or repeat bytes."""
+    """Append, insert or repeat bytes in a part."""
     at = rng.choice((len(part.content), rng.randrange(len(part.content) + 1)))
     more = rng.choice((part.content, part.content[at : at + 16], rng.randbytes(part.dtype.itemsize), bytes(8)))
     return part.content[:at] + more + part.content[at:]
 
 
 def _replace_numbers(part: Part, rng: random.Random) -> bytes:
-    """Replace some numbers by NaN, Inf, the largest, the smallest, negative ones; bits of another dtype are flipped."""
+    """Replace some numbers by NaN, Inf, the largest, the smallest or negative numbers.
+
+    If the part's dtype has no such numbers, bits are flipped.
+    """
     content, size = bytearray(part.content), part.dtype.itemsize
     n = len(content) // size
     for _ in range(rng.randrange(1, 4)):
@@ -117,14 +120,14 @@ KINDS = (*OF_A_PART, "random", "another vector", "another d", "another compresso
 
 def mutate(parts: Parts, kind: str, others: Mapping[str, Sequence[Parts]], rng: random.Random) -> Parts:
     """Return a mutated message. `others` has messages for the kinds that begin with "another"."""
-    if kind == "another vector":  # one part, whose length may fit
+    if kind == "another vector":  # replace one part by that of another vector's message, whose length may fit
         other, name = rng.choice(others[kind]), rng.choice(list(parts))
         return {**parts, name: other[name]}
     if kind in others:
         other = rng.choice(others[kind])
         if rng.randrange(2):
             return other
-        # Its bytes under the names and dtypes of this compressor.
+        # Use the bytes of the other message with the names and dtypes of this message's parts.
         contents = [part.content for part in other.values()]
         return {name: Part(part.dtype, rng.choice(contents)) for name, part in parts.items()}
     name = rng.choice(list(parts))
@@ -139,10 +142,11 @@ def tensors(parts: Parts) -> dict[str, Tensor]:
 
 
 def outcome(compressor: Compressor, parts: Mapping[str, Tensor], d: int) -> str:
-    """Decode a message of float[d]: "refused" by `receive`, so that nothing is added, "finite", or "not finite".
+    """Decode a message of a vector float[d], and return the outcome.
 
-    Raises AssertionError if finite numbers decode to others, if a support has wrong or repeated indices, or if a second
-    decoding differs. Other exceptions pass.
+    It is "refused" if `receive` raises MessageError, so that nothing is added; otherwise "finite" or "not finite", as
+    the decoded vector is. Raises AssertionError if finite numbers decode to non-finite ones, if the support has invalid
+    or repeated indices, or if a second decoding differs. All remaining exceptions are raised.
     """
     try:
         messages = [compressor.receive(parts, d, seed=1, step=2) for _ in range(2)]

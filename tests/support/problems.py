@@ -1,4 +1,4 @@
-"""Toy problems whose workers disagree, for trajectories in double precision."""
+"""Toy problems with a different objective on each worker, for trajectories in double precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,16 @@ def worker_data(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def f_i(x: Tensor, rank: int) -> Tensor:
-    """f_i(x) = 1/2 sum a x^2 + 1/4 sum x^4 + <b, x>: saddles where a < 0, heterogeneous over workers."""
+    """Return f_i(x) = 1/2 sum a x^2 + 1/4 sum x^4 + <b, x>, a scalar.
+
+    There are saddles, since some curvatures a are negative. a and b differ between workers.
+    """
     a, b = worker_data(rank)
     return (a * x**2 / 2 + x**4 / 4 + b * x).sum()
 
 
 def gradient(rank: int) -> Callable[[Tensor], Tensor]:
-    """Return grad f_i in closed form."""
+    """Return the function grad f_i of this worker, in closed form."""
     a, b = worker_data(rank)
     return lambda x: a * x + x**3 + b
 
@@ -50,7 +53,10 @@ def run(
     back: Compressor | None = None,
     lazy: bool | None = False,
 ) -> dict[str, Any]:
-    """Run CompressedSGD in the present group and return its trajectory; x is two parameters, all compressed."""
+    """Run CompressedSGD in the current group and return its trajectory.
+
+    x consists of two parameters, of which all coordinates are compressed.
+    """
     rank = resolve(None).rank
     weights = [nn.Parameter(start()[:8].reshape(2, 4).clone()), nn.Parameter(start()[8:].clone())]
 
@@ -86,7 +92,7 @@ def run(
 
 
 def network(seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A small network in double precision and a fixed batch."""
+    """Return a small network in double precision, and a fixed batch for it."""
     rng = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)).double()
     with torch.no_grad():
@@ -96,18 +102,21 @@ def network(seed: int = 0) -> tuple[nn.Module, Tensor]:
 
 
 def vector(model: nn.Module) -> Tensor:
-    """A copy of its parameters, float[d]."""
+    """Return a copy of a model's parameters as one vector, float[d]."""
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def lone(x: Tensor, lr: float, compressor: Compressor, **options: Any) -> tuple[nn.Parameter, CompressedSGD]:
-    """Return a parameter that starts at x, all compressed, and its optimizer; options as those of `folded`."""
+    """Return a parameter with the initial value x, and a CompressedSGD that compresses all its coordinates.
+
+    `options` are those of `folded`.
+    """
     p = nn.Parameter(x.clone())
     return p, CompressedSGD([p], lr, **folded({"compressor": compressor, "dense_below": 0} | options))
 
 
 def feed(p: nn.Parameter, opt: CompressedSGD, *gradients: float | Tensor) -> None:
-    """Step by each of these gradients, of which a number is that of all coordinates."""
+    """Do one step with each of these gradients. A number stands for a gradient with equal coordinates."""
     for g in gradients:
         p.grad = g.clone() if isinstance(g, Tensor) else torch.full_like(p, g)
         opt.step()

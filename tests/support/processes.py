@@ -1,4 +1,4 @@
-"""Tests that start processes: found by what they call, and caught where they are not found."""
+"""Detection of tests that start processes, by the names that they use; an undetected one is noticed when it runs."""
 
 import inspect
 import multiprocessing.process
@@ -13,23 +13,28 @@ from typing import Any
 
 import pytest
 
-# What starts processes, as names in a test, in its fixtures, or in the functions of its module that these call.
+# Names of functions and modules that start processes. They are searched for in a test, in its fixtures, and in the
+# functions of the tests that these call.
 STARTERS = {"subprocess", "Popen", "multiprocessing", "run_in_processes", "launch"}
-# What makes network namespaces, or looks at which of them there are.
+# Names of functions that create or list network namespaces.
 HOSTS = (
     *("test_hosts", "test_bytes_on_interface", "test_bench", "test_link_planner", "test_network_faults"),
     "test_race_to_loss",
 )
-WHOLE = ("test_hosts", "test_bytes_on_interface", "test_network_faults")  # all of whose tests start processes, or may
+WHOLE = ("test_hosts", "test_bytes_on_interface", "test_network_faults")  # modules whose tests may all start processes
 
-STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")  # git and the like are over at once
+# Programs that count as started processes. Programs that end immediately, such as git, are not among them.
+STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")
 
-_folders = {str(Path(__file__).parents[1])}  # of tests and of what they import
+_folders = {str(Path(__file__).parents[1])}  # folders of tests and of the modules that they import
 _started: list[str] = []
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Tell if the test is in a module that does little else, has the gloo fixture, or leads to a name of `STARTERS`."""
+    """Return True if a test starts processes.
+
+    This is assumed if it is in a module of `WHOLE`, uses the fixture gloo, or calls code with a name in `STARTERS`.
+    """
     if item.path.stem in WHOLE or "gloo" in getattr(item, "fixturenames", ()):
         return True
     _folders.add(str(item.path.parent))
@@ -44,7 +49,7 @@ def _is_of_tests(function: Any) -> bool:
 
 @cache
 def _leads_to_a_start(function: FunctionType) -> bool:
-    """Follow the names in the function's code through the functions of tests that they stand for."""
+    """Return True if a function's code, or that of a test function which it calls, has a name in `STARTERS`."""
     seen: set[FunctionType] = set()
     todo = [inspect.unwrap(function)]
     while todo:
@@ -62,7 +67,7 @@ def _leads_to_a_start(function: FunctionType) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names that code, and the functions within it, takes from its module or from objects."""
+    """Yield the names of globals and attributes that a code object and the functions inside it use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -70,7 +75,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def watch() -> None:
-    """Note each process that is started from here on by multiprocessing, or by a name of `STARTED`."""
+    """From now on, record each process that multiprocessing starts, and each that runs a program in `STARTED`."""
     start: Callable[..., Any] = multiprocessing.process.BaseProcess.start
     popen: Callable[..., None] = subprocess.Popen.__init__
 
@@ -84,13 +89,14 @@ def watch() -> None:
             _started.append(str(args))
         popen(self, args, *more, **options)
 
-    # Not sys.addaudithook: Python would call the hook for every id(), which takes a microsecond, and torch has many.
+    # sys.addaudithook is not used: Python would call the hook for every id(), which torch calls often, and each call
+    # takes a microsecond.
     multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
     subprocess.Popen.__init__ = opened  # type: ignore[method-assign]
 
 
 def started() -> list[str]:
-    """Return what was started since the last call."""
+    """Return the processes that were recorded since the last call."""
     found = list(_started)
     _started.clear()
     return found

@@ -20,7 +20,10 @@ WORKERS = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def record(local: packsaddle.LocalUpdates, model: torch.nn.Module, path: Path) -> None:
-    """Write a and y = a - error() by parameter, the model's names of parameters, and the bytes; collective."""
+    """Write a file with the anchor a and y = a - error(), both by parameter, the parameters' names, and the bytes.
+
+    Collective.
+    """
     trained = [p for optimizer in local.optimizers for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
     anchor, error = local.anchor(), local.error()

@@ -1,9 +1,9 @@
-"""Run under torchrun by test_frameworks: a run that is stopped and goes on, beside one that is not, by framework.
+"""A script that test_frameworks runs under torchrun: one run is stopped and resumed, a second one is uninterrupted.
 
     resuming.py FRAMEWORK FOLDER [local]
 
-Each worker prints a line of JSON. With scope="model", and with local updates, both must be equal bit for bit, and not
-without the saved files.
+Each worker prints a line of JSON. With scope="model", and with local updates, both runs must be bitwise identical; if
+the saved files are missing, they must differ.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from packsaddle.integrations import callbacks
 Run = tuple[nn.Module, Any, Callable[[], Any] | None]  # the model, the exchange, and how to train once more
 OPTIONS: dict[str, Any] = {"noise": 0.001, "scope": "model"}
 STOP, END = 6, 12
-# Where it stops, one fragment's exchange is under way, and no worker is at the anchor.
+# When the run is stopped, the exchange of one fragment is pending, and no worker's parameters equal the anchor.
 LOCAL: dict[str, Any] = {"every": 4, "compressor": packsaddle.TopK(0.05), "overlap": packsaddle.Overlap(3, 2)}
 local = best = False
-evaluated: list[str] = []  # digests of what was evaluated
-certified: list[str] = []  # and of what was certified first
+evaluated: list[str] = []  # digests of the models that were evaluated
+certified: list[str] = []  # digests of the models that were certified first
 
 
 def digest(model: nn.Module) -> str:
@@ -58,7 +58,7 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
     module = Digits()
     callback = LocalUpdatesCallback(**LOCAL) if local else PacksaddleCallback(packsaddle.TopK(0.01), **OPTIONS)
     kept = 1 if steps == END and not resume else -1
-    # Every worker has a loss of its own, and so would have names of its own.
+    # The loss in the checkpoint's name differs between workers, so without agreement the names would differ too.
     keep = ModelCheckpoint(
         folder, filename="{step}-{loss:.9f}", every_n_train_steps=3, save_top_k=kept, save_last="link"
     )
@@ -175,7 +175,7 @@ def accelerate(folder: Path, steps: int, resume: bool) -> Run:
 
 
 def lightnings(name: str, folder: Path) -> nn.Module:
-    """The model in a checkpoint."""
+    """Return the model in a checkpoint of Lightning."""
     from lightning_example import Digits
 
     module = Digits()
@@ -185,7 +185,7 @@ def lightnings(name: str, folder: Path) -> nn.Module:
 
 
 def huggingfaces(folder: Path) -> nn.Module:
-    """The model in a checkpoint."""
+    """Return the model in a checkpoint of Hugging Face's Trainer."""
     from transformers import GPT2LMHeadModel
 
     model: nn.Module = GPT2LMHeadModel.from_pretrained(folder / f"checkpoint-{STOP}")

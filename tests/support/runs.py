@@ -1,4 +1,4 @@
-"""Runs of the command line that are interrupted and compared with runs that are not."""
+"""Functions that compare the results of interrupted runs of the command line with those of uninterrupted runs."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,14 @@ std = 0.001
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of a run, without what the clock says."""
+    """Return the lines of a run's .jsonl file, without recorded times."""
     path = folder / name
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{k: v for k, v in line.items() if "seconds" not in k} for line in found]
 
 
 def tensors(value: Any) -> Any:
-    """Nested states with tensors as lists."""
+    """Return a nested state in which tensors are replaced by lists."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, dict):
@@ -42,7 +42,7 @@ def tensors(value: Any) -> Any:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that a run has left that the clock has no part in, exactly."""
+    """Return all results in a run's folder exactly, except for recorded times."""
     summary = json.loads((folder / "summary.json").read_text())
     checkpoints = {p.name: tensors(torch.load(p, weights_only=True)) for p in (folder / "checkpoint").glob("*.pt")}
     iterates = {p.name: tensors(torch.load(p, weights_only=True)) for p in folder.glob("iterates/*.pt")}
@@ -57,7 +57,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two results differ; NaNs are equal to themselves."""
+    """Return the places at which two results differ. NaN equals NaN."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = dict.fromkeys([*a, *b])
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{where}/{k}")]

@@ -1,4 +1,4 @@
-"""Certificates as tests ask for them: the fields of `Search` among the arguments, a seeded start, dense Hessians."""
+"""Functions for tests of certificates: the fields of `Search` are plain arguments, with a seed; and dense Hessians."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _FIELDS = {f.name for f in fields(Search)}
 
 
 class Point(nn.Module):
-    """A problem's variable as a model."""
+    """A model whose only parameter is a problem's variable x."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -26,7 +26,10 @@ class Point(nn.Module):
 
 
 def arguments(*, seed: int | None = None, **given: Any) -> dict[str, Any]:
-    """Return the arguments, with a Search of those that are its fields; `seed` makes its start, fresh if None."""
+    """Return the arguments, of which the fields of `Search` are replaced by one argument `search`.
+
+    `seed` determines the search's random start vector; None: it differs in each call.
+    """
     if seed is not None:
         given["generator"] = torch.Generator().manual_seed(seed)
     others = {name: value for name, value in given.items() if name not in _FIELDS}
@@ -34,18 +37,19 @@ def arguments(*, seed: int | None = None, **given: Any) -> dict[str, Any]:
 
 
 def certified(model: nn.Module, loss_fn: Callable[..., Tensor], batches: Any, **given: Any) -> Any:
-    """Return a certificate; by default with a threshold that the gradient passes and hardly any curvature does."""
+    """Return a certificate. The default epsilon accepts every gradient, while nearly every curvature is beyond its
+    threshold."""
     default = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, "seed": 0}
     return certify(model, loss_fn, batches, **arguments(**default | given))
 
 
 def derivatives(model: nn.Module, loss_fn: Callable[..., Tensor], batches: Any) -> Curvature:
-    """Return the derivatives of the mean loss, in the present group."""
+    """Return the object that computes the derivatives of the mean loss, in the current group."""
     return Curvature(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
 
 
 class _Loss(nn.Module):
-    """The loss of a batch as a module around the model."""
+    """A module that contains a model, and returns the loss of a batch."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -56,7 +60,10 @@ class _Loss(nn.Module):
 
 
 def dense_hessian(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-    """Return the Hessian by the trainable parameters, float64[d, d], in evaluation mode, by autograd's own routine."""
+    """Return the Hessian with respect to the trainable parameters, float64[d, d], as torch.autograd computes it.
+
+    The model is in evaluation mode.
+    """
     whole = _Loss(copy.deepcopy(model).double().eval(), loss_fn)
     named = {name: p for name, p in whole.named_parameters() if p.requires_grad}
     inputs = tuple(part.double() if part.is_floating_point() else part for part in batch)

@@ -1,4 +1,4 @@
-"""Keyword arguments of tests that vary everything, flat, as the options of which they are fields."""
+"""Conversion of flat keyword arguments, in which tests vary all settings, to the nested options of the library."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -10,10 +10,10 @@ _OF_COMPRESSION = {field.name for field in fields(Compression)}
 
 
 def folded(options: Mapping[str, Any], default: Compressor = RandomK(0.01)) -> dict[str, Any]:  # noqa: B008 -- immutable
-    """Return the options with `Compression`'s fields as one `compressor`, if none is given the default's.
+    """Return options in which the fields of `Compression` are replaced by one option `compressor`.
 
-    Likewise `lazy` is part of the noise, `agreement` of the outer step, and the fields of `Overlap` and `Workers` make
-    `overlap` and `workers`.
+    If there is no compressor, it is `default`. Likewise `lazy` becomes a part of the noise, `agreement` a part of the
+    outer step, and the fields of `Overlap` and `Workers` become the options `overlap` and `workers`.
     """
     options = dict(options)
     if "lazy" in options:
@@ -34,5 +34,5 @@ def folded(options: Mapping[str, Any], default: Compressor = RandomK(0.01)) -> d
 
 
 def local_options(**options: Any) -> dict[str, Any]:
-    """Return the options of local updates, flat, as `folded` does."""
+    """Convert the flat options of local updates to nested ones, as `folded` does."""
     return folded(options, Sign(per_tensor=True))

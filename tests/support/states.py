@@ -28,7 +28,10 @@ def _batch(rank: int, step: int, dtype: torch.dtype) -> Tensor:
 
 
 class Small:
-    """A training of a small network by CompressedSGD, or behind DistributedDataParallel; step t depends on t alone."""
+    """A training of a small network by CompressedSGD, or with DistributedDataParallel and the hook.
+
+    The batch of step t depends on t and the worker only.
+    """
 
     def __init__(self, *, hook: str | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> None:
         self.dtype, self.rank = dtype, resolve(None).rank
@@ -64,7 +67,7 @@ class Small:
             self.scheduler.step()
 
     def vectors(self) -> dict[str, Tensor]:
-        """All that must go on as before."""
+        """Return the vectors that must be identical after resuming, by name."""
         state = self.memory.state_dict()
         found = {name: t.clone() for name, t in self.parts["model"].state_dict().items()}
         if "hook" in self.parts:
@@ -73,7 +76,10 @@ class Small:
 
 
 def straight_and_resumed(folder: str, options: dict[str, Any], stop: int, end: int) -> dict[str, Any]:
-    """Train to `end`, saving at 2 and `stop` on the way; and once more from what was saved, in new objects."""
+    """Train to step `end`, saving at steps 2 and `stop`. Then load the state into new objects, and train to `end`.
+
+    Returns the results of both trainings.
+    """
     one = Small(**options)
     for first, last in ((0, 2), (2, stop)):
         one.train(first, last)
@@ -96,7 +102,10 @@ def straight_and_resumed(folder: str, options: dict[str, Any], stop: int, end: i
 
 
 def by_torchs_own_checkpoints(folder: str, options: dict[str, Any], stop: int, end: int) -> list[str]:
-    """torch.distributed.checkpoint, each worker's state under its own key; what differs from a run that went on."""
+    """Save and load with torch.distributed.checkpoint, where each worker's state has its own key.
+
+    Returns the differences from an uninterrupted run.
+    """
     import torch.distributed.checkpoint as dcp
 
     one, two = Small(**options), Small(**options)
@@ -119,7 +128,7 @@ def by_torchs_own_checkpoints(folder: str, options: dict[str, Any], stop: int, e
 
 
 def begun(folder: str, options: dict[str, Any], stop: int) -> Tensor:
-    """Train to `stop`, save, and return eta e + x's part: the mean of what is pending, and x."""
+    """Train to step `stop` and save; return the summary: x and the mean pending update."""
     one = Small(**options)
     one.train(0, stop)
     packsaddle.save_checkpoint(folder, one.parts, step=stop, extra={"mean": torch.ones(2) * one.rank})
@@ -127,7 +136,7 @@ def begun(folder: str, options: dict[str, Any], stop: int) -> Tensor:
 
 
 def summary(small: Small) -> Any:
-    """x and the mean pending update of all workers, by parameter, and momentum; collective."""
+    """Return x and the mean pending update over workers, both by parameter, and the momentum; collective."""
     group = resolve(None)
     found: dict[str, Tensor] = {n: p.detach().clone() for n, p in small.parts["model"].named_parameters()}
     if "hook" in small.parts:
@@ -144,7 +153,10 @@ def summary(small: Small) -> Any:
 
 
 def carried_over(folder: str, options: dict[str, Any], end: int) -> Any:
-    """Load what another number of workers saved, and train on; the summary at the load, and the note."""
+    """Load a state that another number of workers has saved, and train to step `end`.
+
+    Returns the summary after loading, and the note that loading has returned.
+    """
     one = Small(**options)
     found = restore(folder, one.parts)
     assert found is not None
@@ -160,7 +172,7 @@ def in_turn(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any
 
 
 def saved_by(folder: Path, **options: Any) -> Small:
-    """One worker's training of four steps, saved at 2 and 4."""
+    """Return a training of a single worker after four steps, which has saved its state at steps 2 and 4."""
     one = Small(**options)
     for first, last in ((0, 2), (2, 4)):
         one.train(first, last)

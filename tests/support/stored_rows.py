@@ -1,4 +1,4 @@
-"""Rows of the simulated trainings in experiments/*/*.csv."""
+"""Functions that read the rows of the simulated trainings in experiments/*/*.csv."""
 
 import csv
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def read(path: Path) -> tuple[Row, ...]:
 
 
 def at_best_rate(rows: Sequence[Row], method: str) -> tuple[list[float], float]:
-    """Return a method's validation losses by seed at the learning rate that is best for seed 0, and kB a step."""
+    """Return a method's validation losses, one per seed, and its kB per step, at the best learning rate for seed 0."""
     mine = [row for row in rows if row["method"] == method]
     first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
     losses = [float(row["validation_loss"]) for row in mine if row["rate"] == first["rate"]]

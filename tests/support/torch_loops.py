@@ -1,4 +1,4 @@
-"""Torch's loops in place of the compiled ones, to compare."""
+"""Contexts in which torch's loops replace the compiled ones, to compare the two."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """Use torch alone inside."""
+    """A context in which only torch's loops are used, and no compiled ones."""
     with mock.patch.object(kernels, "_load", return_value=({}, "a test asks for torch alone")):
         yield
 
 
 def both(work: Callable[[], T]) -> tuple[T, T]:
-    """Return what the compiled loops give, and what torch gives."""
+    """Call `work` twice, and return its results with the compiled loops and with torch's loops."""
     with torch_only():
         plain = work()
     return work(), plain
@@ -28,7 +28,7 @@ def both(work: Callable[[], T]) -> tuple[T, T]:
 
 @contextmanager
 def two_threads() -> Iterator[None]:
-    """Let torch and the compiled loops have two threads inside."""
+    """A context in which torch and the compiled loops use two threads."""
     torch.set_num_threads(2)
     try:
         yield

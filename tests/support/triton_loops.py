@@ -1,4 +1,4 @@
-"""Run by test_triton: every loop of `numerics.kernels.triton_loops` against what torch makes of the same."""
+"""A script of test_triton: compares every loop of `numerics.kernels.triton_loops` with torch's result."""
 
 import math
 
@@ -54,7 +54,7 @@ def check_levels() -> None:
             packed, norms = triton_loops.pack_levels(v, compressor.levels, compressor.bits, b, key)
             assert torch.allclose(norms, theirs.parts["scales"], rtol=1e-6, equal_nan=True)
             codes, plain = (wire.unpack(p, compressor.bits, d) for p in (packed, theirs.parts["levels"]))
-            # A sum of squares, rounded otherwise, may move a coordinate across its threshold.
+            # The sums of squares may be rounded differently, which can move a coordinate across its threshold.
             assert int((codes - plain).abs().max()) <= 1
             assert int((codes != plain).sum()) <= d // 1000
             ours, expected = (torch.zeros(d, device=DEVICE) for _ in range(2))

@@ -13,23 +13,23 @@ from sphinx.util.docutils import SphinxDirective
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; a line break or a bar in a cell does not end it."""
+    """Return a Markdown table. Line breaks in cells are replaced by spaces, and bars are escaped."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    """Outside of code, symbols stay what they are."""
+    """Return the Markdown of a table's cell: one line, in which bars, and outside of code also * and <, are escaped."""
     pieces = re.split(r"(`[^`]*`)", " ".join(text.split()).replace("|", "\\|"))
     return "".join(p if p.startswith("`") else re.sub(r"([*<])", r"\\\1", p) for p in pieces)
 
 
 def directive(markdown: Callable[[], str]) -> type[SphinxDirective]:
-    """Return the directive that inserts what a function writes, headings included."""
+    """Return a Sphinx directive that inserts the Markdown text which a function returns, including its headings."""
 
     class Inserted(SphinxDirective):
         def run(self) -> list[nodes.Node]:
-            self.env.note_reread()  # the page follows the code, not its own file
+            self.env.note_reread()  # rebuild the page every time, since it depends on the code and not on its file
             lines = StringList(markdown().splitlines(), source=markdown.__module__)
             parent = nodes.Element()
             self.state.nested_parse(lines, self.content_offset, parent, match_titles=True)
@@ -39,7 +39,7 @@ def directive(markdown: Callable[[], str]) -> type[SphinxDirective]:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directives: generated-configuration and so on."""
+    """Register one directive per module of this package, such as "generated-configuration". Sphinx calls this."""
     from lab.docs.generated import commands, compressors, configuration, metrics
 
     for module in (commands, compressors, configuration, metrics):

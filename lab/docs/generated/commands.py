@@ -1,4 +1,4 @@
-"""The commands and their options, from signatures and docstrings: those of packsaddle, and of the lab in a clone."""
+"""The commands of packsaddle and of the lab, with their options, made from signatures and docstrings."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ from packsaddle.options.describe import descriptions
 
 
 def markdown() -> str:
-    """Return a section for each command: its use, examples, and a table of its arguments."""
+    """Return one section for each command: its description, examples, and a table of its arguments."""
     parts = [_group(program.COMMANDS, program.PROGRAM) for program in (lab, pieces, race)]
     whole = [*_group(cli.COMMANDS, "packsaddle"), *(part for group in parts for part in group)]
     return "\n\n".join([*whole, *_command(paper.reproduce, paper.PROGRAM)])
@@ -42,13 +42,13 @@ def _command(command: Command, name: str) -> list[str]:
 
 
 def _about(command: Command) -> list[str]:
-    """The paragraphs of a docstring up to the arguments; examples become a block of code."""
+    """Return the paragraphs of a command's docstring up to "Args:". Examples become a block of code."""
     paragraphs = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     return [_examples(p) if p.startswith("Examples:") else _quoted(" ".join(p.split())) for p in paragraphs]
 
 
 def _quoted(text: str) -> str:
-    """A text whose options are code: a typographer would make one dash of two."""
+    """Return a text with its options, such as --out, marked as code, since Markdown would turn two dashes into one."""
     return re.sub(r"(?<![`\w])--[a-z][\w-]*", lambda found: f"`{found[0]}`", text)
 
 

@@ -1,4 +1,4 @@
-"""The table and the reference of all compressors, from packsaddle.compressors.registry; numbers are computed."""
+"""The table and the reference of all compressors, made from packsaddle.compressors.registry. Numbers are computed."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ _D, _WORKERS, _RATIO = 1_000_000, 4, 0.01
 
 
 def markdown() -> str:
-    """Return the table: arguments, bound, message, exchange, and bytes in one setting."""
+    """Return a table of all compressors: arguments, contraction mu, message, exchange, and bytes in one setting."""
     rows = []
     for name, cls in CLASSES.items():
         c = variants(cls, _RATIO)[0]
@@ -26,7 +26,7 @@ def markdown() -> str:
 
 
 def classes() -> str:
-    """Return the reference of each class, from its docstring."""
+    """Return the reference pages' text: a directive for each compressor's class, which inserts its docstring."""
     return "\n\n".join(["```{eval-rst}", *(f".. autoclass:: packsaddle.{name}" for name in CLASSES), "```"])
 
 

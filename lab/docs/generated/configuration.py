@@ -33,7 +33,7 @@ def markdown() -> str:
 
 
 def _table(name: str, cls: type) -> list[str]:
-    """The keys of a table, and a section for each table in it."""
+    """Return the paragraphs on a TOML table: a table of its keys, and a section for each TOML table inside it."""
     hints = get_type_hints(cls)
     inner = [f for f in settable(cls) if _classes(hints[f.name])]
     parts = [_keys(cls, [f for f in settable(cls) if f not in inner])]
@@ -47,7 +47,7 @@ def _table(name: str, cls: type) -> list[str]:
 
 
 def _classes(hint: Any) -> list[type]:
-    """The dataclasses that a key may hold; more than one if it has a kind."""
+    """Return the dataclasses that a key's type hint allows: several if the key `kind` selects one of them."""
     found = choices(hint) or tuple(h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h))
     return list(found)
 
@@ -64,7 +64,7 @@ def _keys(cls: type, fields: list[dataclasses.Field[Any]]) -> str:
 
 
 def _union(classes: list[type]) -> str:
-    """The keys of all kinds, each with the kinds that have it."""
+    """Return a table of the keys of several classes that `kind` selects; each key names the kinds that have it."""
     kinds = ", ".join(f"`{c.__name__}`" for c in classes)
     rows = [["`kind`", kinds, "required", "all", "the class of the compressor"]]
     keys: dict[tuple[str, ...], list[str]] = {}
@@ -90,5 +90,5 @@ def _default(f: dataclasses.Field[Any]) -> str:
     if f.default is dataclasses.MISSING:
         return "required"
     value = list(f.default) if isinstance(f.default, tuple) else f.default
-    written = json.dumps(value).replace("Infinity", "inf")  # as TOML has it
+    written = json.dumps(value).replace("Infinity", "inf")  # TOML's notation of infinity
     return "none" if value in (None, [], "") else f"`{written}`"

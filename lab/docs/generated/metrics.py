@@ -1,10 +1,10 @@
-"""The numbers of a run's files, of loggers and of the ledger, from generated.quantities."""
+"""Tables of the numbers in a run's files, in loggers and in the ledger, made from `lab.docs.generated.quantities`."""
 
 from lab.docs.generated import quantities, table
 
 
 def markdown() -> str:
-    """Return a section with a table for each file."""
+    """Return one section for each file of a run, with a table of its numbers."""
     parts = []
     for title, content in quantities.FILES.items():
         rows = [[", ".join(f"`{key}`" for key in q.keys), q.unit, q.meaning] for q in content]

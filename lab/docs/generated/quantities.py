@@ -14,7 +14,7 @@ class Quantity:
     keys: tuple[str, ...]
     meaning: str
     unit: str = ""
-    optional: bool = False  # missing in some runs
+    optional: bool = False  # True: the number is missing in some runs
 
 
 def _of(keys: str, meaning: str, unit: str = "", *, optional: bool = False) -> Quantity:

@@ -1,8 +1,8 @@
-"""Objectives whose saddles, spectra and constants are known in closed form, to try theorems and certificates on.
+"""Objectives whose saddles, spectra and constants are known in closed form, to test theorems and certificates.
 
 Each is a differentiable function of a flat vector x, float[d], with its gradient in closed form, its critical points
 with the smallest eigenvalue of the Hessian there, and its constants L and rho on the ball ||x||^2 <= `ball`. `Oracle`
-has the stochastic gradients that the paper assumes, of any problem, dealt to workers.
+returns each worker's stochastic gradients of any problem, as the paper assumes them.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ class CriticalPoint:
 
     x: Tensor  # float64[d]
     lambda_min: float  # the smallest eigenvalue of the Hessian at x
-    index: int  # how many eigenvalues are negative
+    index: int  # number of negative eigenvalues of the Hessian at x
 
 
 class Problem(ABC):
@@ -55,7 +55,10 @@ class Problem(ABC):
 
     @abstractmethod
     def critical_points(self) -> list[CriticalPoint]:
-        """Return critical points: all of them up to symmetry where they are isolated and few, else examples."""
+        """Return critical points of f.
+
+        If they are isolated and few, these are all critical points up to symmetry; otherwise they are examples.
+        """
 
     @abstractmethod
     def constants(self, ball: float) -> tuple[float, float]:
@@ -69,8 +72,8 @@ class Oracle:
     It is unbiased for f_i = f + <b_i, x>, whose mean over workers is f. The noise is Gaussian with E||noise||^2 =
     sigma^2 (Assumption B with equality). It does not depend on x, so Assumption C holds with the constant L of f; with
     `lipschitz=False` each noise is multiplied by sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks
-    Assumption C. The first `quiet` coordinates have no noise, and the others have all of it: from a saddle whose way
-    out is among the former only xi_t leads. The norm of b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError
+    Assumption C. The first `quiet` coordinates have no noise, so a saddle with negative curvature only along them can
+    be left by the artificial noise xi_t only. The norm of b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError
     unless some coordinate has noise.
 
     >>> import torch
@@ -85,11 +88,11 @@ class Oracle:
 
     problem: Problem  # f
     sigma: float = 0.0  # root of E||noise||^2
-    lipschitz: bool = True  # Assumption C holds
+    lipschitz: bool = True  # True: the stochastic gradients satisfy Assumption C
     heterogeneity: float = 0.0  # ||b_i||
     workers: int = 1  # W
-    seed: int = 0  # of noise and b_i
-    quiet: int = 0  # leading coordinates without noise, below d
+    seed: int = 0  # seed of the noise and of b_i
+    quiet: int = 0  # number of leading coordinates without noise, less than d
 
     def __post_init__(self) -> None:
         if not 0 <= self.quiet < self.problem.d:
@@ -105,7 +108,10 @@ class Oracle:
         return self.problem.gradient(x) + noise + self._shift(worker, x)
 
     def _shift(self, worker: int, x: Tensor) -> Tensor:
-        """b_i: opposite for pairs of workers, and 0 for the last of an odd number."""
+        """Return b_i for worker i, float[d]: opposite vectors for each pair of workers.
+
+        If the number of workers is odd, the last worker's vector is 0.
+        """
         if (worker == self.workers - 1 and self.workers % 2) or not self.heterogeneity:
             return torch.zeros_like(x)
         b: Tensor = torch.randn(

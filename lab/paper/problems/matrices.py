@@ -1,4 +1,4 @@
-"""Matrix problems: principal components, factorisation, sensing, completion, deep linear networks."""
+"""Matrix problems: principal component analysis of rank 1, and symmetric low-rank factorization."""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from lab.paper.problems.base import CriticalPoint, Problem
 class RankOnePCA(Problem):
     """Principal component analysis of rank 1, a chain of ordered saddles: f = ||x x^T - diag(eigenvalues)||_F^2 / 4.
 
-    Eigenvalues are decreasing and positive. Critical: 0 with lambda_min = -lambda_1, and +-sqrt(lambda_i) e_i with
-    eigenvalues 2 lambda_i and lambda_i - lambda_j.
+    `eigenvalues` are lambda_1 > lambda_2 > ... > 0. The critical points are 0 with lambda_min = -lambda_1, and
+    +-sqrt(lambda_i) e_i, where the Hessian has the eigenvalues 2 lambda_i and lambda_i - lambda_j for all j != i.
 
     >>> from lab.paper.problems import RankOnePCA
     >>> [(point.index, round(point.lambda_min, 3)) for point in RankOnePCA((2.0, 1.0)).critical_points()]
@@ -57,10 +57,10 @@ class RankOnePCA(Problem):
 class MatrixFactorisation(Problem):
     """Symmetric low-rank factorisation, f = ||U U^T - diag(eigenvalues)||_F^2 / 2 over U, n x rank.
 
-    There are no spurious minima (Ge et al. 2017), and the saddles are V_S Lambda_S^(1/2). Eigenvalues decreasing and
-    positive. A critical point that keeps the set S of eigenvalues has lambda_min = 2 (min S - max of the rest) if |S| =
-    rank and that is negative, and -2 max of the rest if |S| < rank; minima keep the largest, with zero eigenvalues
-    along rotations.
+    `eigenvalues` must be decreasing and positive. There are no spurious minima (Ge et al. 2017). A critical point
+    V_S Lambda_S^(1/2) keeps a set S of the eigenvalues; the minima keep the largest ones, and have zero curvature along
+    rotations of the columns. A saddle has lambda_min = 2 (min S - max of the dropped) if |S| = rank, and lambda_min =
+    -2 (max of the dropped) if |S| < rank.
 
     >>> from lab.paper.problems import MatrixFactorisation
     >>> f = MatrixFactorisation((2.0, 1.0), rank=1)
@@ -100,13 +100,17 @@ class MatrixFactorisation(Problem):
         return points
 
     def _curvature(self, chosen: list[int]) -> tuple[float, int]:
-        """Eigenvalues along new directions: 2 (lambda_s - lambda_j) for kept s and dropped j, and -2 lambda_j
-        for dropped j and every idle column; a negative one among kept pairs does not occur."""
+        """Return the smallest eigenvalue of the Hessian where U keeps the `chosen` eigenvalues, and the number of
+        negative ones.
+
+        The eigenvalues toward a dropped eigenvector j are 2 (lambda_s - lambda_j) for each kept s, and -2 lambda_j for
+        each zero column of U. Those among kept eigenvectors are never negative.
+        """
         rest = [value for i, value in enumerate(self.eigenvalues) if i not in chosen]
         along = [2 * (self.eigenvalues[s] - value) for s in chosen for value in rest]
         along += [-2 * value for value in rest for _ in range(self.rank - len(chosen))]
         negative = [value for value in along if value < 0]
-        # Rotations of the columns leave f alone; with one column there are none.
+        # Rotations of the columns of U do not change f, so the Hessian has an eigenvalue 0, unless there is one column.
         flat = 0.0 if self.rank > 1 else min([*along, *(4 * self.eigenvalues[s] for s in chosen)])
         return min([flat, *along]) if negative else max(0.0, flat), len(negative)
 

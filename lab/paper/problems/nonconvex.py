@@ -1,4 +1,4 @@
-"""Phase retrieval, tensor decomposition, and two small functions with a lesson."""
+"""Phase retrieval, tensor decomposition, and two functions of two variables: a curved valley and a monkey saddle."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from lab.paper.problems.base import CriticalPoint, Problem
 class PhaseRetrieval(Problem):
     """The population loss of phase retrieval, f = E((a^T x)^2 - (a^T z)^2)^2 / 4 for Gaussian a and z = scale e_1.
 
-    x has d coordinates (Sun et al. 2016). Critical: 0, a maximum with lambda_min = -3 ||z||^2; all x orthogonal to z
-    with ||x||^2 = ||z||^2 / 3, saddles with -2 ||z||^2; and +-z, the minima.
+    x has d coordinates (Sun et al. 2016). The critical points are 0, a maximum with lambda_min = -3 ||z||^2; all x
+    orthogonal to z with ||x||^2 = ||z||^2 / 3, which are saddles with lambda_min = -2 ||z||^2; and the minima +-z.
 
     >>> from lab.paper.problems import PhaseRetrieval
     >>> [(point.index, round(point.lambda_min, 3)) for point in PhaseRetrieval(3).critical_points()]
@@ -49,9 +49,9 @@ class PhaseRetrieval(Problem):
 class OrthogonalTensor(Problem):
     """An orthogonal fourth-order tensor, unconstrained: f = beta / 4 (||x||^2 - 1)^2 - sum_i x_i^4 / 4, beta > 1.
 
-    Ge et al. (2015) decompose it on the sphere. Raises ValueError for other beta. Critical: 0, and every m-sparse x
-    with equal magnitudes a^2 = beta / (beta m - 1): exponentially many saddles (index m - 1, lambda_min = -2 beta /
-    (beta m - 1)); the 2 d minima have m = 1.
+    Ge et al. (2015) decompose it on the sphere. Raises ValueError if beta <= 1. The critical points are 0, and every x
+    with m nonzero coordinates of equal magnitude a, where a^2 = beta / (beta m - 1). The 2 d points with m = 1 are the
+    minima; the rest are exponentially many saddles of index m - 1 with lambda_min = -2 beta / (beta m - 1).
 
     >>> from lab.paper.problems import OrthogonalTensor
     >>> [(point.index, round(point.lambda_min, 3)) for point in OrthogonalTensor(3).critical_points()]
@@ -77,7 +77,8 @@ class OrthogonalTensor(Problem):
             a2 = self.beta / (self.beta * m - 1)
             x = torch.zeros(self.d, dtype=torch.float64)
             x[:m] = math.sqrt(a2)
-            # Dropped coordinates have beta (m a^2 - 1) = a^2, the radial direction 2 beta, the rest of the kept -2 a^2.
+            # Eigenvalues of the Hessian: a^2 = beta (m a^2 - 1) along each zero coordinate of x, 2 beta along x, and
+            # -2 a^2 along directions within the nonzero coordinates that are orthogonal to x.
             curvatures = [2 * self.beta, *([-2 * a2] if m > 1 else []), *([a2] if m < self.d else [])]
             points.append(CriticalPoint(x, min(curvatures), m - 1))
         return points
@@ -113,7 +114,10 @@ class CurvedValley(Problem):
         return [CriticalPoint(0 * minimum, -1.0, 1), CriticalPoint(minimum, lowest, 0)]
 
     def constants(self, ball: float) -> tuple[float, float]:
-        """Frobenius bounds of second and third derivatives for |x|, |y| <= sqrt(ball) = r."""
+        """Return the Frobenius norms of entrywise bounds on the second and third derivatives, for |x|, |y| <= r.
+
+        r is the root of `ball`.
+        """
         r, b = math.sqrt(ball), self.b
         second = math.hypot(3 * ball + 1 + 2 * b * r + 6 * b * ball, 2 * b * r, 2 * b * r, b)
         return second, math.hypot(6 * r + 12 * b * r, *(3 * [2 * b]))
@@ -123,9 +127,8 @@ class CurvedValley(Problem):
 class MonkeySaddle(Problem):
     """The monkey saddle, f = x^3 - 3 x y^2 + (x^2 + y^2)^2 / 4 with d = 2: gradient and Hessian vanish at 0.
 
-    So 0 is second-order stationary.
-
-    A negative control: a certificate must accept 0, although it is no minimum. Minima at radius 3, f = -6.75.
+    So 0 is second-order stationary. The problem is a negative control: a certificate must accept 0, although it is no
+    minimum. The minima have distance 3 from 0, and f = -6.75.
 
     >>> import torch
     >>> from lab.paper.problems import MonkeySaddle

@@ -13,9 +13,9 @@ from lab.paper.problems.base import CriticalPoint, Problem
 class Quadratic(Problem):
     """A quadratic, f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
 
-    With curvatures of both signs its critical point is a saddle; with none at all the gradient is constant.
-    Unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if their
-    numbers differ.
+    With curvatures of both signs its critical point is a saddle; if all curvatures are 0, the gradient is constant.
+    f is unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if
+    `curvatures` and `slopes` have different lengths.
 
     >>> import torch
     >>> from lab.paper.problems import Quadratic
@@ -52,7 +52,7 @@ class Quadratic(Problem):
     def critical_points(self) -> list[CriticalPoint]:
         a, b = self._coefficients(torch.empty(0, dtype=torch.float64))
         if bool(((a == 0) & (b != 0)).any()):
-            return []  # it slopes without end
+            return []  # f is linear in some coordinate, so its gradient vanishes nowhere
         x = torch.where(a == 0, 0.0, -b / a)
         return [CriticalPoint(x, min(self.curvatures), sum(value < 0 for value in self.curvatures))]
 
@@ -64,9 +64,9 @@ class Quadratic(Problem):
 class Cosine(Problem):
     """A sum of cosines, f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1].
 
-    Assumption A holds everywhere: L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The
-    saddle at w pi e_1 has curvature -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there.
-    Raises ValueError for other w.
+    Assumption A holds everywhere: L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). The critical points are all x with x_1 in
+    w pi Z and the remaining coordinates in pi Z. The saddle at w pi e_1 has curvature -w, so it can be as weak as the
+    theorems allow, and f decreases by 2 w^3 from it to a minimum. Raises ValueError unless w is in (0, 1].
 
     >>> from lab.paper.problems import Cosine
     >>> Cosine(3).constants(1.0)
@@ -117,7 +117,7 @@ class Cosine(Problem):
 class DoubleWells(Problem):
     """A sum of double wells, f = sum_i (x_i^4 / 4 - x_i^2 / 2), with 2^d minima of -d / 4.
 
-    Critical: {-1, 0, 1}^d, whose index is the number of zeros.
+    The critical points are {-1, 0, 1}^d; the index of such a point is the number of its zeros.
 
     >>> import torch
     >>> from lab.paper.problems import DoubleWells
@@ -149,7 +149,9 @@ class DoubleWells(Problem):
 
 @dataclass(frozen=True)
 class QuadraticQuartic(Problem):
-    """One strict saddle at 0 and two minima at +-e_1 of -1 / 4: f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2, y of d - 1.
+    """f = x_1^4 / 4 - x_1^2 / 2 + (x_2^2 + ... + x_d^2) / 2, with a strict saddle at 0 and two minima at +-e_1.
+
+    The minimum of f is -1 / 4.
 
     >>> import torch
     >>> from lab.paper.problems import QuadraticQuartic
@@ -175,12 +177,12 @@ class QuadraticQuartic(Problem):
 
 @dataclass(frozen=True)
 class Octopus(Problem):
-    """The function on which gradient descent takes exponential time (Du et al. 2017): d saddles in a row.
+    """The function on which gradient descent takes exponential time (Du et al. 2017), with d saddles in sequence.
 
-    From near 0 the saddles (4 tau, ..., 4 tau, 0, ..., 0) are visited in order, so a run escapes exactly d times;
-    each has one negative curvature -2 gamma. Minima: all |x_i| = 4 tau, f = -d nu. Defined where
-    |x_1|, ..., |x_{i-1}| lie in [2 tau, 6 tau] and, for one i, |x_i| <= 2 tau and the later ones in [0, tau];
-    raises ValueError elsewhere.
+    From near 0 the saddles (4 tau, ..., 4 tau, 0, ..., 0) are visited in order, so a run escapes exactly d times. Each
+    has one negative curvature -2 gamma. At the minima all |x_i| = 4 tau and f = -d nu. f is defined if for some i
+    |x_1|, ..., |x_{i-1}| lie in [2 tau, 6 tau], |x_i| <= 2 tau, and |x_{i+1}|, ..., |x_d| <= tau. Raises ValueError
+    elsewhere.
 
     >>> from lab.paper.problems import Octopus
     >>> [point.index for point in Octopus(3).critical_points()]
@@ -193,8 +195,11 @@ class Octopus(Problem):
     tau: float = math.e
 
     def _bridge(self, a: Tensor) -> Tensor:
-        """g_1 on [tau, 2 tau]: its derivative is the cubic with g_1'(tau) = -2 gamma tau, g_1'(2 tau) = -4 L tau,
-        g_1''(tau) = -2 gamma, g_1''(2 tau) = 2 L; integrated from g_1(tau) = -gamma tau^2."""
+        """Return g_1(a) for a in [tau, 2 tau], with g_1(tau) = -gamma tau^2.
+
+        Its derivative is the cubic with g_1'(tau) = -2 gamma tau, g_1'(2 tau) = -4 L tau, g_1''(tau) = -2 gamma and
+        g_1''(2 tau) = 2 L.
+        """
         t, s = self.tau, (a - self.tau) / self.tau
         p0, p1, m0, m1 = -2 * self.gamma * t, -4 * self.big * t, -2 * self.gamma * t, 2 * self.big * t
         integral = (
@@ -206,7 +211,10 @@ class Octopus(Problem):
         return -self.gamma * t**2 + t * integral
 
     def _coupling(self, a: Tensor) -> Tensor:
-        """g_2 on [tau, 2 tau]: from L at tau to -gamma at 2 tau with two vanishing derivatives at both ends."""
+        """Return g_2(a) for a in [tau, 2 tau]: from L at tau to -gamma at 2 tau.
+
+        Its first and second derivatives vanish at both ends.
+        """
         s = (a - 2 * self.tau) / self.tau
         return -self.gamma - (self.big + self.gamma) * (10 * s**3 + 15 * s**4 + 6 * s**5)
 
@@ -265,9 +273,9 @@ class Octopus(Problem):
         return points
 
     def constants(self, ball: float) -> tuple[float, float]:
-        """Return L and rho, wherever f is defined, whatever `ball`.
+        """Return L and rho, which are valid wherever f is defined; `ball` is ignored.
 
-        They are the largest second and third derivatives of g_1 and of g_2 x^2, added up.
+        They are the sums of the largest second and third derivatives of g_1 and of g_2 x^2.
         """
         s = self.big + self.gamma
         return 2 * self.big + 20 * s, 200 * s / self.tau

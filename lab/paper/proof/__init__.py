@@ -1,7 +1,7 @@
 """The proof's ideas as measurements: run `CompressedSGD` on a problem of known geometry and compare with the lemmas.
 
-Everything runs the library's optimizer in double precision, with every coordinate compressed and without resets
-unless said otherwise: one segment of Algorithm 1, which is what the lemmas speak of (t' = 0).
+All measurements run the library's optimizer in double precision, and compress every coordinate. Unless stated
+otherwise, there are no resets: a run is one segment of Algorithm 1, for which the lemmas are stated (t' = 0).
 """
 
 from lab.paper.proof.error_growth import (

@@ -1,4 +1,4 @@
-"""The growth of the error memory: Lemma A.5 against measurement, and the effect of a small change."""
+"""The growth of the error memory, compared with Lemma A.5's bound, and the effect of a small change of its input."""
 
 from dataclasses import dataclass, replace
 
@@ -25,9 +25,9 @@ class ErrorGrowth:
     """
 
     mean: Tensor  # float64[T + 1], the mean of ||e_t||^2 over seeds
-    standard_error: Tensor  # float64[T + 1], of that mean
-    bound: Tensor  # float64[T + 1], of Lemma A.5
-    seeds: int  # runs
+    standard_error: Tensor  # float64[T + 1], the standard error of `mean`
+    bound: Tensor  # float64[T + 1], the bound of Lemma A.5
+    seeds: int  # number of runs
 
 
 def accumulate(energy: Tensor, mu: float) -> Tensor:
@@ -43,7 +43,7 @@ def accumulate(energy: Tensor, mu: float) -> Tensor:
     """
     _check_mu(mu)
     bound = [0.0]
-    for value in energy.tolist():  # one more factor for every older term, and one for the new
+    for value in energy.tolist():  # a step multiplies the whole sum, its newest term included, by 1 - mu/2
         bound.append((1 - mu / 2) * (bound[-1] + 2 * (1 - mu) / mu * value))
     return torch.tensor(bound, dtype=torch.float64)
 

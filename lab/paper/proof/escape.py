@@ -1,7 +1,7 @@
 """Escape from saddle points: coupled runs, and escape times over seeds.
 
 Coupling sequences (section 3.2; Jin et al. 2021) are two runs that differ in the sign of the noise along v_1 alone.
-The octopus has a saddle per leg, and is escaped leg by leg.
+The function `Octopus` has a sequence of saddles, one per leg, which a run escapes one after the other.
 """
 
 import math
@@ -37,7 +37,7 @@ class Coupling:
     second: Trajectory  # x'_t
     direction: Tensor  # v_1, float64[d], of norm 1
     gamma: float  # -v_1^T H v_1 at x_0
-    along: Tensor  # <v_1, x_t - x'_t>, float64[T + 1], with its sign
+    along: Tensor  # <v_1, x_t - x'_t>, signed, float64[T + 1]
     x_gap: Tensor  # float64[T + 1]
     y_gap: Tensor  # float64[T + 1]
     e_gap: Tensor  # float64[T + 1]
@@ -45,7 +45,8 @@ class Coupling:
     noise_gap: Tensor  # ||xi_t - xi'_t||, float64[T]
     f: Tensor  # f(x_t), float64[T + 1]
     f_mirrored: Tensor  # f(x'_t), float64[T + 1]
-    predicted_std: Tensor  # of `along` by `coupling_std`, without compression and for a quadratic, float64[T + 1]
+    # Standard deviation of `along`, as `coupling_std` predicts it without compression on a quadratic, float64[T + 1].
+    predicted_std: Tensor
 
     def growth_rate(self, begin: int, end: int | None = None) -> float:
         """Return the slope of ln |<v_1, x_t - x'_t>| per step over begin <= t < end, by least squares.
@@ -73,7 +74,8 @@ class Coupling:
 def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
     """Return (gamma, v_1): -lambda_min of a problem's Hessian at x, float[d], and its unit eigenvector, float64[d].
 
-    The Hessian of `problem` is made densely, so for small d. Raises ValueError if no eigenvalue is negative.
+    The Hessian of `problem` is computed as a dense matrix, so d must be small. Raises ValueError if no eigenvalue is
+    negative.
 
     >>> import torch
     >>> from lab.paper.proof import negative_curvature
@@ -129,7 +131,7 @@ def couple(
     perturbation = Noise(method.noise)
 
     def correction(t: int) -> Tensor | None:
-        """xi'_t - xi_t, fed in with the gradient: xi_t is a function of (seed, t)."""
+        """Return xi'_t - xi_t, which is added to the second run's gradient; xi_t is a function of (seed, t)."""
         xi = perturbation.vector(v, seed=seed, step=t)
         return None if xi is None else reflect(xi, v, scale) - xi
 
@@ -183,11 +185,11 @@ class EscapeTimes:
     12.0
     """
 
-    times: Tensor  # float64[seeds]; inf where it had not within the limit
-    improved: int  # of the escapes, how many line 6 accepted: f(x_t) < f(x_0)
+    times: Tensor  # steps, float64[seeds]; inf for a run that did not escape within the limit
+    improved: int  # number of escapes that line 6 of Algorithm 1 accepts, since f(x_t) < f(x_0)
 
     def quantile(self, q: float) -> float:
-        """Return the q-quantile, an observed time (the lower of two neighbours); inf counts as late."""
+        """Return the q-quantile of the times: the lower of the two nearest observed times. It may be inf."""
         return float(torch.quantile(self.times, q, interpolation="lower"))
 
     @property

@@ -1,6 +1,6 @@
 """Trajectories of `CompressedSGD` on a problem: x_t, y_t, e_t and the stochastic gradients for every t.
 
-Improve or localise (Jin et al. 2021, Lemma 24): a run that has moved far has lowered the objective much.
+"Improve or localize" (Jin et al. 2021, Lemma 24) says that a run that has moved far has decreased the objective a lot.
 """
 
 import math
@@ -57,8 +57,8 @@ class Trajectory:
     (torch.Size([4, 2]), tensor(0., dtype=torch.float64))
     """
 
-    oracle: Oracle  # of the gradients
-    method: Method  # that stepped
+    oracle: Oracle  # the source of the stochastic gradients
+    method: Method  # the settings of the optimizer
     x: Tensor  # float64[T + 1, d]
     y: Tensor  # float64[T + 1, d], x_t - eta e_t
     e: Tensor  # float64[T + 1, d], the error memory, the mean over workers
@@ -88,7 +88,7 @@ class Run:
             [self._parameter],
             method.lr,
             Compression(method.compressor, dense_below=0),
-            noise=Noise(method.noise, lazy=False),  # e_t and y_t are read as they are
+            noise=Noise(method.noise, lazy=False),  # not lazy, since e_t and y_t are read after each step
             escape=escape,
             seed=seed,
         )
@@ -102,7 +102,10 @@ class Run:
         return self._parameter.detach()
 
     def advance(self, disturbance: Tensor | None = None) -> Tensor:
-        """Do one step and return its stochastic gradient, float64[d]; `disturbance` is added for the optimizer only."""
+        """Do one step, and return its stochastic gradient without `disturbance`, float64[d].
+
+        The optimizer gets the sum of the gradient and `disturbance`.
+        """
         gradient = self._oracle.gradient(self.x, step=self.optimizer.steps, worker=self._rank)
         self._parameter.grad = gradient if disturbance is None else gradient + disturbance
         self.optimizer.step()
@@ -149,7 +152,7 @@ def follow(
 
 @dataclass(frozen=True)
 class Localisation:
-    """Both sides of the lemma of `improve_or_localise` for tau = 0 .. t.
+    """Both sides of the inequality that `improve_or_localise` checks, for tau = 0 .. t.
 
     >>> import torch
     >>> from lab.paper.proof import Method, follow, improve_or_localise
@@ -161,8 +164,8 @@ class Localisation:
     """
 
     moved: Tensor  # ||y_{t0 + tau} - y_{t0}||^2, float64[t + 1]
-    bound: Tensor  # eta t [f(x_t0) - f(x_{t0 + tau}) + eta chi^2 (eta l t + iota)], the bound for c = 1, float64[t + 1]
-    constant: float  # the smallest c with moved <= c bound throughout; inf if there is none
+    bound: Tensor  # the bound for c = 1: eta t [f(x_t0) - f(x_{t0 + tau}) + eta s^2 (eta l t + iota)], float64[t + 1]
+    constant: float  # the smallest c with moved <= c bound for every tau; inf if there is none
 
 
 def improve_or_localise(
@@ -207,7 +210,10 @@ def improve_or_localise(
 
 
 def _smallest_constant(moved: Tensor, bound: Tensor) -> float:
-    """The largest ratio; a move that is not 0 under a bound that is not positive needs c = inf."""
+    """Return the smallest c with moved <= c bound everywhere: the largest ratio of the two.
+
+    It is inf if `moved` is positive somewhere and `bound` is not.
+    """
     if bool(((moved > 0) & (bound <= 0)).any()):
         return math.inf
     ratios = moved[moved > 0] / bound[moved > 0]

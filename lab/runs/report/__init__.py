@@ -34,8 +34,11 @@ __all__ = [
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
-    """Write an HTML page, figures and CSV tables to a new folder; return the path of index.html. Raises ConfigError if
-    the folder exists, unless `overwrite`, or cannot be written; MissingExtraError without the plot extra."""
+    """Write an HTML page, figures and CSV tables to a new folder, and return the path of index.html.
+
+    Raises ConfigError if the folder exists and `overwrite` is False, or if it cannot be written. Raises
+    MissingExtraError without the plot extra.
+    """
     if folder.exists() and not overwrite:
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)

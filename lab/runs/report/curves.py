@@ -1,4 +1,4 @@
-"""The data of figures: curves over seeds as tables of numbers, and marks: certificates, plateaus, standstills.
+"""The data of figures: curves over seeds as tables of numbers, and the certificates, plateaus and standstills of runs.
 
 At a standstill, the line through the last part of a run's training losses falls by at most twice its standard error, or
 negligibly, and that error is small enough to detect a substantial fall. Noise can hide a standstill, not simulate one.
@@ -16,10 +16,11 @@ from lab.runs.report.settings import Axis, Setting, position
 from lab.runs.run_folder import Run
 from packsaddle.errors import ConfigError
 
-LEAST_LINES = 8  # fewest lines in a window, and its number of blocks
-LEAST_SHARE = 1 / 3  # shortest window, as a fraction of the run
-NEGLIGIBLE = 0.005  # largest negligible fall over the window, as a fraction of the loss
-SURE = 0.01  # largest standard error of the fall, as a fraction of the loss
+# A window is the last part of a run, in which a standstill is searched.
+LEAST_LINES = 8  # minimum number of lines of metrics in a window, and the number of blocks of a window
+LEAST_SHARE = 1 / 3  # minimum length of a window, as a fraction of the run
+NEGLIGIBLE = 0.005  # maximum fall of the loss over a window that is negligible, as a fraction of the loss
+SURE = 0.01  # maximum standard error of this fall, as a fraction of the loss
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,18 @@ class Standstill:
 
 
 def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
-    """Return the standstill at the end of a run's lines of metrics; None if there is none, too few lines or too much
-    noise.
+    """Return the standstill at the end of a run's lines of metrics.
 
-    It is the longest window at the end in which the loss stands still, of at least 8 lines and a third of all. A line
-    averages the steps since the previous line, so the standstill begins at the step of the line before the window.
+    It is the longest window at the end in which the loss does not fall, with at least 8 lines and a third of all lines.
+    A line averages the steps since the previous line, so the standstill begins at the step of the line before the
+    window. Returns None if there is no such window, if there are too few lines, or if the loss is too noisy.
     """
     n = len(metrics)
     losses = [line["loss"] for line in metrics]
     first = next((i + 1 for i in reversed(range(n)) if not math.isfinite(losses[i])), 0)
     latest = n - max(LEAST_LINES, math.ceil(n * LEAST_SHARE))
-    if latest < first or not _level(*trend(losses[latest:])):  # the loss may be leaving a plateau
+    # Even in the shortest window the loss may still fall, for example because it leaves a plateau.
+    if latest < first or not _level(*trend(losses[latest:])):
         return None
     for start in range(first, latest + 1):
         level, fall, error = trend(losses[start:])
@@ -54,8 +56,9 @@ def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
 def trend(losses: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of at least 8 losses, the fall of their least-squares line, and the fall's standard error.
 
-    The standard error is the larger of two estimates: from the residuals of single losses, assumed independent, and
-    from those of the means of eight blocks, which is larger if neighboring losses are correlated.
+    The standard error is the larger of two estimates. The first is made from the residuals of single losses, which are
+    assumed to be independent. The second is made from the means of eight blocks, and is larger if neighboring losses
+    are correlated.
     """
     n, scale = len(losses), max(map(abs, losses)) or 1.0  # scaled, since squares of large numbers overflow
     losses = [loss / scale for loss in losses]
@@ -87,13 +90,16 @@ _NAMES = [*AXES, "seeds", *(f"{quantity}_{part}" for quantity in QUANTITIES for 
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting's quantities along the axes: columns of equal length, NaN where a quantity was not measured."""
+    """The quantities of one setting along the axes: columns of equal length, with NaN where nothing was measured."""
 
     setting: str
     columns: dict[str, list[float]]  # columns by name: axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
 
     def along(self, axis: str, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Return positions on `axis`, mean, 10% and 90% quantile over seeds, where `quantity` was measured."""
+        """Return four columns for the points where `quantity` was measured.
+
+        They are the positions on `axis`, and the mean, the 10% and the 90% quantile over seeds.
+        """
         c = self.columns
         rows = zip(c[axis], *(c[f"{quantity}_{part}"] for part in _PARTS), strict=True)
         kept = [row for row in rows if not math.isnan(row[1])]
@@ -102,7 +108,10 @@ class Curve:
 
 
 def curve(setting: Setting) -> Curve:
-    """Average a setting's metrics over its seeds, step by step; `seeds`: number of runs with a line at that step."""
+    """Return the means and quantiles of a setting's metrics over its seeds, step by step.
+
+    The column `seeds` has the number of runs with a line of metrics at each step.
+    """
     by_step: dict[int, list[dict[str, Any]]] = {}
     for run in setting.runs:
         for line in run.metrics:
@@ -113,7 +122,7 @@ def curve(setting: Setting) -> Curve:
     }
     columns["seeds"] = [float(len(same)) for same in lines]
 
-    # Bands are from the 10% to the 90% quantile.
+    # A figure's bands extend from the 10% to the 90% quantile over seeds.
     for quantity in QUANTITIES:
         values = [[float(line[quantity]) for line in same if line.get(quantity) is not None] for same in lines]
         columns[f"{quantity}_mean"] = [_mean(v) for v in values]
@@ -127,7 +136,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
-    """Return numpy.quantile's result, faster for few values; NaN if a value is non-finite or there are none."""
+    """Return the q-quantile of values, as numpy.quantile does, but faster for few values.
+
+    Returns NaN if a value is non-finite, or if there are no values.
+    """
     if not values or any(not math.isfinite(v) for v in values):
         return math.nan
     ordered, place = sorted(values), q * (len(values) - 1)
@@ -136,7 +148,7 @@ def _quantile(values: Sequence[float], q: float) -> float:
 
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Write a CSV file with one line per setting and step, to six digits; cells are empty where not measured."""
+    """Write a CSV file with one line per setting and step, with six digits. Quantities not measured are empty cells."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", *_NAMES])
@@ -162,20 +174,26 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _number(row: dict[str, Any], name: str) -> float:
-    """Return the number in a cell, NaN if empty; old files lack the column `rounds`."""
+    """Return the number in a cell of a CSV row; NaN if the cell is empty.
+
+    Files of old versions have no column `rounds`.
+    """
     text = row.get(name) if name == "rounds" else row[name]
     return float(text) if text else math.nan
 
 
 def bounded_certificates(run: Run) -> list[dict[str, Any]]:
-    """Return the certificates along a run that bound the smallest eigenvalue; none without metrics."""
+    """Return the certificates along a run that have bounds on the smallest eigenvalue; [] if the run has no metrics."""
     ends = ("lambda_min_lower", "lambda_min_upper")
     return [c for c in run.certificates if run.metrics and all(c.get(end) is not None for end in ends)]
 
 
 def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> float:
-    """Return the position of a certificate of a run on an axis. Bytes, seconds and rounds are those of the last line of
-    metrics before it, else of the first line, since a logarithmic axis has no zero."""
+    """Return the position of a run's certificate on an axis.
+
+    Bytes, seconds and rounds are read from the last line of metrics before the certificate. If there is none, they are
+    read from the first line, since a logarithmic axis has no zero.
+    """
     if axis in ("step", "epoch"):
         return float(certificate[axis])
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
@@ -188,7 +206,10 @@ def plateaus(settings: Sequence[Setting]) -> list[float]:
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
-    """Return a tenth of the smallest threshold, the end of the linear part of the eigenvalues' symlog axis."""
+    """Return a tenth of the smallest threshold of the settings' certificates.
+
+    The axis of eigenvalues (symlog) is linear up to this value.
+    """
     certificates = [c for s in settings for run in s.runs for c in bounded_certificates(run)]
     found = [-c["threshold"] for c in certificates if c.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

@@ -37,7 +37,7 @@ AXIS_NAMES: dict[Axis, str] = {
     "rounds": "rounds",
 }
 _LOGARITHMIC = {"megabytes", "rounds"}  # axes that compression and local updates change by orders of magnitude
-_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes in each are drawn
+_INTERVALS = 200  # intervals into which an axis is divided; of a long curve only the extremes in each are drawn
 
 
 def line_style(i: int) -> dict[str, str]:
@@ -45,7 +45,7 @@ def line_style(i: int) -> dict[str, str]:
 
 
 def panels(settings: Sequence[Setting], curves: Sequence[Curve]) -> list[str]:
-    """Return the keys of `PANELS` to draw: loss and gradient norm always, the others if measured."""
+    """Return the keys of `PANELS` to draw: loss and gradient norm always, and each remaining one if it was measured."""
     measured = {q for q in QUANTITIES if any(c.along("epoch", q)[0] for c in curves)} | {"loss", "grad_norm"}
     if any(bounded_certificates(run) for setting in settings for run in setting.runs):
         measured.add("curvature")
@@ -69,7 +69,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             axes[i][0].set_ylabel(PANELS[panel])
         for j, along in enumerate(columns):
             axes[-1][j].set_xlabel(AXIS_NAMES[along])
-        if "curvature" in rows:  # add a legend of the markers above the panel
+        if "curvature" in rows:  # add a legend of the verdicts' markers above the panel of certificates
             handles, labels = axes[-1][0].get_legend_handles_labels()
             by_verdict = dict(zip(labels, handles, strict=True))
             place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
@@ -88,13 +88,17 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
 
 
 def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return one panel as an <svg> element for a page, without a legend. Palette colors are the page's CSS variables
-    --c0, --c1, ..., black is --c0, and all marks of the i-th setting have the class setting-i."""
+    """Return one panel as an <svg> element for an HTML page, without a legend.
+
+    Colors of the palette are the page's CSS variables --c0, --c1, ..., and black is --c0. All marks of the i-th setting
+    have the class setting-i.
+    """
     require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    own = {"svg.fonttype": "none", "svg.hashsalt": f"{panel} {along}", "font.size": 11}  # ids are unique in the page
+    # The salt makes the ids of SVG elements unique in the page.
+    own = {"svg.fonttype": "none", "svg.hashsalt": f"{panel} {along}", "font.size": 11}
     with mpl.rc_context(STYLE | own):
         figure, file = Figure(figsize=(4.8, 3.1)), io.StringIO()
         axes = figure.add_axes((0.16, 0.17, 0.82, 0.8))  # fixed, since a layout engine would take most of the time
@@ -113,7 +117,10 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
 
 
 def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> None:
-    """Draw one panel with all settings. An axis is logarithmic only if it has data: diverged runs may have none."""
+    """Draw one panel with all settings.
+
+    An axis is logarithmic only if there are finite, positive values on it, since diverged runs may have none.
+    """
     log_x = along in _LOGARITHMIC and any(_positive(c.columns[along], c.columns["loss_mean"]) for c in curves)
     if panel == "curvature":
         _draw_bounds(axes, settings, along)
@@ -123,7 +130,7 @@ def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting],
     if panel == "loss":
         for level in plateaus(settings):
             axes.axhline(level, color="grey", linewidth=1, linestyle=":")
-        # A broad, pale bar for each standstill, at the level of the loss.
+        # Draw a broad, pale bar for each standstill at the end of a run, at the level of the loss.
         for i, setting in enumerate(settings):
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
             for run in setting.runs:
@@ -141,7 +148,10 @@ def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting],
 
 
 def _few_ticks(axis: Any) -> None:
-    """Label a logarithmic axis at powers of ten, within two decades also at 2 and 5 times them, as plain numbers."""
+    """Label a logarithmic axis at powers of ten, as plain numbers.
+
+    An axis of at most two decades also has labels at 2 and 5 times the powers of ten.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -156,7 +166,8 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
         x, mean, low, high = c.along(along, quantity)
         kept = thinned(x, (mean, low, high), log_x)
         x, mean, low, high = ([column[k] for k in kept] for column in (x, mean, low, high))
-        # matplotlib would read "$" as a formula and hide labels that start with "_".
+        # Change labels that contain "$" or start with "_": matplotlib would read formulas in the former, and omit the
+        # latter from the legend.
         label = (" " if c.setting.startswith("_") else "") + c.setting.replace("$", r"\$")
         axes.plot(x, mean, label=label, gid=f"setting-{i}", **line_style(i))
         if low != high:
@@ -165,8 +176,11 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
 
 
 def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -> list[int]:
-    """Return the indices of the points to draw, ascending: all of a short curve; of a longer one the ends and, in each
-    of 200 equal intervals of the axis (of log x with `log`), the points where a column is smallest or largest."""
+    """Return the indices of the points of a curve to draw, in ascending order.
+
+    For a short curve these are all points. For a long one they are its ends and, in each of 200 equal intervals of the
+    axis, the points at which some column is smallest or largest. With `log` the intervals are equal in log x.
+    """
     if len(x) <= 2 * _INTERVALS:
         return list(range(len(x)))
     place = np.nan_to_num(np.asarray(x, dtype=float), posinf=0.0, neginf=0.0)
@@ -175,7 +189,7 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
     interval = ((place - place.min()) / (np.ptp(place) or 1.0) * _INTERVALS).astype(int)
     kept = {0, len(x) - 1}
 
-    # Sort by interval, then by value: an interval's extremes are the ends of its part. NaNs come last.
+    # Sort by interval, then by value, so that the extremes of an interval are at the ends of its part. NaNs come last.
     for column in map(np.asarray, columns):
         order = np.lexsort((column, interval))
         ends = np.flatnonzero(np.diff(interval[order]))
@@ -184,11 +198,14 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
 
 
 def _positive(*columns: Sequence[float]) -> bool:
-    """Return True if a row is positive and finite in all columns, as a log axis needs (none is if runs diverged)."""
+    """Return True if some row is positive and finite in all columns, which a logarithmic axis needs.
+
+    If all runs diverged, there may be no such row.
+    """
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 
-# Markers by verdict.
+# The marker of a certificate, by its verdict.
 _MARKERS = {
     "saddle": "v",
     "second-order stationary": "o",
@@ -200,14 +217,14 @@ _MARKERS = {
 
 
 def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
-    """Draw a bar from the lower to the upper bound of every certificate, a marker for its verdict, the threshold."""
+    """Draw each certificate: a bar from its lower to its upper bound, a marker for its verdict, and its threshold."""
     for i, setting in enumerate(settings):
         style = {"color": COLOURS[i % len(COLOURS)], "gid": f"setting-{i}"}
         known = [[(certificate_position(run, c, along), c) for c in bounded_certificates(run)] for run in setting.runs]
         for own in known:
             axes.plot([x for x, _ in own], [c["threshold"] for _, c in own], linewidth=1, linestyle=":", **style)
         for x, c in chain.from_iterable(known):
-            # If the gradient was too large, curvature was not measured: the marker is on the threshold.
+            # If the gradient was too large, curvature was not measured, and the marker is drawn on the threshold.
             looked = c["verdict"] != "gradient too large"
             if looked:
                 axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], **style)

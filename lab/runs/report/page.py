@@ -59,8 +59,10 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
 
 
 def title(runs: Sequence[Run]) -> str:
-    """Return the title of a report: task, parameters, workers and dates, where the runs' files have them.
-    Example: "autoencoder on digits, 120,458 parameters, 2 workers, 2026-11-28"."""
+    """Return the title of a report, such as "autoencoder on digits, 120,458 parameters, 2 workers, 2026-11-28".
+
+    Parts that are missing in the runs' files are omitted.
+    """
     models, data = ([_text(run.config.get(table)) for run in runs] for table in ("model", "data"))
     task = " on ".join(found for names in (models, data) if (found := " and ".join(_distinct(names))))
     parameters = _range(run.summary.get("parameters") for run in runs if run.summary)
@@ -76,7 +78,10 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def _text(table: Any) -> str:
-    """Return the entry `name` of a configuration table; "" if it is missing or not text, as in old versions' files."""
+    """Return the entry `name` of a table of the configuration.
+
+    It is "" if it is missing or not text, which happens in files of old versions.
+    """
     name = table.get("name") if isinstance(table, dict) else None
     return name if isinstance(name, str) else ""
 
@@ -91,8 +96,10 @@ def _range(values: Iterable[Any]) -> str:
 
 
 def _verdict(png: Path) -> str:
-    """Return the headline of the certificate that a PNG shows, and its numbers; "" if its file is damaged, or of a
-    version whose certificates had no headline."""
+    """Return the headline and the numbers of the certificate that a PNG shows, read from the file beside it.
+
+    Returns "" if this file is damaged, or was written by an old version, whose certificates have no headline.
+    """
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         points = json.loads((png.parent / "certificates.json").read_text(encoding="utf-8"))["points"]
         point = next(p for p in points if len(points) == 1 or Path(p["file"]).stem == png.stem)
@@ -109,9 +116,9 @@ def _verdict(png: Path) -> str:
 
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
-    """Return the data of a setting for the page's template: label, style, configuration, environments, commands."""
+    """Return the data of a setting for the page's template: label, style, configuration, environments and commands."""
     commands = [printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]
-    own = ("command", "started")  # the rest is mostly the same for all seeds
+    own = ("command", "started")  # keys shown for each seed; the remaining keys are mostly identical for all seeds
     environments = [{k: v for k, v in run.environment.items() if k not in own} for run in setting.runs]
     return {
         "label": setting.label,

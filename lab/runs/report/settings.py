@@ -1,4 +1,4 @@
-"""Settings, groups of runs that differ only in their seed: means and confidence intervals over seeds."""
+"""Means and confidence intervals over the seeds of a setting, i.e. a group of runs that differ only in their seed."""
 
 import json
 import math
@@ -39,8 +39,10 @@ class Estimate:
 
 
 def settings(runs: Iterable[Run]) -> list[Setting]:
-    """Group runs by configuration, in order of first appearance; equal labels of different settings are numbered.
-    Repeated runs of one seed go to separate settings, since duplicates would make intervals too narrow."""
+    """Group runs by configuration, in order of first appearance. Different settings with equal labels are numbered.
+
+    Repeated runs of one seed are put into separate settings, since duplicates would make intervals too narrow.
+    """
     groups: dict[tuple[str, int], list[Run]] = {}
     times = Counter[tuple[str, int]]()
     for run in runs:
@@ -59,8 +61,10 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
-    """Return the position of a line of metrics on an axis; NaN if not recorded.
-    Megabytes are those sent by a worker; with a single worker, those of its messages."""
+    """Return the position of a line of metrics on an axis; NaN if it was not recorded.
+
+    On the axis of megabytes it is what a worker has sent. A single worker sends nothing, so its messages are counted.
+    """
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
     found = line.get(axis)
@@ -68,13 +72,16 @@ def position(line: dict[str, Any], axis: Axis) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean and its 95% interval (None for one or non-finite values). Raises ValueError if empty."""
+    """Return the mean of values and its 95% confidence interval. Raises ValueError if there are no values.
+
+    The ends of the interval are None for a single value and for non-finite values.
+    """
     if not values:
         raise ValueError("values must hold at least one number")
     mean = sum(values) / len(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Estimate(mean, None, None, tuple(values))
-    from scipy import stats  # a slow import, needed for intervals only
+    from scipy import stats  # imported here since it is slow, and only needed for intervals
 
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, tuple(values))

@@ -15,7 +15,7 @@ PLATEAU_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """The table row of one run; None: unknown or not applicable."""
+    """The table row of one run. A value is None if it is unknown or not applicable."""
 
     run: str
     seed: int | None
@@ -33,7 +33,10 @@ class Row:
 
 @dataclass(frozen=True)
 class SettingRow:
-    """The table row of one setting, runs that differ only in their seed; None: unknown or not applicable."""
+    """The table row of one setting, i.e. of runs that differ only in their seed.
+
+    A value is None if it is unknown or not applicable.
+    """
 
     setting: str
     seeds: int  # number of runs
@@ -70,7 +73,7 @@ def _latest(run: Run, quantity: str) -> float | None:
 
 
 def setting_row(setting: Setting) -> SettingRow:
-    """Return the table row of a setting. Each quantity is averaged over the runs that have it."""
+    """Return the table row of a setting. Each quantity is averaged over the setting's runs that recorded it."""
     rows = [row(run) for run in setting.runs]
 
     def over(quantity: str) -> Estimate | None:
@@ -88,10 +91,10 @@ def setting_row(setting: Setting) -> SettingRow:
 
 
 def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[float | None, bool | None]:
-    """Return the number of epochs on a plateau at loss `level`, and True if the run left it; None: not applicable.
+    """Return the number of epochs that a run spent on a plateau at loss `level`, and True if the run left the plateau.
 
-    The plateau begins with the first line of metrics whose loss is at most 5% above `level`, and ends with the first
-    later line more than 5% below it, or with the run.
+    The plateau begins with the first line of metrics whose loss is at most 5% above `level`. It ends with the next line
+    whose loss is more than 5% below `level`, or with the run. Both results are None if not applicable.
     """
     if level is None:
         return None, None
@@ -152,7 +155,7 @@ class Table:
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    legend: tuple[tuple[str, str], ...]  # marks in the cells, and headings, with their meanings
+    legend: tuple[tuple[str, str], ...]  # (mark in the cells or heading, its meaning)
 
 
 def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
@@ -177,7 +180,7 @@ def run_table(runs: Sequence[Run]) -> Table:
 
 
 def setting_table(settings: Sequence[Setting]) -> Table:
-    """Return the table of settings: means over seeds, with 95% intervals for several seeds."""
+    """Return the table of settings: means over seeds, with 95% intervals if there are several seeds."""
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
     cells = []
@@ -237,12 +240,14 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-FORMAT = 1  # increased if a key changes its meaning or is removed; not if one is added
+FORMAT = 1  # version of the JSON document, increased if a key is removed or changes its meaning
 
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:
     """Return settings, runs and certificates as plain types that strict JSON can represent (see docs/metrics.md).
-    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf"."""
+
+    A value is None if it is unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf".
+    """
     listed, of_settings, certificates = [], [], []
     for setting in settings(runs):
         summary = asdict(setting_row(setting))

@@ -1,4 +1,4 @@
-"""Data and networks of runs: images, text, sharding over workers, models, batch normalization."""
+"""The data and networks of runs: images, text, their distribution to workers, and models."""
 
 from lab.runs.tasks.images import Dataset, Images, load_data, load_images
 from lab.runs.tasks.models import Task, make_task, mnist_autoencoder, task_loss

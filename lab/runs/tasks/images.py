@@ -18,7 +18,7 @@ from packsaddle.numerics.seeds import Stream, generator
 
 
 class Dataset(Protocol):
-    """n examples in memory, each an input with its target."""
+    """Interface of n examples in memory, each of which is an input with its target."""
 
     @property
     def shape(self) -> torch.Size:
@@ -26,12 +26,15 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> int:
-        """Number of values of a target."""
+        """Number of classes, i.e. of possible values of a target."""
 
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of the examples `index`, int64[b], on `device`; floating-point ones as `dtype`."""
+        """Return inputs and targets of the examples `index`, int64[b], on `device`.
+
+        Floating-point inputs have the type `dtype`.
+        """
 
     def owners(self, workers: int) -> Tensor:
         """Return the rank of the worker that owns each example, int64[n], with data.shard = "class"."""
@@ -54,7 +57,7 @@ class Images:
         return self.levels.shape[1:]
 
     def owners(self, workers: int) -> Tensor:
-        """Return the owner of each image, int64[n]: worker c mod W for class c."""
+        """Return the rank of the worker that owns each image, int64[n]: c mod W for an image of class c."""
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, downl
         return images
     if config.limit > len(images):
         raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
-    # Choose at random, since image folders are sorted by class; independent of the run's seed.
+    # Choose images at random, since image folders are sorted by class. The choice does not depend on the run's seed.
     chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[: config.limit]
     return Images(images.levels[chosen], images.labels[chosen], images.full_scale, images.classes)
 
@@ -102,7 +105,7 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
         "cifar10": (vision.datasets.CIFAR10, data_dir / "cifar-10-batches-py"),
     }[name]
 
-    # If reading fails, files that exist are damaged; else they are missing.
+    # If reading fails, the files are damaged if the folder exists, and otherwise missing.
     there = place.exists()
     damaged = f"{name} in --data-dir {data_dir} is damaged; remove {place}, and --download fetches it again"
     try:
@@ -115,7 +118,7 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
             raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
         raise ConfigError(f"{name} is not in --data-dir {data_dir}; add --download to download it there") from None
 
-    # Damage that the reader does not detect: no images, or labels that do not match them.
+    # Check for damage that the reader does not detect: no images, or labels that do not match the images.
     levels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(levels) == 0 or len(levels) != len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < 10:
         raise ConfigError(damaged)
@@ -124,8 +127,8 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
 
 
 def _digits(train: bool) -> Images:
-    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit."""
-    # Read scikit-learn's data file if found, since the import takes every worker a second.
+    """Load scikit-learn's 1,797 digits, which have 8 x 8 pixels with 17 levels. Every sixth digit is for tests."""
+    # Read scikit-learn's data file directly if it is found, since importing scikit-learn takes each worker a second.
     library = find_spec("sklearn")
     file = Path(library.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if library else None
     if file is not None and file.is_file():
@@ -173,7 +176,10 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
 
 
 def _open_image(path: str) -> Any:
-    """Open an image as RGB, like torchvision; raises ConfigError for more than 8 bits, which torchvision would clip."""
+    """Open an image as RGB, like torchvision.
+
+    Raises ConfigError if a channel has more than 8 bits, since torchvision would clip such values.
+    """
     from PIL import Image
 
     with open(path, "rb") as file, Image.open(file) as image:

@@ -2,7 +2,7 @@
 
 Batch normalization with W workers: if each worker has examples of few classes, its statistics are those of its classes
 and differ from the running statistics used in tests, so the network does not generalize. Statistics over all workers
-equal those of one machine with the whole batch, and cost two small all-reduces per layer, which are counted.
+equal those of one machine with the whole batch. They need two small all-reduces per layer, whose bytes are counted.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 
 
 class WorkerBatchNorm2d(nn.Module):
-    """Batch normalization over each worker's batch ("worker") or all workers' ("all"), for float[b, c, h, w].
+    """Batch normalization of float[b, c, h, w], over each worker's batch ("worker") or all workers' batches ("all").
 
     The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
     statistics are first and second moments, whose averages over workers are the moments of all batches. Call `connect`
@@ -55,12 +55,13 @@ class WorkerBatchNorm2d(nn.Module):
         # Statistics over all workers: exchange the moments, unless all workers are in this process.
         channel = self.channel
         if channel is not None and channel.group.size > self.parts:
-            exact = x.to(self.weight.dtype)  # moments and their difference need more than 16 bits
+            exact = x.to(self.weight.dtype)  # 16 bits are too few for the moments and their difference, the variance
             local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
             mean, square = _mean_over_workers(local, channel).chunk(2)
             self._run(mean.detach(), square.detach())
             return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
-        if channel is not None and self.parts > 1:  # all workers are here: count the bytes of their exchanges
+        # If this process simulates all workers, only count the bytes that their exchanges would send.
+        if channel is not None and self.parts > 1:
             for _ in ("forward", "backward"):
                 channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
         return self._local(x, self.weight, self.bias)
@@ -69,7 +70,7 @@ class WorkerBatchNorm2d(nn.Module):
         mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
         y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=_EPS)
         count = x.numel() // x.shape[1]
-        # batch_norm's running variance is unbiased, but it normalizes batches by the biased one.
+        # The running variance that batch_norm returns is unbiased; batches are normalized by the biased variance.
         biased = variance * ((count - 1) / count)
         self._run(mean.detach(), (biased + mean.square()).detach())
         return y
@@ -87,8 +88,11 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 
 
 class _MeanOverWorkers(torch.autograd.Function):
-    """Differentiable mean of a tensor over workers, whose backward averages gradients: the total loss is a mean of
-    losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
+    """Differentiable mean of a tensor over workers.
+
+    Its backward pass averages the gradients, since the total loss is the mean of the workers' losses. Under `vmap` over
+    simulated workers (see `lab.runs.batched`) the tensors of all workers are in this process.
+    """
 
     @staticmethod
     def forward(local: Tensor, channel: Communicator) -> Tensor:
@@ -113,7 +117,10 @@ def _mean_over_workers(local: Tensor, channel: Communicator) -> Tensor:
 
 
 def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
-    """Make the normalization layer for `channels` channels; "group": groups of four channels, at most 32 groups."""
+    """Return a normalization layer for `channels` channels.
+
+    With "group" a group has four channels, or more if there would be more than 32 groups.
+    """
     if norm == "group":
         return nn.GroupNorm(max(1, min(32, channels // 4)), channels)
     return WorkerBatchNorm2d(channels, norm, parts)
@@ -172,9 +179,10 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """Decoder-only transformer: embeddings of characters and positions, `depth` blocks, logits of the next character.
 
-    Without dropout, so that the loss is a function of weights and batch only; without weight tying, since CompressedSGD
-    rejects parameters that share memory. For SGD with a single step size, initial embeddings are small, residual
-    branches are scaled by 1 / sqrt(2 depth), and logits are nearly equal, so the initial loss is near log(classes).
+    It has no dropout, so that the loss is a function of weights and batch only. It has no weight tying, since
+    CompressedSGD rejects parameters that share memory. To suit SGD with a single step size, initial embeddings are
+    small, residual branches are scaled by 1 / sqrt(2 depth), and initial logits are nearly equal, so that the initial
+    loss is near log(classes).
     """
 
     def __init__(self, classes: int, context: int, *, width: int, depth: int, heads: int) -> None:
@@ -195,7 +203,10 @@ class CharTransformer(nn.Module):
 
 
 def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
-    """Make a linear layer with zero initial bias; inputs of variance 1 give outputs of standard deviation `gain`."""
+    """Return a linear layer with initial bias 0.
+
+    For inputs of variance 1, its outputs have the standard deviation `gain`.
+    """
     layer = nn.Linear(width_in, width_out)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(width_in))
     nn.init.zeros_(layer.bias)
@@ -242,8 +253,8 @@ def resnet(
 ) -> nn.Module:
     """Make torchvision's ResNet with `width` channels in its first stage.
 
-    `stem`: torchvision's ("imagenet"), or for small images a 3 x 3 convolution without max pooling ("small"). `norm`:
-    batch normalization per worker or over all, or group normalization. `parts`: see `WorkerBatchNorm2d`.
+    `stem` is torchvision's ("imagenet"), or for small images a 3 x 3 convolution without max pooling ("small"). `norm`
+    is batch normalization per worker or over all workers, or group normalization. `parts`: see `WorkerBatchNorm2d`.
     """
     vision = require("torchvision", "vision", f"ResNet-{depth}")
 
@@ -263,7 +274,7 @@ def resnet(
 
 
 def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
-    """Replace all convolutions and the last layer of a ResNet with ones that have `scaled(n)` for n channels."""
+    """Replace all convolutions and the last layer of a ResNet by layers with `scaled(n)` instead of n channels."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d):
             inside = child.in_channels if child.in_channels == 3 else scaled(child.in_channels)
@@ -292,7 +303,7 @@ class Task(nn.Module):
             examples = "data.name = 'text'" if self.reads_text else "images"
             raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
 
-        # Make the network, after checking that it supports the shape of the examples.
+        # Check that the network supports the shape of the examples, then make it.
         if self.reads_text:
             self.network: nn.Module = CharTransformer(
                 classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
@@ -323,14 +334,16 @@ class Task(nn.Module):
         return hits * len(targets) / targets.numel()
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        # From [0, 1] to [-2, 2]: about zero mean and unit variance for natural images.
+        # Scale pixels from [0, 1] to [-2, 2], which gives natural images about zero mean and unit variance.
         logits: Tensor = self.network(inputs if self.reads_text else (inputs - 0.5) * 4.0)
         return logits  # float[b, classes], or float[b, context, classes]
 
 
 def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
-    """Build a task whose initial weights depend on `seed` only; the global random state is restored. `shape`: of one
-    input; `parts`: see `WorkerBatchNorm2d`."""
+    """Return a new task, whose initial weights depend on `seed` only. The global random state is restored.
+
+    `shape` is the shape of one input; `parts`: see `WorkerBatchNorm2d`.
+    """
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,16 +19,19 @@ History = Sequence[tuple[int, int]]  # (first step, number of workers) of each p
 
 @dataclass(frozen=True)
 class Calendar:
-    """Conversion of steps to epochs (passes of all workers together), for a changing number of workers."""
+    """Conversion between steps and epochs, i.e. passes over the data by all workers together.
 
-    per_epoch: int  # steps in an epoch
-    start: int  # first step with this number of workers
-    done: float  # epochs done at `start`
-    steps: int  # steps of the whole run
+    The number of workers may change during a run.
+    """
+
+    per_epoch: int  # number of steps in an epoch, with the current number of workers
+    start: int  # first step with the current number of workers
+    done: float  # number of epochs done at `start`
+    steps: int  # number of steps of the whole run
 
     @classmethod
     def of(cls, history: History, examples: int, batch_size: int, epochs: float) -> "Calendar":
-        """Make the calendar of a run, with at least one step after the last change of the number of workers."""
+        """Return the calendar of a run of `epochs`. It has at least one step after the last change of the workers."""
         done = 0.0
         for (start, workers), (stop, _) in pairwise(history):
             done += (stop - start) / _per_epoch(examples, batch_size, workers)
@@ -37,7 +40,7 @@ class Calendar:
         return cls(per_epoch, start, done, start + max(1, round((epochs - done) * per_epoch)))
 
     def position(self, step: int) -> float:
-        """Return the number of steps that the current number of workers would have needed to get to `step`."""
+        """Return the number of steps that the current number of workers would have needed to reach `step`."""
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
@@ -52,8 +55,11 @@ def _per_epoch(examples: int, batch_size: int, workers: int) -> int:
 
 
 def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
-    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or "class": whole classes
-    of images or one consecutive part of a text. Raises ConfigError if there are none."""
+    """Return the indices of a worker's examples, int64.
+
+    With `how` = "iid" it is a random part, of equal size for all workers. With "class" it consists of whole classes of
+    images, or is one consecutive part of a text. Raises ConfigError if a worker has no examples.
+    """
     if how == "class":
         mine = (data.owners(workers) == worker).nonzero().squeeze(1)
     else:
@@ -64,8 +70,11 @@ def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> T
 
 
 class Batches:
-    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass, numbered from
-    `first`. At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers."""
+    """A worker's training batches, by step: shuffled passes over its shard `indices`.
+
+    The passes are numbered from `first`, since the number is part of the seed. At step `start` the batches begin with
+    the examples `rest`, int64[m], which are left from an unfinished pass with another number of workers.
+    """
 
     def __init__(
         self,
@@ -84,7 +93,7 @@ class Batches:
         self._number, self._order = -1, indices  # number and order of the last pass
 
     def __getitem__(self, step: int) -> Tensor:
-        """Return the indices of the batch of a step, int64[batch_size]; a batch may span passes."""
+        """Return the indices of the batch of a step, int64[batch_size]. A batch may extend into the next pass."""
         picked = []
         position, missing = (step - self._start) * self._batch_size, self._batch_size
         while missing:
@@ -94,14 +103,14 @@ class Batches:
         return torch.cat(picked)
 
     def left(self, step: int) -> tuple[Tensor, int]:
-        """Return the remaining examples of the current pass at a step, int64[m], and the number of the next pass."""
+        """Return the examples that remain in the current pass at a step, int64[m], and the number of the next pass."""
         left, number = self._from((step - self._start) * self._batch_size)
         if number >= self._first and len(left) == len(self._indices):
             return left[:0], number
         return left, number + 1
 
     def _from(self, position: int) -> tuple[Tensor, int]:
-        """Return the remaining examples of the pass at `position`, a number of examples, and the pass's number."""
+        """Return the examples that remain in the current pass after `position` examples, and the number of the pass."""
         if position < len(self._rest):
             return self._rest[position:], self._first - 1
         passes, offset = divmod(position - len(self._rest), len(self._indices))
@@ -117,8 +126,8 @@ def deal(
 ) -> list[Batches]:
     """Return the batches of each of the given `workers`, in a run with a `history` of numbers of workers.
 
-    After a change, the remaining examples of unfinished passes go to the new workers that own them, so that none is
-    repeated or dropped. Raises ConfigError if a worker has no examples.
+    When the number of workers has changed, an example that remains in an unfinished pass goes to the worker whose shard
+    now contains it, so that no example is repeated or dropped. Raises ConfigError if a worker has no examples.
     """
     rest, first = torch.empty(0, dtype=torch.int64), 0
 
@@ -129,7 +138,7 @@ def deal(
         own = own[torch.randperm(len(own), generator=rng)]
         return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
 
-    # Compute the rest of each part of the run, in order.
+    # For each part of the run with one number of workers, in order, compute the examples left at its end.
     for (start, size), (stop, _) in pairwise(history):
         left = [begin(start, size, w).left(stop) for w in range(size)]
         rest, first = torch.cat([part for part, _ in left]), max(number for _, number in left)

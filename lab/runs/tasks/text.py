@@ -12,8 +12,8 @@ from lab.runs.config import DataConfig
 from packsaddle.errors import ConfigError, read_text
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
-_MOST = 1024  # most codes, UNKNOWN included
-_LEAST = 5  # fewest occurrences in the training text of a character with its own code
+_MOST = 1024  # maximum number of codes, including UNKNOWN
+_LEAST = 5  # a character needs this number of occurrences in the training text to have its own code
 _CODE_POINTS = 0x110000
 
 
@@ -23,7 +23,7 @@ class Text:
 
     codes: Tensor  # codes of the characters, int16[n c + 1]
     context: int  # c, characters of a window
-    vocabulary: str  # the character of code j is vocabulary[j - 1]; others are UNKNOWN
+    vocabulary: str  # vocabulary[j - 1] is the character with the code j; all remaining characters have UNKNOWN
 
     def __len__(self) -> int:
         return (len(self.codes) - 1) // self.context
@@ -38,25 +38,37 @@ class Text:
         return len(self.vocabulary) + 1
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return windows `index` and the characters after each position, both int64[b, c]; `dtype` is unused."""
+        """Return the windows `index`, and the character that follows each position, both int64[b, c].
+
+        `dtype` is not used.
+        """
         at = index[:, None] * self.context + torch.arange(self.context + 1)
         windows = self.codes[at].to(device, torch.int64)
         return windows[:, :-1], windows[:, 1:]
 
     def owners(self, workers: int) -> Tensor:
-        """Return the owner of each window, int64[n]: consecutive parts of the text, equal up to one window."""
+        """Return the rank of the worker that owns each window, int64[n].
+
+        Each worker owns a consecutive part of the text. The parts' sizes differ by at most one window.
+        """
         return torch.arange(len(self)) * workers // len(self)
 
 
 def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text:
-    """Load a text without its last tenth (`train`), or that last tenth. Raises ConfigError if it is missing or short.
-    `data.limit` selects the first windows, so that they stay consecutive."""
+    """Load the training text, or with `train` False the held-out text, which is the last tenth.
+
+    `data.limit` selects the first windows, so that they stay consecutive. Raises ConfigError if the text is missing or
+    too short.
+    """
     return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
 
 
 def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
-    """Return a text without its last tenth (`train`), or that tenth, in whole windows. Raises ConfigError if none fit.
-    `codes` are indices into `vocabulary`; `source` is the text's name in messages."""
+    """Cut a text into windows, and return its first nine tenths, or with `train` False its last tenth.
+
+    `codes` are the codes of the whole text, int16[n]; `source` is its name in messages. Raises ConfigError if not even
+    one window fits.
+    """
     cut, c = len(codes) - len(codes) // 10, config.context
     part = codes[:cut] if train else codes[cut:]
     windows = (len(part) - 1) // c
@@ -74,7 +86,7 @@ def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object,
 
 @lru_cache(maxsize=4)  # the workers of a simulation share one copy
 def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
-    """Return the whole text's codes, int16[n], and the vocabulary of all but its last tenth."""
+    """Return the codes of the whole text, int16[n], and the vocabulary of its first nine tenths."""
     if data_dir is None:
         # The topics of pydoc's help are the parts of the language reference that CPython includes.
         try:
@@ -97,14 +109,14 @@ def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
 
 
 def encode_text(text: str) -> tuple[Tensor, str]:
-    """Return a text's codes, int16[n], and their vocabulary, that of all but its last tenth."""
+    """Return the codes of a text, int16[n], and the vocabulary of its first nine tenths."""
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     # The vocabulary is the most frequent code points, in ascending order; ties go to the lower code point.
     count = torch.bincount(points[: len(points) - len(points) // 10], minlength=_CODE_POINTS)
     by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
     vocabulary = by_count[count[by_count] >= _LEAST].sort().values
 
-    # Encode by a table of all code points, which takes 1/1000 of the time of a dictionary.
+    # Encode with a table of all code points, which is 1,000 times as fast as a dictionary.
     table = torch.zeros(_CODE_POINTS, dtype=torch.int16)
     table[vocabulary] = torch.arange(1, len(vocabulary) + 1, dtype=torch.int16)
     return table[points], "".join(map(chr, vocabulary.tolist()))
