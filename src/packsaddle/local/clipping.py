@@ -58,7 +58,7 @@ class Clips:
 
 
 class Standing(IntEnum):
-    """How the clipping of a round treats a worker's update."""
+    """The ways in which the clipping of a round treats a worker's update."""
 
     ABSENT = 0  # the worker is not in the round
     LIMITED = 1  # the worker's update is limited, but its norm is not counted in the median
