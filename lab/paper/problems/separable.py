@@ -159,7 +159,7 @@ class QuadraticQuartic(Problem):
     tensor(-0.2500, dtype=torch.float64)
     """
 
-    d: int
+    d: int  # number of coordinates
 
     def __call__(self, x: Tensor) -> Tensor:
         return x[0] ** 4 / 4 - x[0] ** 2 / 2 + x[1:].square().sum() / 2

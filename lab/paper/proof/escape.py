@@ -45,8 +45,7 @@ class Coupling:
     noise_gap: Tensor  # ||xi_t - xi'_t||, float64[T]
     f: Tensor  # f(x_t), float64[T + 1]
     f_mirrored: Tensor  # f(x'_t), float64[T + 1]
-    # Standard deviation of `along`, as `coupling_std` predicts it without compression on a quadratic, float64[T + 1].
-    predicted_std: Tensor
+    predicted_std: Tensor  # standard deviation of `along` that `coupling_std` predicts on a quadratic, float64[T + 1]
 
     def growth_rate(self, begin: int, end: int | None = None) -> float:
         """Return the slope of ln |<v_1, x_t - x'_t>| per step over begin <= t < end, by least squares.
