@@ -50,7 +50,7 @@ class ManagedGroup(Group):
         managed: Any = require("torchft.process_group", "torchft", "manager=")
         self.manager, self.rank, self.size = manager, 0, 1
         self._group: Any = managed.ManagedProcessGroup(manager).parent  # the Manager reconfigures it in place
-        processes = getattr(manager, "_group_world_size", 1)
+        processes = processes_of(manager)
         self.site = site_group() if processes > 1 else Solo()
         if self.site.size != processes:
             raise ConfigError(f"manager has {processes} processes, and torch's default group has {self.site.size}")
@@ -82,6 +82,11 @@ class ManagedGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         self._group.broadcast_one(tensor, 0).wait()
+
+
+def processes_of(manager: Any) -> int:
+    """Return the number of processes of the worker whose torchft Manager this is. torchft has no public name for it."""
+    return int(getattr(manager, "_group_world_size", 1))
 
 
 def site_group() -> Group:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
 from packsaddle.comm.group import Group, ProcessGroup, resolve
+from packsaddle.comm.managed import processes_of
 from packsaddle.comm.sites import DeviceMesh
 from packsaddle.errors import check_integers, check_momentum, check_positive
 from packsaddle.feedback.compression import Compression
@@ -207,7 +208,7 @@ class Elastic(Option):
     @property
     def is_site(self) -> bool:
         """True if the manager belongs to a worker of several processes."""
-        return getattr(self.manager, "_group_world_size", 1) > 1
+        return processes_of(self.manager) > 1
 
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
