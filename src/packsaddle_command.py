@@ -17,7 +17,11 @@ VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"
 
 
 class Entry(NamedTuple):
-    """A command (first line of its docstring, name of its module) or a group (description, entries by name)."""
+    """An entry in the table of commands.
+
+    For a command, `summary` is the first line of its docstring, and `target` is the name of its module. For a group of
+    commands, `summary` is a description of the group, and `target` maps the names of its commands to their entries.
+    """
 
     summary: str
     target: "str | Mapping[str, Entry]"
@@ -41,8 +45,8 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 def main() -> None:
-    """Print an overview or the version, or run `packsaddle.cli.main`. The exit code is 130 if Ctrl-C stops its
-    import."""
+    """Print an overview of the commands, or the version, without importing torch. For any other command line run
+    `packsaddle.cli.main`. If Ctrl-C interrupts the import of `packsaddle.cli`, the exit code is 130."""
     text = _answer(sys.argv[1:])
     if text is None:
         try:
@@ -53,7 +57,7 @@ def main() -> None:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `| head`: without this, the interpreter would print the error at exit
+    except BrokenPipeError:  # as by `| head`; discard the output, whose flush at exit would print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -73,7 +77,7 @@ def _answer(words: Sequence[str]) -> str | None:
 
 
 def asked_for_help(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line; if the first is `help`, it is moved to the end, as --help."""
+    """Return `words`, the words of a command line. If the first word is `help`, replace it by --help at the end."""
     return [*words[1:], "--help"] if words and words[0] == "help" else [*words]
 
 

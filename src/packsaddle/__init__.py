@@ -1,4 +1,8 @@
-"""packsaddle: train on slow networks with the optimizer you have, and know where you have arrived."""
+"""packsaddle: train on slow networks with the optimizer you have, and know where you have arrived.
+
+Workers exchange compressed local updates or gradients. `certify` tests if the parameters reached are a saddle or a
+second-order stationary point.
+"""
 
 from packsaddle import integrations as integrations
 from packsaddle.checkpoint.files import CheckpointError

@@ -1,7 +1,7 @@
 """Exceptions with messages for users, checks of numbers, reading of text files, and import of optional packages.
 
-Any module may import this one. It imports no module of packsaddle, so that the console script can run it without torch.
-The command line prints the message of a ConfigError and exits with code 2, and that of a GuardError with code 1.
+Any module may import this one, since it imports no other module of packsaddle. The command line prints the message of
+a ConfigError and exits with code 2. It prints the message of a GuardError and exits with code 1.
 """
 
 import difflib
@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """An invalid configuration or command; the message is one line. `key` is the path of the invalid key in the
-    configuration, or of its table if several keys are involved, or () if there is none."""
+    """An invalid configuration or command; the message is one line. `key` is the path of the invalid key, as a
+    tuple of keys from the outermost table of the configuration inward. If several keys of a table conflict, it is the
+    path of that table. If the error is in no key, it is ()."""
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -90,7 +91,8 @@ def check_momentum(momentum: object, nesterov: object) -> None:
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
     """Context manager that converts a ValueError to a ConfigError, with `prefix` before its message.
-    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every."""
+    If `prefix` is "--", the message must begin with the name of a parameter, which becomes a flag. For example
+    "checkpoint_every must be" becomes "--checkpoint-every must be"."""
     try:
         yield
     except ConfigError:
@@ -102,7 +104,8 @@ def config_errors(prefix: str = "") -> Iterator[None]:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Return the text of a UTF-8 file. Raises ConfigError, whose message calls the file `name`."""
+    """Return the text of a UTF-8 file. Raises ConfigError if the file cannot be read or is not UTF-8. The error message
+    calls the file `name`."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -112,9 +115,9 @@ def read_text(path: Path, name: str) -> str:
 
 
 def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that makes a function raise TypeError for an unknown argument, with the name that was probably
-    meant. `names` maps argument names of other libraries to this function's names. Similarly spelled names are found
-    without `names`."""
+    """Return a decorator that makes a function raise TypeError for an unknown argument. The error message suggests the
+    argument that was probably meant: the entry of the unknown name in `names`, which maps argument names of other
+    libraries to those of the function, or else the function's argument with the most similar spelling."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]
@@ -134,7 +137,8 @@ def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a configuration file, and its keys and values. Raises ConfigError if it is not valid TOML."""
+    """Return the text of a TOML file, and its contents as nested dictionaries. Raises ConfigError if the file cannot be
+    read or is not valid TOML."""
     try:
         text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)

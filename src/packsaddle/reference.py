@@ -60,7 +60,7 @@ class Trace:
 
     x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; x_t is after the escape check of iteration t
     e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], mean error memories, in gradient units
-    resets: list[tuple[int, bool]] = field(default_factory=list)  # for each ended segment: t, and True if f decreased
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # (t at its end, True if f decreased) for each segment
 
 
 def algorithm1(
@@ -103,7 +103,7 @@ def algorithm1(
         e = [v_i - g_i for v_i, g_i in zip(v, g, strict=True)]  # line 12
     trace.x.append(x)
     trace.e.append(mean(e))
-    return trace  # line 14: the last x in it is x_T
+    return trace  # line 14: `trace.x[-1]` is x_T
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Local updates of any optimizer in one file, to read and to copy: one bit per coordinate, with torch alone.
 
 Every worker trains separately. After every `every` steps the workers move the *anchor* a, the parameters on which they
-agree, by the mean of their compressed changes, and each continues from there:
+agree, by the mean of their compressed changes. Each worker then continues from the anchor minus its error memory e:
 
     v = a - x               the local update of this worker, where x are its parameters
     e <- v - C(v)           its error memory, the part of v that C does not send
@@ -9,9 +9,10 @@ agree, by the mean of their compressed changes, and each continues from there:
     x <- a - e              so that the next v contains e again: no update is lost
 
 C(v) is the signs of v times the mean magnitude of each tensor; vectors and small tensors are sent uncompressed.
-`packsaddle.LocalUpdates` does the same with `exchange="direct"` and `mean_momentum=0`, to rounding. It also checks
-that the workers agree, rejects rounds with a NaN, overlaps exchanges with training, saves its state, and has more
-compressors, weights, an outer optimizer and workers that join and leave.
+`packsaddle.LocalUpdates` computes the same parameters with `exchange="direct"` and `mean_momentum=0`, up to rounding.
+Beyond this file, it checks that the workers agree, rejects exchanges with a NaN, overlaps exchanges with training and
+saves its state. It also supports more compressors, weighted workers, an outer optimizer, and workers that join and
+leave.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 
 class SimpleLocalUpdates:
-    """Exchanges the parameters' changes of all workers after every `every` steps of an optimizer.
+    """Averages the compressed parameter changes of all workers after every `every` steps of an optimizer.
 
     Call `torch.distributed.init_process_group` before, do not wrap the model in DistributedDataParallel, and call
     `flush` after the last step. All workers must start from the same parameters, of one dtype, on one device, and make
@@ -29,7 +30,8 @@ class SimpleLocalUpdates:
     Args:
         optimizer: any torch optimizer.
         every: the number of steps between two exchanges.
-        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed.
+        dense_below: tensors with fewer elements than this, and all tensors with fewer than two dimensions, are sent
+            uncompressed.
 
     >>> import torch
     >>> from packsaddle.simple import SimpleLocalUpdates
@@ -61,7 +63,7 @@ class SimpleLocalUpdates:
         if vs:
             signs = _packed(torch.cat(vs) >= 0)
             scales = torch.stack([v.abs().mean() for v in vs])
-            # The anchor moves by the mean of C(v), and x also by the error memory v - C(v).
+            # Subtract the mean of C(v) from the anchor a, and set x to a - e, where e = v - C(v) is the error memory.
             mine = [v.clone() for v in vs]
             for worker, (bits, sizes) in enumerate(zip(_gathered(signs), _gathered(scales), strict=True)):
                 positive = torch.split(_unpacked(bits, sum(map(len, vs))), [len(v) for v in vs])

@@ -1,6 +1,6 @@
 """The two files that a worker writes for each step: its tensors, and a manifest to detect damage.
 
-    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), except those stored in worker-0.pt
+    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), without tensors equal to worker 0's
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file
 
 The manifest is written last, so the tensor file is complete if there is a manifest. Loading never executes code from a
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.errors import ConfigError
 
-FORMAT = 3  # version of the files
-_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks a folder that was set aside
+FORMAT = 3  # version of the file format
+_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks an incomplete or damaged step
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # bytes; ten times the manifest of a model with 100,000 parameter tensors
+_LARGEST_MANIFEST = 1 << 26  # maximum size in bytes, ten times that for a model with 100,000 parameter tensors
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -47,8 +47,8 @@ class Manifest:
     workers: int
     bytes: int
     sha256: str
-    common_sha256: str  # sha256 of the tensors that are stored in worker 0's file only; "": none
-    shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by module part and tensor name
+    common_sha256: str  # sha256 of this worker's tensors that only worker 0's file contains; "": no such tensors
+    shapes: Mapping[str, Mapping[str, str]]  # "float32[64, 64]" etc. by names of the module and of the tensor
     packsaddle: str
     torch: str
     format: int = FORMAT
@@ -87,7 +87,7 @@ def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
 
 def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
     """Read and check a worker's manifest of a step. Raises DamagedError if the manifest is damaged or unreadable, and
-    CheckpointError if it has another format."""
+    CheckpointError if the version of its format is not `FORMAT`."""
     path = step_folder(folder, step) / f"worker-{rank}.json"
     try:
         with path.open("rb") as file:
@@ -97,7 +97,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError):
         raise DamagedError(f"{path} is damaged: not a manifest") from None
-    if found.get("format") != FORMAT:  # another format has other keys
+    if found.get("format") != FORMAT:  # check this before the keys, which depend on the format
         raise CheckpointError(
             f"{path} has format {found.get('format')}, written by packsaddle {found.get('packsaddle')}; "
             f"this one reads format {FORMAT}: use that version, or start again in another folder"
@@ -181,7 +181,7 @@ def remove(step: Path) -> None:
             if _OURS.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         step.rmdir()
-    except OSError:  # another worker removed the folder first, or the folder has other files
+    except OSError:  # another worker has removed the folder, or it also contains files of the user
         pass
 
 

@@ -1,5 +1,8 @@
-"""A mark for code that intentionally reads or restores the module states of this worker alone. Between two exchanges
-of local updates the states differ between workers."""
+"""A context that permits reading a model's `state_dict` while its parameters differ between workers.
+
+With `LocalUpdates` parameters differ between two exchanges, and reading them causes a warning. Code that saves or
+restores the state of each worker separately, as checkpoints do, runs within `own_state` and causes none.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +13,8 @@ _OWN_STATE: ContextVar[bool] = ContextVar("own_state", default=False)
 
 @contextmanager
 def own_state() -> Iterator[None]:
-    """A context manager and decorator that marks code that saves or restores each worker's own states."""
+    """Context manager and decorator for code that saves or restores the state of each worker separately. Within it,
+    reading a model's `state_dict` causes no warning that parameters differ between workers."""
     token = _OWN_STATE.set(True)
     try:
         yield

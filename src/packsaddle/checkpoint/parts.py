@@ -1,4 +1,5 @@
-"""The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
+"""Validation and loading of the parts of a checkpoint, i.e. objects with a state_dict. Either all parts are loaded, or
+none is."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -31,12 +32,12 @@ Parts = Mapping[str, Part]
 
 def check_parts(parts: Parts, call: CheckpointCall) -> None:
     """Raise CheckpointError for invalid `parts`, for an optimizer whose `LocalUpdates` is not a part, and for a
-    `LocalUpdates` of which some optimizers are parts but not all. If there is a `LocalUpdates`, the call is collective:
-    raises RuntimeError if workers make different calls, such as a save on rank 0 alone."""
+    `LocalUpdates` of which some optimizers are parts but not all. If a part is a `LocalUpdates`, the check is
+    collective: it raises RuntimeError if the workers' calls differ, such as for a save on rank 0 alone."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
 
-    # Check each part, and that all optimizers of a `LocalUpdates` are parts, or none.
+    # Check each part. Check also that either all optimizers of a `LocalUpdates` are parts, or none is.
     held = {id(each) for part in parts.values() for each in _unwrapped(part)}
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
@@ -51,7 +52,7 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
         if 0 < len(missing) < len(optimizers):
             raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
-    # Workers that train separately between exchanges compare their calls.
+    # If a part is a `LocalUpdates`, compare the calls of all workers.
     for part in parts.values():
         if isinstance(part, Exchanging):
             part.check_call(call)
@@ -135,8 +136,9 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
-    """Call `work` on every worker and return this worker's result; collective. If it raises a CheckpointError on some
-    workers, all raise the error of the lowest of these ranks, preferring errors other than DamagedError."""
+    """Call `work` on every worker and return this worker's result; collective. If it raises
+    CheckpointError on some workers, all workers raise one of these errors: that of the lowest rank whose error is not a
+    DamagedError, or that of the lowest rank if all of them are."""
     value, kind, problem = None, "", ""
     try:
         value = work()

@@ -1,12 +1,13 @@
-"""States of several workers: deduplication of shared tensors, and conversion to another number of workers.
+"""States of several workers: deduplication of equal tensors, and conversion to another number of workers.
 
-Tensors equal to worker 0's, by a sha256 of dtype, shape and bytes, are shared, such as the weights of a
-DistributedDataParallel model. Only worker 0's file contains them. The other workers' files list the paths of these
-tensors. Their manifests contain a joint fingerprint, which detects that worker 0's file is of another save.
+A tensor that is equal to worker 0's tensor at the same path, by a sha256 of dtype, shape and bytes, is stored in worker
+0's file alone. Examples are the weights of a DistributedDataParallel model. The files of all other workers list the
+paths of such tensors, and their manifests contain a joint fingerprint of the tensors. If worker 0's file is from a
+different save, its tensors do not match the fingerprint.
 
-For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
-parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
-each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their parameters and
+When the number of workers changes, values equal on all workers are kept, and tensors that differ are averaged. This
+preserves the parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the
+gradients of each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their parameters and
 optimizer states are averaged too, with the weights of that part (`Exchanging.weight_in`). The smallest scale of their
 GradScalers is used.
 """
@@ -30,7 +31,8 @@ Path = tuple[Any, ...]  # keys and indices in nested containers, outermost first
 
 
 def fingerprint(value: Any) -> bytes:
-    """Return the sha256 of a tensor's dtype, shape and bytes, or the repr of another value."""
+    """Return the sha256 digest of a tensor's dtype, shape and bytes. If `value` is not a tensor, return its repr as
+    bytes."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
@@ -40,10 +42,11 @@ def fingerprint(value: Any) -> bytes:
 
 
 def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) -> tuple[list[Path], str]:
-    """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective."""
+    """Return the paths of this worker's tensors in `content` that equal worker 0's tensors at the same paths, and the
+    joint fingerprint of these tensors; collective. On worker 0 both are empty."""
     if collectives.group.size == 1:
         return [], ""
-    # Share only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 writes all its tensors.
+    # Compare only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 writes all its tensors.
     mine = {
         path: fingerprint(value)
         for path, value in _leaves(content).items()
@@ -60,8 +63,9 @@ def without(content: Any, paths: list[Path]) -> Any:
 
 
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
-    """Return a copy of `content` with copies of the tensors of `whole` at these paths, and their joint fingerprint.
-    Raises LookupError or TypeError if `whole` misses one of them."""
+    """Return a copy of `content` in which the values at `paths` are copies of the tensors in `whole`, worker 0's
+    content. Also return the joint fingerprint of these tensors. Raises LookupError or TypeError if `whole` has no
+    tensor at one of the paths."""
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise TypeError("not a tensor")
@@ -108,7 +112,8 @@ def resharded(
     workers: int,
     collectives: ObjectCollectives,
 ) -> dict[str, Any]:
-    """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
+    """Convert a checkpoint of `workers` workers to the current number of workers, and return this worker's content;
+    collective.
 
     `template` is the content of worker 0's file, present on every worker. `contents` has the content of each file that
     this worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
@@ -156,10 +161,12 @@ def resharded(
 def _reductions(
     name: str, part: Any, split: Split, different: Sequence[Path], workers: int, *, apart: bool
 ) -> tuple[dict[Path, Tensor], list[Path]]:
-    """Return worker 0's tensors to average, and the paths of values whose minimum over workers is used.
+    """Return worker 0's tensors that are to be averaged over the saving workers, and the paths of the values that are
+    to be replaced by their minimum over these workers (those of a GradScaler).
 
-    In addition to `Split.means`, tensors are averaged that are `different` on workers: in buffers and, if workers train
-    `apart`, in parameters and optimizer states. Raises CheckpointError if another value is different.
+    Tensors in `split.means` are averaged. Values at the paths `different` differ between the saving workers: buffers
+    are averaged, and if workers train `apart`, also parameters and optimizer states. Raises CheckpointError if any
+    other value differs.
     """
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
@@ -197,9 +204,12 @@ def _mean(
     total_share: float,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the weighted mean of each tensor over all workers that have it, accumulated in float64; collective.
-    `mine` are the states that this worker has read, with the weights `shares`; `total_share` is the sum of the weights
-    over all workers."""
+    """Return, for each path in `like`, the weighted mean of the tensors at this path in all saved states; collective.
+
+    A mean has the shape and dtype of the tensor in `like`, and is accumulated in float64. `mine` contains the tensors
+    of the states that this worker has read, and `shares` the weights of these states. `total_share` is the sum of the
+    weights of all states.
+    """
     found, device = {}, device_of_doubles(collectives.device)
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=device)
@@ -220,9 +230,11 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 def _shares(
     parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return the workers' weights in the mean of each part, by the part's name; collective. They are 1 on average, and
-    the part's `LocalUpdates` determines them. Raises CheckpointError, on every worker, for a module with several
-    `LocalUpdates` whose weights differ."""
+    """Return, by the name of each part, the weights of the states in `contents` in the part's mean; collective.
+
+    Weights are those of the part's `LocalUpdates`, 1 on average, and all 1 without a `LocalUpdates`. Raises
+    CheckpointError, on every worker, for a module with several `LocalUpdates` whose weights differ.
+    """
     local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     if not local:
         return {name: [1.0] * len(contents) for name in parts}
@@ -243,14 +255,15 @@ def _shares(
 def _complete_states(
     states: Sequence[dict[str, Any]], shares: Sequence[float], workers: int, collectives: ObjectCollectives
 ) -> None:
-    """Insert the mean of the other workers' states if a worker's optimizer has no state for a parameter; collective.
+    """If a worker's saved optimizer has no state for a parameter, insert the mean of the other workers' states for it;
+    collective.
 
     A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has no state.
     `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this worker has read,
     with the weights `shares`.
     """
     first, *mine = [state.get("state", {}) for state in states]
-    # Gather from each worker the keys in the states that it has read, each with the weight of its state.
+    # Gather the keys (indices of parameters) of every saved state, each with the weight of the state.
     held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
     for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
         found = [share for pairs in held for other, share in pairs if other == key]
@@ -274,7 +287,8 @@ def _layout(value: Any) -> Any:
 
 
 def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
-    """Return a path that is missing or has another shape in some worker's state, or None if all match; collective."""
+    """Return a path at which some worker's state differs from `template`: only one of the two has a value there, or
+    the shapes of their tensors differ. Returns None if all states match; collective."""
 
     def layouts(split: Split) -> dict[Path, Any]:
         return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}
@@ -290,7 +304,7 @@ def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollecti
 
 
 def _different(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> list[Path]:
-    """Return the paths of values that must be equal on all workers but differ; collective."""
+    """Return the paths in `template.equal` at which a worker's value differs from the template's value; collective."""
     paths = list(template.equal)
     here = {
         i

@@ -47,10 +47,10 @@ Content = dict[str, Any]  # content of one worker's tensor file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The step, further state and origin of a checkpoint that was loaded."""
+    """A checkpoint that was loaded: its step, the user's `extra` state, and the number of workers that saved it."""
 
     step: int  # step after which the checkpoint was saved
-    extra: dict[str, Any]  # further state of the run, given to `save_checkpoint`
+    extra: dict[str, Any]  # state of the run beyond that of the parts; argument of `save_checkpoint`
     workers: int  # number of workers that saved the checkpoint
     notes: tuple[str, ...] = field(default=(), repr=False)  # warnings for the user, one line each
 
@@ -150,13 +150,14 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Restore the newest step in `folder` with intact files of every worker; collective.
 
-    On the same number of workers, training continues bitwise identically. On another number, parameters are kept and
-    each worker gets the mean of the error memories, with a warning. Newer, damaged steps are renamed to
+    On the same number of workers, training continues bitwise identically. If the number of workers has changed, each
+    worker loads the mean of the saved error memories, with a warning. It then also loads the means of parameters and
+    optimizer states if these differ between workers, as with `LocalUpdates`. Newer, damaged steps are renamed to
     step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. `parts` and
     `process_group` are as in `save_checkpoint`.
 
     Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, if a part does not fit
-    (another model or seed, ...), or if it cannot be converted to this number of workers.
+    (a different model or seed, ...), or if it cannot be converted to this number of workers.
 
     >>> import tempfile
     >>> import torch
@@ -183,8 +184,8 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Load a checkpoint as `load_checkpoint` does, but return its warnings in `notes`. If there is only one, unfinished
-    step, return a `Checkpoint` whose step is -1."""
+    """Load a checkpoint as `load_checkpoint` does, but return the warnings in `Checkpoint.notes` instead of issuing
+    them. If the only step is unfinished, return a `Checkpoint` whose step is -1."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "loads a checkpoint")
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
@@ -228,8 +229,12 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
-        """Read the step's files that `holders` assigns to this worker, with the tensors that only worker 0's file has;
-        return their contents by rank. Raises DamagedError on all workers if a file is damaged."""
+        """Read this worker's part of a step's files, and return their contents by the rank that wrote them.
+
+        The file of rank i is read by the worker of rank `holders[i]`. Tensors stored only in worker 0's file are
+        inserted. `has_first` is True for each worker that can read that file. Raises DamagedError on all workers if a
+        file is damaged.
+        """
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
         found = run_on_all(self._collectives, partial(_read_files, self._folder, step, wanted, self._parts))
@@ -245,7 +250,7 @@ class _Restoring:
     ) -> Checkpoint:
         workers, notes = len(holders), _notes(problems)
         if workers == self._size:
-            # Load this worker's own file; if only another worker has it, receive its content from there.
+            # Load this worker's own file. If only another worker can read it, receive its content from that worker.
             for i, holder in enumerate(holders):
                 if holder != i:
                     sent = self._collectives.send(contents.get(i), holder)
