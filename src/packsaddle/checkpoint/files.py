@@ -48,7 +48,7 @@ class Manifest:
     bytes: int
     sha256: str
     common_sha256: str  # sha256 of this worker's tensors that only worker 0's file contains; "": no such tensors
-    shapes: Mapping[str, Mapping[str, str]]  # "float32[64, 64]" etc. by names of the module and of the tensor
+    shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by name of its module and of the tensor
     packsaddle: str
     torch: str
     format: int = FORMAT

@@ -7,9 +7,9 @@ different save, its tensors do not match the fingerprint.
 
 When the number of workers changes, values equal on all workers are kept, and tensors that differ are averaged. This
 preserves the parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the
-gradients of each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their parameters and
-optimizer states are averaged too, with the weights of that part (`Exchanging.weight_in`). The smallest scale of their
-GradScalers is used.
+gradients of each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their
+parameters and optimizer states are averaged too, with the weights of that part (`Exchanging.weight_in`). The smallest
+scale of their GradScalers is used.
 """
 
 import copy

@@ -15,32 +15,33 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "packsaddle",  # makes files reproducible
+    "svg.hashsalt": "packsaddle",  # fixed seed of the ids in SVG files, which makes the files reproducible
 }
 NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette for color-blind readers; black first, for the baseline.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-_LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of a Ritz value's share of the start vector
-_LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the maximum
+_LEAST_SHARE = 1e-9  # lower end of the axis of squared components of the start vector along Ritz vectors
+_LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the largest density
 
 
 def draw_certificate(certificate: dict[str, Any]) -> Any:
-    """Return a figure of a certificate (`Finding.to_dict`).
+    """Return a matplotlib figure of a certificate, which is given as the result of `Finding.to_dict`.
 
     Its panels show the loss along the escape direction, the loss along the sharpest direction if it was measured, and
-    the spectrum with bounds on the extreme eigenvalues. The spectrum is the density of eigenvalues if it was estimated.
-    If not, the panel shows the Ritz values.
+    the spectrum with bounds on the extreme eigenvalues. The spectrum is drawn as the density of eigenvalues if it was
+    estimated, and otherwise as the Ritz values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
-    # After one product v is still the random start vector, and there is no spectrum to draw.
+    # After only one Hessian-vector product v is still the random start vector, and there is no spectrum to draw.
     random = len(certificate["ritz_values"]) == 1
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
-    # Draw the panels from the left: the loss along v, the loss along w, and the spectrum.
+    # Draw the panels from the left: the loss along the escape direction v, the loss along the sharpest direction w, and
+    # the spectrum.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -129,7 +130,7 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
     if threshold is not None:
         axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
     near = max(abs(least), abs(threshold or 0.0))
-    # Use a logarithmic axis if the smallest values would coincide on a linear one.
+    # Use a logarithmic axis if on a linear one the smallest eigenvalue would be hard to distinguish from 0.
     if near and max(largest - least, near) > 20 * abs(least):
         axis.set_xscale("symlog", linthresh=near, linscale=0.5)
         axis.margins(x=0.08)

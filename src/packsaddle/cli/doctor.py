@@ -39,7 +39,7 @@ _IFF_LOOPBACK = 0x8
 
 @dataclass(frozen=True)
 class Interface:
-    """One network interface."""
+    """A network interface of this machine, as reported by the operating system."""
 
     name: str
     addresses: tuple[str, ...]  # IPv4 addresses before IPv6; empty: none, or not reported by the system
@@ -59,7 +59,8 @@ class Listening:
 
 
 def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
-    """Return the network interfaces of this machine; outside Linux only their names are known."""
+    """Return the network interfaces of this machine. On systems other than Linux only their names are known. `sysfs` is
+    the folder in which Linux describes each interface."""
     inet6 = _inet6()
     found = []
     for _, name in socket.if_nameindex():
@@ -145,7 +146,7 @@ Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _READ = "read docs/devices.md"
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which usually takes about a second
-_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules whose packages have other names
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # import names that differ from the package's name
 _PURPOSES = {
     "plot": "the picture of certify-script",
     "lab": "figures, pages and demo of python -m lab, in a clone",
@@ -177,7 +178,7 @@ class Fact:
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
     """Run the checks of the topics `only`, or of all topics if it is empty, and return their findings.
-    With `try_processes`, also run an all-reduce between two new processes, or between torchrun's workers."""
+    With `try_processes`, also run an all-reduce between two new processes or, under torchrun, between its workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
         "machine": [machine],
@@ -323,7 +324,8 @@ def loops() -> Iterator[Fact]:
 
 
 def extras() -> Iterator[Fact]:
-    """Yield findings on the optional dependencies: packages, purpose, and the command that installs missing ones."""
+    """Yield a finding for each extra, i.e. group of optional dependencies: its packages, their versions and their
+    purpose. If a package is missing, the finding's advice is the command that installs it."""
     needed: dict[str, list[str]] = {}
     for package, _, extra in _requirements():
         if extra not in (None, "all", *_OURS):

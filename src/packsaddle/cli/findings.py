@@ -87,7 +87,7 @@ class Questions:
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # True: also estimate the density of all eigenvalues
     population: bool = False  # True: also certify the loss of the population from which the examples are drawn
-    distance: float | None = None  # length of the profiles to each side; None: twice the escape distance, or 1
+    distance: float | None = None  # profile length on each side of x; None: twice the escape distance, or 1 if unknown
     lr: float | None = None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr

@@ -213,7 +213,7 @@ def _plan(
             device = next(step.model.parameters()).device
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure the compute time unless it is given, the time of an update, and once per compressor its speed.
+        # Measure the compute time unless it is given, the time of an update, and the coding speed of each compressor.
         total = len(candidates) + len({s.compressor for s in settings}) + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")

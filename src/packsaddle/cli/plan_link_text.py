@@ -209,8 +209,8 @@ def _doubts(plan: LinkPlan, best: Method) -> list[str]:
 
 
 def print_tables(plan: LinkPlan) -> None:
-    """Print a table of the forecasts for the DDP hook with each compressor, and one for each setting of local
-    updates."""
+    """Print two tables of forecasts: of the DDP hook, with a row for each compressor, and of local updates, with a row
+    for each setting."""
     verdict, workload, link, fleet = plan.verdict, plan.workload, plan.link, plan.fleet
     units = ("sent kB", "step ms", "coding ms", "link ms")
     table = number_table("compressor", "by", *units, "x steps", "pays below Mbit/s", words=2)

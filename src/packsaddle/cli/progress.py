@@ -14,8 +14,11 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Context manager that shows an upper bound on the time left on stderr. It is shown as a bar on a terminal, and as
-    lines of text in a file or a pipe."""
+    """Context manager that shows progress on stderr, as a bar on a terminal and as lines of text in a file or a pipe.
+
+    It yields a function to be called with the current step, at most `total`, and a text to show. The time left is
+    extrapolated to step `total`, so it is an upper bound if the work may end earlier. With `quiet` nothing is shown.
+    """
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None

@@ -1,4 +1,4 @@
-"""Descriptions of options, read from the source: comments and strings of fields, and "Args:" in docstrings."""
+"""Descriptions of options, read from the source: comments of dataclass fields, and "Args:" sections of docstrings."""
 
 import ast
 import dataclasses

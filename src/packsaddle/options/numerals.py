@@ -14,7 +14,8 @@ _EXACT = 2.0**53
 
 
 def real(text: str) -> float:
-    """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError otherwise."""
+    """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError for any other
+    text."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or not match[2]:
         return float(text)  # `float` also parses inf
@@ -39,7 +40,8 @@ def seconds(text: str) -> float:
 
 
 def duration(value: float | str, name: str) -> float:
-    """Return the seconds of `value`, a number or a text as for `seconds`. Raises ValueError, naming it `name`."""
+    """Return a duration in seconds; `value` is a number of seconds or a text such as "55ms". Raises ValueError for any
+    other value; the error message calls it `name`."""
     with suppress(ValueError):
         if isinstance(value, str):
             return seconds(value)

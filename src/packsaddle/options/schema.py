@@ -1,6 +1,7 @@
-"""Frozen dataclasses from plain dictionaries and TOML, with errors that name the key and the most similar valid key.
+"""Construction of frozen dataclasses from dictionaries, such as those read from TOML.
 
-tomllib reads values but keeps no positions, so `line_of` finds the line of a key for the messages.
+Error messages name the invalid key and the most similar valid key. As tomllib keeps no positions of keys, `line_of`
+finds the line of a key for a message.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
             raise _about(place, f"unknown key {dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
-        # Do not convert an integer in the field of a fraction, so that the class rejects ratio = 1.
+        # If the field is a fraction, do not convert an integer to float, so that the class can reject ratio = 1: it may
+        # be meant as a count or as 1%.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
         values[key] = value if is_kept else decode(hints[key], value, (*where, key), root, saved=saved)
     for name, f in fields.items():
@@ -81,7 +83,8 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return a dataclass as dictionaries and lists that `build` reads back; members of unions keep their `kind`."""
+    """Return a dataclass as dictionaries and lists, which `build` converts back. A dataclass in a field whose type is a
+    union of dataclasses gets the key `kind`, the name of its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints, found = get_type_hints(type(value)), {}
         for f in settable(type(value)):
@@ -102,7 +105,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 
 def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved: bool = False) -> Any:
-    """Convert plain data to `hint`, a type annotation, whose dataclasses are made by `build`. Raises ConfigError.
+    """Convert plain data to the type `hint`, a type annotation; dataclasses are made by `build`. Raises ConfigError if
+    the data do not fit the type.
 
     `where` is the path of the value, and `root` the dataclass of the whole configuration, for error messages. In a
     configuration a number may be text such as "25M", a plain value in place of a table sets its first field, and fields
@@ -183,8 +187,11 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
     """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
-    type `cls`, or "" if no name is close enough. Keys of different tables must be closer than the keys of this table,
-    and must not be keys of another `kind` of this table."""
+    type `cls`, or "" if no name is close enough.
+
+    A key of a different table needs a more similar name than a key of this table. It is not suggested if some `kind` of
+    this table has a key with its name.
+    """
     table, name = place[:-1], shortened(str(place[-1]))
     known = dict.fromkeys(_places(root))
     others = (other for other in known if (*table, other[-1]) not in known)
