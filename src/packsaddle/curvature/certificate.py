@@ -1,6 +1,6 @@
 """Certificates of second-order stationarity, and bounds on the fraction of a run's iterates that are stationary.
 
-`certify` returns a certificate. Without epsilon, the threshold of the gradient norm, its verdict is on the curvature
+`certify` returns a certificate. Without epsilon, the threshold for the gradient norm, its verdict is on the curvature
 alone: every point is stationary for an epsilon that is large enough.
 
 Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order stationary, not that x_T is. If
@@ -121,7 +121,7 @@ class Certificate:
     hvp_error: float  # error of a Hessian-vector product with a unit vector; the bounds on eigenvalues include it
     hvp_step: float | None  # last step h of the differences; None: double backward was used
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # number of backward passes over the examples; passes over a pilot's count as fractions
+    backward_passes: int  # number of backward passes over all examples; a pass over part of them counts as a fraction
     bytes_sent: int  # bytes sent by this worker
     seconds: float  # time for the whole certificate
 

@@ -57,7 +57,7 @@ def certify(
         progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
 
     Stops once the verdict is decided, unless `search` requires more. Raises ValueError for invalid arguments, for
-    losses that vary between evaluations (dropout, augmentation), and for "double-backward" if it is wrong.
+    losses that vary between evaluations (dropout, augmentation), and with "double-backward" if its products are wrong.
     """
     begin = time.perf_counter()
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
@@ -85,8 +85,9 @@ def certify(
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Prove a saddle by a direction found on a subset of the examples. If that fails, search on all
-            examples."""
+            """Prove a saddle by a direction found on a subset of the examples. If that fails, search on all examples.
+            Return the search over all examples, the search on the subset or None if it did not find a saddle's
+            direction, and the losses along the direction or None if it has no negative curvature."""
             full, pilot_search = CurvatureSearch(products, *settings), None
             if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(full, batches, of)

@@ -1,7 +1,8 @@
 """Losses, gradients and Hessian-vector products of a network over all batches of all workers.
 
-The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A product takes two
-backward passes for each batch of this worker and one all-reduce of d numbers. The network must not be wrapped in
+The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A
+Hessian-vector product takes two backward passes for each batch of this worker, and one all-reduce of d numbers, where d
+is the number of trainable coordinates. The network must not be wrapped in
 DistributedDataParallel, whose hooks do not support second derivatives.
 """
 
@@ -369,8 +370,8 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the dtypes shorter than float64 to which a loss casts its float64 tensors. The loss is then less precise
-    than its parameters."""
+    """Records in `dtypes` the dtypes shorter than float64 to which a loss casts its float64 tensors. If there are any,
+    the loss is less precise than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -385,7 +386,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Round float64 numbers x stochastically to a shorter dtype, so that the expected value is x (unless subnormal)."""
+    """Round float64 numbers x stochastically to a shorter dtype, so that the expected value of the result is
+    x. For subnormal results it is not exactly x."""
     # `place` is the unit in the last place of x in the shorter dtype.
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
     # Draw on the CPU, so that the rounding is identical on workers with different devices.

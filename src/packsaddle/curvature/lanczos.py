@@ -46,8 +46,8 @@ _LEAST_PROBABILITY = 1e-100
 
 @dataclass(frozen=True)
 class Ritz:
-    """The result of k Lanczos steps on a symmetric n x n matrix A, whose eigenvalues are called lambda, and Ritz values
-    theta."""
+    """The result of k Lanczos steps on a symmetric n x n matrix A. The eigenvalues of A are called lambda, and the Ritz
+    values theta."""
 
     n: int  # size of A
     alphas: tuple[float, ...]  # k diagonal entries of the tridiagonal matrix
@@ -120,12 +120,12 @@ class Ritz:
         return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
-        """Return the log of sum_j p_j(`below`)^2 for the Lanczos polynomials p_j, or unless `orthogonal` the log of the
-        largest term.
+        """Return the log of sum_j p_j(`below`)^2 for the Lanczos polynomials p_j. If `orthogonal` is False, return the
+        log of the largest term of this sum.
 
-        `below` is less than theta_min, and `scale` is about the norm of A. The ratio of two
-        consecutive polynomials is -p_{j+1} / p_j = d_j / beta_{j+1}, where the pivots d_j of the tridiagonal matrix
-        minus `below` are all positive.
+        `below` is less than theta_min, and `scale` is about the norm of A. The ratio of two consecutive polynomials is
+        -p_{j+1} / p_j = d_j / beta_{j+1}. Here the d_j are the pivots of the tridiagonal matrix minus `below` times the
+        identity, which are all positive.
         """
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # `term` is log p_j^2, `total` the log of their sum
@@ -143,9 +143,9 @@ class Lanczos:
     """The Lanczos process on a symmetric matrix A, with one product in each `step`.
 
     `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, new for every certificate and
-    identical on all workers. `precision` is the unit roundoff of the products, and `error()` the current estimate of
-    their other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is
-    collective. `dot` returns a number, or a float64[], for which the host waits once per step.
+    identical on all workers. `precision` is the unit roundoff of the products. `error()` is the current estimate of
+    the error of a product with a unit vector beyond this rounding. Vectors may be sharded: then `n` is their whole
+    length, and `dot` is collective. `dot` returns a number, or a float64[], for which the host waits once per step.
 
     The first `max_vectors` vectors are stored, by default all. While all are stored, each new vector is orthogonalized
     against them twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64.

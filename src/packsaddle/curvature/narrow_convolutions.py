@@ -1,10 +1,10 @@
 """Convolutions whose weight gradients are wrong with oneDNN in channels-last memory, and a workaround.
 
-For a strided 1 x 1 convolution with fewer input channels than a vector register holds (8 numbers with AVX2, 16 with
-AVX-512), oneDNN's `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch
-2.13): the process crashes or hangs, or the gradient is silently wrong. Narrow ResNets have such convolutions in their
-shortcuts. One channels-last tensor, input or weight, is enough. Torch without oneDNN is safe, but takes 1.5 times as
-long for such networks.
+A convolution is affected if its kernel has size 1, its stride is above 1, and it has fewer input channels than a vector
+register holds numbers: 8 with AVX2, 16 with AVX-512. If its input or its weight is in channels-last memory, oneDNN's
+`backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13). The process
+then crashes or hangs, or the gradient is silently wrong. Narrow ResNets have such convolutions in their shortcuts.
+Torch with oneDNN disabled is safe, but takes 1.5 times as long for such networks.
 """
 
 from collections.abc import Iterator

@@ -39,7 +39,7 @@ _STATEMENTS = 5
 _FEWEST_BATCHES = 8
 _STEPS = 40  # maximum number of Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
-_CLOSE = 1.5  # the search for the variance's norm stops if the ratio of upper to lower bound is at most this
+_CLOSE = 1.5  # the search for the norm of the Hessian's variance stops if upper bound / largest Ritz value <= this
 MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of Hessian-vector products
 
 
@@ -265,7 +265,11 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
-        """Return the variance times u, sum_b n_b H_b (H_b - H_n) u / ((B - 1) n), since sum_b n_b (H_b - H_n) = 0."""
+        """Return the Hessian's variance times u, float64[d], for u float64[d]; collective.
+
+        The variance is sum_b n_b (H_b - H_n)^2 / ((B - 1) n). This equals sum_b n_b H_b (H_b - H_n) / ((B - 1) n),
+        which is computed, since sum_b n_b (H_b - H_n) = 0.
+        """
         mean = products(u)
         total = torch.zeros_like(u)
         for batch, n in curvature.read():
@@ -276,7 +280,7 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
         curvature.passes += 4
         return curvature.sum(total).div_((count - 1) * curvature.examples)
 
-    # Compute an upper bound on the largest eigenvalue that is close to the largest Ritz value.
+    # Do Lanczos steps until the upper bound on the largest eigenvalue is at most 1.5 times the largest Ritz value.
     lanczos = lanczos_over(products, search, variance)
     ritz = lanczos.run(
         _VARIANCE_STEPS,

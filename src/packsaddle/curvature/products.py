@@ -31,15 +31,15 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-_NEARBY = 17 / 16  # ratio of two difference steps h so close that their products differ almost only by rounding
+_NEARBY = 17 / 16  # ratio of two finite-difference steps h, whose products then differ almost only by rounding
 _ROUNDS = 6  # maximum number of steps h to try for one product
-_LONGEST = 1 / 16  # largest step, as h / ||x||; at longer steps the errors do not follow the formula with M_3
+_LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
 # If a shorter step reduces the product's norm below this fraction, some 16-bit parameters do not move by that step.
 _SHRUNK = 0.9
-_LOUD = 16  # a difference above this multiple of the smallest rounding error measured has another cause than rounding
+_LOUD = 16  # if two products differ by more than this many rounding errors, the cause is not rounding
 # Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
 _KINKED = 1e-3
 # Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.
@@ -115,7 +115,8 @@ class DoubleBackward(Products):
 
     The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss. If
     the loss has custom functions, the first product and the products of `checked` are compared with differences of
-    gradients. Raises DoubleBackwardError if a product differs by more than both errors.
+    gradients. Raises DoubleBackwardError if the two products differ by more than twice the sum of their errors, or
+    if these errors are too large for a comparison.
     """
 
     name = "double backward"
@@ -128,7 +129,7 @@ class DoubleBackward(Products):
         self._largest = 0.0  # largest norm of a product so far
         # Products by differences of gradients, for comparison; None: not needed yet
         self._differences: Differences | None = None
-        self._coarse = False  # True if errors of the differences are too large for a comparison
+        self._coarse = False  # True if a comparison in less than float64 has failed, so compare in float64
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -262,7 +263,7 @@ class Differences(Products):
                 break
             tried = self._trial(v, step)
             worse = tried.error > best.error > 0
-            # Stop at a trial that is worse, or whose step is too short to move any parameter.
+            # Stop at a trial that is worse than the best one, or whose step is too short to move any parameter.
             if (worse and not far) or (far and not tried.noise):
                 break
             # In a sharp valley a shorter step gives a larger product. A smaller product means that some parameters did
@@ -309,10 +310,12 @@ class Differences(Products):
     def _better(trial: _Trial) -> float:
         """Return the factor by which the best step h differs from the step of `trial`, between 1/64 and 64. At the best
         step, rounding / h is twice h^2 M_3 / 6 (see the module's docstring)."""
-        # Without a difference the gradient is constant, or the step is below 16-bit resolution.
+        # If two steps give equal products, the gradient is constant, or the step is too short to move any 16-bit
+        # parameter.
         if trial.noise == 0.0:
             return _FARTHEST
-        # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
+        # If each gradient has an independent rounding error of norm e, rounding adds 5/8 (e / h)^2 to apart^2, and
+        # 0.94 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
         curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
         # Between h and 17 h / 16, the term h^2 M_3 / 6 changes by 0.129 of its value.

@@ -102,8 +102,8 @@ class CurvatureSearch:
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
-            # Decide the verdict. It is certain if v^T H v is below the threshold, or the lower bound on lambda_min
-            # above it.
+            # Decide the verdict. It is certain if v^T H v is below the threshold, or if the lower bound on lambda_min
+            # is not below it.
             if last or self._settled(ritz):
                 self._measure_direction(ritz, lanczos.ritz_vector())
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:

@@ -25,7 +25,8 @@ class ShardedCurvature(Curvature):
 
     Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch. If it contains
     all workers, parameters may be plain tensors. If not, every trainable parameter must be sharded over all workers.
-    Raises ValueError, on all workers, if a parameter is not, for partial placements, and for a worker without batches.
+    Raises ValueError, on all workers, if a parameter violates this rule or is a partial sum, or if a worker has no
+    batches.
     """
 
     has_double_backward = False
@@ -151,7 +152,7 @@ def derivatives(
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
     """Raise ValueError unless FSDP averages a parameter's gradient over all workers that process different batches."""
-    # A DTensor's mesh and the tensor-parallel one must span all workers, with one worker in common.
+    # The mesh of a DTensor and that of tensor parallelism must together span all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
         if size == workers:

@@ -45,7 +45,7 @@ class Estimate:
 class SpectralDensity:
     """The distribution of the Hessian's eigenvalues, as a probability density."""
 
-    values: tuple[float, ...]  # points t, ascending
+    values: tuple[float, ...]  # values t of eigenvalues at which the density is given, ascending
     density: tuple[float, ...]  # density at each value, smoothed by a Gaussian of `width`
     error: tuple[float, ...]  # standard error of the density over probes
     width: float  # standard deviation of the Gaussian
