@@ -57,7 +57,7 @@ def main() -> None:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # as by `| head`; discard the output, whose flush at exit would print an error
+    except BrokenPipeError:  # the reader closed the pipe (`| head`): discard the output, or a flush at exit would fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

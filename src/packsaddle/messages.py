@@ -1,4 +1,4 @@
-"""Formatting of values, labels and errors for messages: short, and without terminal control characters."""
+"""Formatting of values, labels and errors for messages. The texts are short, without terminal control characters."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -11,14 +11,15 @@ W workers minimize f, the mean of their objectives f_i, from one point x of d co
 So updates are delayed but not lost: with e the mean error memory, y = x - eta e changes by exactly
 -eta (mean gradient + xi) for any C. Noise and negative curvature move x away from a saddle. The escape check (lines 5
 to 7) divides the run into segments. A segment ends after more than `interval` iterations, or when y is farther than
-`radius` from the segment's start point. Then x is set to y if f has decreased since, else to the start point, and the
-error memories are cleared.
+`radius` from the segment's start point. Then x is set to y if f has decreased since the segment's start,
+else to the start point, and the error memories are cleared.
 
 One loop runs all workers on dense vectors. `CompressedSGD` computes the same iterates across processes, up to rounding,
 with `exchange="direct"`, `dense_below=0`, a constant learning rate, noise that is not lazy, and no options that
 Algorithm 1 lacks, such as momentum. There are two exceptions. With several workers `SharedTopK` and `SketchTopK` select
-the largest coordinates of the mean of v^(i), where this loop selects those of each v^(i). `LowRank` starts from its
-factors of the previous step, where this loop draws them anew. The tests compare the two for all other compressors.
+the largest coordinates of the mean of v^(i), whereas this loop selects the largest coordinates of each v^(i). `LowRank`
+starts from its factors of the previous step, whereas this loop draws them anew. The tests compare `CompressedSGD` with
+this loop for all other compressors.
 
 Two workers with quadratic objectives, minimal at (1, 2) and (3, 6), minimize the mean and send one coordinate per step:
 
@@ -60,7 +61,7 @@ class Trace:
 
     x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; x_t is after the escape check of iteration t
     e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], mean error memories, in gradient units
-    resets: list[tuple[int, bool]] = field(default_factory=list)  # (t at its end, True if f decreased) for each segment
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # for each segment: t at its end, True if f decreased
 
 
 def algorithm1(

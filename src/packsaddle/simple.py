@@ -23,9 +23,9 @@ from torch import Tensor
 class SimpleLocalUpdates:
     """Averages the compressed parameter changes of all workers after every `every` steps of an optimizer.
 
-    Call `torch.distributed.init_process_group` before, do not wrap the model in DistributedDataParallel, and call
-    `flush` after the last step. All workers must start from the same parameters, of one dtype, on one device, and make
-    the same number of steps.
+    Call `torch.distributed.init_process_group` before the constructor, and `flush` after the last step. Do not wrap the
+    model in DistributedDataParallel. All workers must start from the same parameters, of one dtype, on one device, and
+    make the same number of steps.
 
     Args:
         optimizer: any torch optimizer.

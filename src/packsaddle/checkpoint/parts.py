@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Part(Protocol):
-    """A part of a checkpoint: a model, an optimizer, a hook, a scheduler, a GradScaler."""
+    """Interface of a part of a checkpoint, such as a model, an optimizer, a hook, a scheduler or a GradScaler."""
 
     def state_dict(self) -> Any:
         """Return the state as tensors and plain types."""
@@ -124,7 +124,7 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
-            except Exception as error:  # any error: all parts must be rolled back
+            except Exception as error:  # catch errors of any type, since all parts must then be rolled back
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
@@ -138,7 +138,7 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
     """Call `work` on every worker and return this worker's result; collective. If it raises
     CheckpointError on some workers, all workers raise one of these errors: that of the lowest rank whose error is not a
-    DamagedError, or that of the lowest rank if all of them are."""
+    DamagedError, or, if all errors are DamagedErrors, that of the lowest rank."""
     value, kind, problem = None, "", ""
     try:
         value = work()

@@ -273,7 +273,7 @@ def _complete_states(
         holder = next(i for i, pairs in enumerate(held) if any(other == key for other, _ in pairs))
         example = collectives.send(next((one[key] for one in mine if key in one), None), holder)
         like = {path: t for path, t in _leaves(example).items() if isinstance(t, Tensor) and t.is_floating_point()}
-        # If layouts differ, the entries stay incomplete, and `_missing` reports them.
+        # If the shapes of these tensors differ between workers, do not insert a mean: `_missing` reports the gap.
         fits = all(_layout(leaves.get(path)) == _layout(t) for leaves, _ in here for path, t in like.items())
         if all(collectives.gather(fits)):
             leaves, factors = [one for one, _ in here], [share for _, share in here]

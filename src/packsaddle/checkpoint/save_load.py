@@ -109,7 +109,7 @@ def save_checkpoint(
     try:
         run_on_all(collectives, partial(_write, target, write))
     except CheckpointError:
-        if is_new:  # a folder that existed may contain a complete earlier save
+        if is_new:  # a folder that existed may contain a complete earlier save of this step
             remove(target)
         raise
     run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))

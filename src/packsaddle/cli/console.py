@@ -1,4 +1,4 @@
-"""Functions for all commands: print tables, and test if this process prints (rank 0)."""
+"""Functions shared by the commands: printing of tables, and a test if this process may print (rank 0)."""
 
 import os
 import re
@@ -68,7 +68,8 @@ def print_table(table: Table, uncut: str = "") -> None:
 
 
 def brief(compressor: str) -> str:
-    """Shorten a compressor's repr by the name of its first argument: "TopK(ratio=0.01)" becomes "TopK(0.01)"."""
+    """Shorten a compressor's repr by removing the name of its first argument: "TopK(ratio=0.01)" becomes
+    "TopK(0.01)"."""
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
 
 

@@ -304,14 +304,14 @@ def elastic() -> Iterator[Fact]:
 
 
 def loops() -> Iterator[Fact]:
-    """Yield a finding for each type of device on the compiler of packsaddle's inner loops. Without a compiler, torch
+    """Yield, for CPUs and CUDA GPUs, a finding on the compiler of packsaddle's inner loops. Without a compiler, torch
     computes the same results more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and accelerator() != "cuda":
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            # Ignore the library's warning, which this finding replaces.
+            # Ignore packsaddle's own warning that loops are not compiled, which this finding replaces.
             warnings.simplefilter("ignore", kernels.SlowKernelsWarning)
             obstacle = kernels.obstacle(where)
         if obstacle:

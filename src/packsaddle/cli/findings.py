@@ -40,7 +40,7 @@ _PROBES, _STEPS = 4, 40  # number of Lanczos probes of the spectral density, and
 
 @dataclass(frozen=True)
 class Profile:
-    """The loss along a direction v: f(x + s v)."""
+    """The loss along a direction v from the parameters x: f(x + s v) at several distances s."""
 
     distances: tuple[float, ...]  # distances s along v
     losses: tuple[float | None, ...]  # losses f(x + s v); None: non-finite
@@ -57,7 +57,7 @@ class Finding:
     sharpest: Profile | None  # loss along the sharpest direction; None if unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # True if the model is sharded, so that directions are this worker's shards
+    sharded: bool  # True if the model is sharded; each direction vector is then this worker's shard of it
     lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,8 +95,8 @@ class Questions:
     def certify(
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
     ) -> Certificate:
-        """Certify the model's parameters; collective. `progress` is called with the number of products, at most
-        `max_hvps`."""
+        """Certify the model's parameters; collective. `progress` is called with a progress value, from 0 to
+        `search.max_hvps`, and a text that shows the current bounds."""
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 

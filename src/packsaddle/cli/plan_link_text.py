@@ -1,4 +1,5 @@
-"""The output of `packsaddle plan link`: a verdict with lines to paste and the methods compared, tables, or JSON."""
+"""The output of `packsaddle plan link`: a verdict with lines to paste and a comparison of methods, then optional tables
+of all forecasts. With --json it is one JSON document instead."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -51,13 +52,13 @@ class Method:
 
     name: str
     seconds: float  # seconds to make the progress of one step of dense training
-    lines: tuple[str, ...] = ()  # lines of a script; empty: DistributedDataParallel, or no exchange
-    flush: float = 0.0  # seconds of the flush at the end
+    lines: tuple[str, ...] = ()  # lines of a script; empty for DistributedDataParallel and for one machine alone
+    flush: float = 0.0  # time of `LocalUpdates.flush` at the end of training, in seconds
 
 
 def methods(plan: LinkPlan) -> list[Method]:
-    """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, and the
-    fastest forecasts of the DDP hook and of local updates."""
+    """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, the DDP hook
+    with the compressor forecast to be fastest (if compression pays), and the fastest setting of local updates."""
     # One machine alone accumulates the gradients of all workers' batches, one after the other.
     alone = plan.fleet.workers * plan.fleet.compute
     found = [Method("one machine alone", alone), Method("DistributedDataParallel", plan.verdict.dense.seconds)]
@@ -67,8 +68,8 @@ def methods(plan: LinkPlan) -> list[Method]:
 
 
 def advised(plan: LinkPlan) -> Method:
-    """Return the simplest method whose forecast is within the error of forecasts (10%) of the fastest one. If steps are
-    too short to forecast, return DistributedDataParallel."""
+    """Return the simplest method that is forecast to be less than 10% slower than the fastest one, since forecasts have
+    an error of 10%. If steps are too short to forecast, return DistributedDataParallel."""
     found = methods(plan)
     if is_too_small(plan):
         return found[1]

@@ -233,7 +233,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(f"{setting}:\n")
         print_table(rows, _UNCUT)
 
-    # Explain the numbers.
+    # Print the meaning of the numbers in the tables.
     print(
         f"d = {d:,}, eps = {epsilon:g}. Orders of magnitude, with every constant 1. Communication: numbers per worker."
     )

@@ -20,10 +20,11 @@ from packsaddle.numerics.devices import device_of_doubles, wide, widened
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Measured mini-batch noise: the variance of one example's gradient, and of the mean over the workers' batches."""
+    """Measured mini-batch noise: the variance of one example's gradient, and that of a step's gradient, which is the
+    mean over the batches of all workers."""
 
     per_example: float  # tr(Cov) of the gradient of one example
-    error: float  # standard error of `per_example`, from the variation between batches; inf for a single pair
+    error: float  # standard error of `per_example`, from the variation between batches; inf for two batches
     batch_size: float  # mean number of examples in a batch
     batches: int  # number of batches compared, over all workers
     workers: int  # W, number of workers whose batches are averaged in a step
@@ -41,7 +42,7 @@ class GradientNoise:
 
     @property
     def std_error(self) -> float:
-        """The standard error of `std`."""
+        """The standard error of the estimate `std`, from the variation between batches."""
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
@@ -104,8 +105,8 @@ def gradient_noise(
 
 
 def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
-    """Return this worker's estimates of the variance of one example's gradient, tr(Cov), its number of examples, and
-    the number d of trainable coordinates."""
+    """Return this worker's list of estimates of tr(Cov), the variance of one example's gradient. Also return the number
+    of examples in this worker's batches, and the number d of trainable coordinates."""
     parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []

@@ -1,9 +1,9 @@
 """Losses, gradients and Hessian-vector products of a network over all batches of all workers.
 
-The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A
-Hessian-vector product takes two backward passes for each batch of this worker, and one all-reduce of d numbers, where d
-is the number of trainable coordinates. The network must not be wrapped in
-DistributedDataParallel, whose hooks do not support second derivatives.
+The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A Hessian-vector
+product takes two backward passes for each batch of this worker, and one all-reduce of d numbers, where d is the number
+of trainable coordinates. The network must not be wrapped in DistributedDataParallel, whose hooks do not support second
+derivatives.
 """
 
 import copy
@@ -63,7 +63,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Curvature:
-    """Derivatives of the mean loss at a network's current parameters, as flat vectors over the trainable ones.
+    """Derivatives of the mean loss at a network's current parameters, as flat float64 vectors.
+
+    A vector has one element for each of the d coordinates of the trainable parameters.
 
     `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are those of this worker, an iterable that can
     be iterated repeatedly; a worker may have none if another has some. Construction is collective and evaluates the
@@ -386,8 +388,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Round float64 numbers x stochastically to a shorter dtype, so that the expected value of the result is
-    x. For subnormal results it is not exactly x."""
+    """Round float64 numbers x stochastically to a shorter dtype, so that the expected value of the result is x, except
+    if the result is subnormal."""
     # `place` is the unit in the last place of x in the shorter dtype.
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
     # Draw on the CPU, so that the rounding is identical on workers with different devices.

@@ -1,8 +1,9 @@
-"""Two-sided bounds on extreme eigenvalues of a symmetric matrix given by products, with a failure probability.
+"""Two-sided bounds on extreme eigenvalues of a symmetric matrix A given by products, with a failure probability.
 
-A Ritz value is always an upper bound on lambda_min. For a fixed start there is no lower bound. For a start b uniform
-on the sphere, let p_j be the Lanczos polynomials, q_j = p_j(A) b. If v is a unit eigenvector of lambda_min, then
-<q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's inequality
+A Ritz value is always an upper bound on the smallest eigenvalue, lambda_min. For a fixed start vector there is no lower
+bound. For a start b uniform on the sphere, let q_j = p_j(A) b be the Lanczos vectors, with polynomials p_j. If v is a
+unit eigenvector of lambda_min, then <q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's
+inequality
 
     <b, v>^2 sum_{j <= k} p_j(lambda_min)^2 <= 1,
 
@@ -11,11 +12,11 @@ the smallest Ritz value the sum grows as lambda falls, so with probability 1 - d
 
     lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
 
-The Lanczos polynomials of -A from b are p_j reflected at 0, so the same bound for -A is an upper one on lambda_max.
-(van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
-sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes the worst spectrum instead of the observed one,
-and is weaker.) The event that the bound fails is the same for every k, so stopping once the bound suffices adds no
-failure probability.
+The Lanczos polynomials of -A from b are p_j reflected at 0, so the lower bound for -A gives an upper bound on
+lambda_max. (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last
+polynomial alone; the sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes the worst spectrum instead
+of the observed one, and is weaker.) The event that the bound fails is the same for every k, so stopping once the bound
+suffices adds no failure probability.
 
 Rounding of the products, as in float32, leaves noise where the process would end. Once a beta is at that level, the
 next vector is noise too, so betas are clamped to at least `Ritz.rounding`. It is measured: exact A q_k has component 0

@@ -1,7 +1,8 @@
 """A certificate for the population loss, f(x) = E f(x, z), from n examples drawn from the population.
 
-Batches are independent draws; the n_b examples of batch b have mean gradient g_b and Hessian H_b, those of all B
-batches g_n and H_n. Bounds for g and H of the population follow from the variation between batches:
+Batches are independent draws. The n_b examples of batch b have mean gradient g_b and Hessian H_b, and the n examples of
+all B batches have mean gradient g_n and Hessian H_n. Bounds for the population's gradient g and Hessian H follow from
+the variation between batches:
 
 gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
             (Borell's inequality, and ||C|| <= tr C); s^2 is measured as sum_b n_b ||g_b - g_n||^2 / ((B - 1) n).

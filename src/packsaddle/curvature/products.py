@@ -2,13 +2,13 @@
 
 `choose_products` selects the method. Double backward is exact up to rounding. Fused attention and compiled
 networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h) from
-gradients g. For a unit vector v its error is
+gradients g. For a unit vector v the error of this quotient is
 
     rounding / h + h^2 M_3 / 6,    where M_3 is the norm of the third derivative of g along v,
 
-and both terms are measured at the point and along the vector. Products with steps h and 17 h / 16 differ by rounding.
-Products with steps h and 2 h differ by rounding and by h^2 M_3 / 2, three times the second term. So h can be chosen
-such that the first term is twice the second.
+and both terms are measured at the point and along the vector. Products with steps h and 17 h / 16 differ almost only by
+rounding. Products with steps h and 2 h differ by rounding and by h^2 M_3 / 2, three times the second term. So h can be
+chosen such that the first term is twice the second.
 
 A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`).
 If a loss has one, products by double backward are compared with differences along the first vector and along the
@@ -35,11 +35,11 @@ _NEARBY = 17 / 16  # ratio of two finite-difference steps h, whose products then
 _ROUNDS = 6  # maximum number of steps h to try for one product
 _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
-_FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
+_FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better step
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
 # If a shorter step reduces the product's norm below this fraction, some 16-bit parameters do not move by that step.
 _SHRUNK = 0.9
-_LOUD = 16  # if two products differ by more than this many rounding errors, the cause is not rounding
+_LOUD = 16  # errors above this multiple of the smallest measured rounding error are not caused by rounding
 # Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
 _KINKED = 1e-3
 # Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.

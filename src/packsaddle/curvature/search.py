@@ -1,8 +1,8 @@
 """The search for curvature below the threshold, which is 0 without epsilon: Lanczos steps until the verdict is decided.
 
-One Rayleigh quotient over all examples proves a saddle, for a direction from any source. So `pilot` first searches for
-a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes one product
-over all examples. Only the absence of negative curvature needs all Lanczos steps over all examples.
+One Rayleigh quotient over all examples proves a saddle, no matter how its direction was found. So `pilot` first
+searches for a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes
+one product over all examples. Only the absence of negative curvature needs all Lanczos steps over all examples.
 """
 
 import math

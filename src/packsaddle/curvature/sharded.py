@@ -23,10 +23,10 @@ from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, batch_siz
 class ShardedCurvature(Curvature):
     """`Curvature` of a model whose trainable parameters are sharded by FSDP2, tensor parallelism or both.
 
-    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch. If it contains
-    all workers, parameters may be plain tensors. If not, every trainable parameter must be sharded over all workers.
-    Raises ValueError, on all workers, if a parameter violates this rule or is a partial sum, or if a worker has no
-    batches.
+    Device meshes may also replicate parameters (HSDP). `tensor_parallel` is the mesh of the workers that get the same
+    batch. If it contains all workers, parameters may be plain tensors. If not, every trainable parameter must be
+    sharded over all workers. Raises ValueError, on all workers, if a parameter violates this rule or is a partial sum,
+    or if a worker has no batches.
     """
 
     has_double_backward = False
@@ -95,9 +95,9 @@ class ShardedCurvature(Curvature):
         return math.isfinite(self.dot(vector, vector))
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
-        """Process one batch of every worker at a time. For each, yield this worker's part of the gradient of the loss
-        summed over all workers' examples, and the number of this worker's examples. Previous gradients are restored at
-        the end."""
+        """Process the batches in rounds of one batch per worker. In each round, yield this worker's part of the
+        gradient, float64[n], of the loss summed over the examples of all workers. Also yield this worker's number of
+        examples. Previous gradients are restored at the end."""
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:

@@ -4,8 +4,8 @@ For b uniform on the sphere, E[b^T f(H) b] = tr f(H) / d. k steps of Lanczos fro
 b^T f(H) b, with Ritz values theta_j and weights tau_j, which is exact for polynomials of degree 2 k - 1 (Golub and
 Meurant 1994; Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over
 probes is the density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error,
-which excludes the error of the quadrature; that is small if the width is at least the spread of the spectrum divided by
-k.
+which excludes the error of the quadrature. The latter is small if the width is at least the spread of the spectrum
+divided by k.
 
 Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's
 estimate from both sides by sums of its weights.
