@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))[
-    "__version__"
-]  # read without importing the package
+# Read the version without importing the package, whose import would import torch.
+VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))["__version__"]
 
 
 class Entry(NamedTuple):
