@@ -207,6 +207,11 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (fact.verdict, fact.advice) == ("warning", "install gcc")
 
 
+def test_a_system_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sysconf")
+    assert [fact.name for fact in doctor.machine()] == ["cores"]
+
+
 @pytest.mark.parametrize("driver", [False, True])
 @pytest.mark.parametrize("built_for", [None, "12.8"])
 def test_a_gpu_that_torch_does_not_see(

@@ -232,7 +232,9 @@ def machine() -> Iterator[Fact]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
 
-    # The available memory and the cgroup's limit are known on Linux only.
+    # Windows has no sysconf, and only Linux reports the available memory and the cgroup's limit.
+    if not hasattr(os, "sysconf"):
+        return
     text = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     if available := re.search(r"MemAvailable: +(\d+)", _read(Path("/proc/meminfo")) or ""):
         text += f", {int(available[1]) / 2**20:.1f} GiB available"

@@ -121,7 +121,7 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
             square = torch.zeros((), dtype=wide(mean[0].device), device=mean[0].device)
             for m, g in zip(mean, grads, strict=True):
                 apart = -m if g is None else g.detach() - m
-                square += widened(apart).square().sum()
+                square += widened(apart).square().sum().to(square.device)  # a model may be on several devices
                 m.add_(apart, alpha=n / (seen + n))
             if seen:
                 found.append(n * seen / (seen + n) * float(square))
