@@ -76,7 +76,8 @@ def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE)
 
 
 def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
-    """Wait at most `seconds` for the key packsaddle/WORD/RANK of each rank; return the ranks without one."""
+    """Wait at most `seconds` until torch's store has the key packsaddle/WORD/RANK of each rank. Returns the ranks whose
+    keys are then still missing."""
     deadline = time.monotonic() + seconds
     while True:
         silent = tuple(r for r in ranks if not store.check([f"packsaddle/{word}/{r}"]))

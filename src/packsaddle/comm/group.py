@@ -52,15 +52,16 @@ class Group(ABC):
 
     @abstractmethod
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Send outgoing[r], flat, to worker r; return the tensors received, by rank: sizes[r] elements from rank r."""
+        """Send the flat tensor outgoing[r] to worker r. Return the received tensors, by rank; the tensor from rank r
+        has sizes[r] elements."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite the tensor with rank 0's, in place."""
 
     def background(self, device: torch.device) -> "Group | None":
-        """Return a new group of the same workers whose collectives can overlap those of this one; collective.
-        Returns None if collectives of this group cannot overlap other work."""
+        """Return a new group of the same workers, whose collectives can run at the same time as those of this group;
+        collective. Returns None if collectives of this group cannot overlap other work."""
         return None
 
     def stages(self, device: torch.device) -> bool:
@@ -103,7 +104,7 @@ class TorchGroup(Group):
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of the workers in torch's default group."""
+        """The ranks that the workers of this group have in torch's default group, in order."""
         return dist.get_process_group_ranks(self.process_group)
 
     @property
