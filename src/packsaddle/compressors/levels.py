@@ -22,8 +22,8 @@ from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.transfers import indices_where, read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
-# For large levels, Rice codes are chosen if their length is at most this multiple of the layered code's, since they are
-# ten times as fast.
+# For large levels, Rice codes are chosen if their length is below this multiple of the length of the code in layers,
+# since they are ten times as fast as layers.
 _FOR_SPEED = 1.04
 _LARGE = 2.0  # levels are called large if the nonzero levels have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
@@ -127,7 +127,8 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
     """Invert `encode_levels`: return level + top for each of d levels, uint8[d]. Raises MessageError if `coded` is
-    invalid. `head` is the list of the first two bytes of `coded`, or fewer if it is shorter; if None, it is read."""
+    invalid. `head` is the list of the first two bytes of `coded`, or fewer if `coded` is shorter. If it is None, the
+    bytes are read here, and the host waits for a GPU."""
     head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
@@ -190,7 +191,8 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     """Decode the output of `_in_layers`, with `count` layers, to level + top for each level, uint8[d]. Raises
     MessageError if the sizes in its header contradict each other or the length of `coded`."""
-    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
+    # The header has two numbers per layer: the number of coordinates in the layer, and the number of bytes of its coded
+    # gaps.
     width = _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
@@ -209,7 +211,8 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     codes = coded.new_full((d,), top)
     if not layers:
         return codes
-    # A layer's indices refer to the members of the previous layer; the first layer has the nonzero levels.
+    # A layer's indices are positions among the coordinates of the previous layer. The first layer is the set of all
+    # nonzero levels.
     places, magnitudes, members = coded[:0], coded[:0], None
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)

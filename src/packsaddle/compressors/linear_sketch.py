@@ -25,7 +25,8 @@ class LinearSketch(Compressor):
     mu is c / d if c divides d, and never below c / (c + d - 1). The sketch "gaussian" has independent N(0, 1/c)
     entries: omega = (d + 1) / c.
 
-    Raises ValueError unless exactly one of ratio and columns is given, in range, and sketch is "count" or "gaussian".
+    Raises ValueError unless exactly one of ratio and columns is given, if it is out of range, or if sketch is neither
+    "count" nor "gaussian".
 
     >>> import torch
     >>> from packsaddle import LinearSketch

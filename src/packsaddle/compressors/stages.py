@@ -142,5 +142,6 @@ class Stages(Compressor):
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:
-        """Return the seed of pass i: `seed` itself for pass 0, else one derived from it, i and the nesting depth."""
+        """Return the seed of pass i. For pass 0 it is `seed` itself. For later passes it is derived from `seed`, i, and
+        the depth to which Stages are nested in this one."""
         return mix(seed, i, i * self._depth) if i else seed

@@ -13,7 +13,8 @@ from torch import Tensor
 from packsaddle.compressors import Compressor, Message
 from packsaddle.compressors.base import check_count
 
-STANDARD_ERRORS = 5.0  # tolerance for means; a correct random compressor fails about one comparison in three million
+# Tolerance for means, in standard errors. A correct random compressor fails about one comparison in three million.
+STANDARD_ERRORS = 5.0
 
 
 def nasty_vectors() -> dict[str, Tensor]:
