@@ -79,7 +79,7 @@ class Reset:
 
     step: int  # t, at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
-    distance: float | None  # ||x_t' - y_t|| from the start point, estimated by several workers; None: not measured
+    distance: float | None  # ||x_t' - y_t||, distance from the start point, may be an estimate; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
     start_loss: float  # loss f(x_t') at the start point
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
@@ -108,8 +108,9 @@ class EscapeCheck:
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
         """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
 
-        Returns a `Reset`, or None, and the rounding error of x, float[d], which only 16-bit parameters have. If the
-        check fires, x is replaced, and the caller must set `pending` to the rounding error (None: zero).
+        Returns a pair. The first item is a `Reset`, or None if the check does not fire. The second is the rounding
+        error of x, float[d], or None if it is zero; only 16-bit parameters have one. If the check fires, x is replaced,
+        and the caller must set `pending` to the rounding error.
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.start_step > self._rule.interval

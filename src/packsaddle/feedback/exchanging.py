@@ -40,7 +40,8 @@ _registered: WeakKeyDictionary[Optimizer, ref[Exchanging]] = WeakKeyDictionary()
 
 
 def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> None:
-    """Make `exchange_of` return `exchange` for these optimizers and their members, but not for copies of them."""
+    """Make `exchange_of` return `exchange` for these optimizers and for the members of each `CompositeOptimizer`, but
+    not for copies of them."""
     _registered.update((optimizer, ref(exchange)) for optimizer in with_members(optimizers))
 
 

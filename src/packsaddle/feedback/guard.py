@@ -170,7 +170,8 @@ class Verdict:
     # The fraction of workers whose vector v is invalid, float[], or a number after `read`. None: an invalid v is
     # flagged by NaNs in the mean, or is not detected.
     fraction: Tensor | float | None
-    # The approximate maximum magnitude of the mean update, float64[]. It is non-finite if the mean update is.
+    # The approximate maximum magnitude of the mean update, float64[]. If the mean update is non-finite, so is this
+    # number.
     magnitude: Tensor | float
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 

@@ -123,7 +123,8 @@ class State:
         rules: the kinds of the entries at all paths; the first rule that matches a path applies.
         identity: returns the identity by name.
         fields: returns the fields, in the order in which they are loaded.
-        head: the path of the format and the identity, () for "format" and "identity" at the top.
+        head: the path of the dictionary with the format and the values of the identity. If it is (), the format has the
+            path ("format",), and the values of the identity are in a dictionary at ("identity",).
         names: the names of parameters in error messages, by key; by default the keys.
         only_with: advice in error messages, by name of an identity value. If there is any, the state can only be loaded
             as it was saved, and not for another number of workers.
