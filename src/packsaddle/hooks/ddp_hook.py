@@ -135,8 +135,8 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the error feedback of the parameters with these names. If DDP has rebuilt its buckets, it is made with
-        the error memories of the old buckets."""
+        """Return the error feedback of the parameters with these names. If there is none, because DDP has made or
+        rebuilt its buckets, make it with the error memories that these parameters had in old buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)

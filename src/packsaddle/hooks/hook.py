@@ -228,8 +228,8 @@ class GradientHook(Records, ABC):
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice, with the error memories of its parameters that had no slice
-        (`_loose`)."""
+        """Return new error feedback for a slice. Error memories of its parameters in `_loose`, where they are kept
+        while the parameters have no slice, are moved to it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -250,8 +250,8 @@ class GradientHook(Records, ABC):
         """Replace a slice's gradients with their mean; return `Verdict.code`, float[3], which is 0 if the exchange is
         applied.
 
-        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b],
-        that identify the slice, and are compared between workers.
+        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. The tensors of `identity`, [b] each,
+        contain bits of 0 or 1 that identify the slice. They are compared between workers.
         """
         decay, compressor = self.rules.compression.decay, self._use(part)
         r = part.round(self._steps)
