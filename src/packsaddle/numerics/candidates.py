@@ -1,8 +1,9 @@
 """Candidates for the k largest magnitudes of a long vector on a CPU, collected in the pass that computes the vector.
 
 The k-th largest magnitudes of the last two selections predict a threshold for the next one. The code that computes the
-vector collects the indices whose magnitudes reach it. The code that selects from the vector ranks only these indices if
-there are at least k. Otherwise it ranks all, so the selected coordinates never depend on the prediction.
+vector collects the indices of the magnitudes that reach this threshold. The code that selects from the vector ranks
+only these magnitudes if there are at least k. Otherwise it ranks all magnitudes, so the selected coordinates never
+depend on the prediction.
 """
 
 import math
@@ -22,7 +23,8 @@ offered: ContextVar["Candidates | None"] = ContextVar("packsaddle_candidates", d
 
 
 class Candidates:
-    """Indices that may be among the largest of the first n coordinates of one vector, and how to collect them."""
+    """Indices of coordinates that may have the largest magnitudes among the first n coordinates of one vector, and the
+    predicted threshold by which they are collected."""
 
     def __init__(self, n: int) -> None:
         self.n = n

@@ -15,8 +15,8 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 
 def is_finite(vector: Tensor) -> Tensor:
-    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU.
-    Elements are checked only if their sum is non-finite, since a sum takes a tenth of the time."""
+    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU. On a CPU, elements
+    are checked only if their sum is non-finite, since a sum takes a tenth of the time of that check."""
     if vector.device.type != "cpu":
         # Without float64 a sum of finite numbers may overflow, so check each number.
         exact = wide(vector.device) is torch.float64
@@ -57,8 +57,9 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a bound: adding a number of at most this magnitude to any finite number of `dtype` cannot overflow,
-    because rounding discards it. The bound is 1/256 of half a unit in the last place of the largest number."""
+    """Return the magnitude up to which a number can be added to any finite number of `dtype` without overflow: rounding
+    discards such a number in a sum with the largest finite number. The returned magnitude is 1/256 of half a unit in
+    the last place of that largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 

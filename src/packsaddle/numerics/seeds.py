@@ -5,9 +5,9 @@ stream also depends on the worker (the order of its batches). Global random stat
 
 Counter-based numbers are functions of a counter and a key, so any range of a sequence can be computed alone. A random
 word is the 32-bit counter, hashed twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's
-search, https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys
-do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after
-2^32 words, or 2^33 normal numbers.
+search, https://github.com/skeeto/hash-prospector). A key is added before each of the two hashes, so that the sequences
+of different keys do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A
+sequence repeats after 2^32 words, or 2^33 normal numbers.
 """
 
 import math

@@ -127,9 +127,9 @@ def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor
 def _median(rows: list[Tensor]) -> Tensor:
     """Return the elementwise median of vectors; for an even number of vectors, the mean of the middle two values.
 
-    Among n // 2 + 2 of n values the smallest and the largest cannot be the median of all. They are discarded and
-    another value is added, repeatedly, until only the median remains, by elementwise minima and maxima, which are
-    faster than a sort.
+    Of any n // 2 + 2 of the n values, the smallest and the largest cannot be the median of all n. So both are discarded
+    and another value is added, repeatedly, until only the median remains. They are found by elementwise minima and
+    maxima, which are faster than a sort.
     """
     n = len(rows)
     if n % 2 == 0:

@@ -1,4 +1,5 @@
-"""Copies between a device and the host, and indices, for which the host waits as rarely as possible."""
+"""Copies between a device and the host, and indices of a mask's True elements, with as few waits of the host as
+possible."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -52,7 +52,8 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v at which the magnitude, as an integer, is at least `threshold`. See `selection`."""
+    """Return the indices of v, float[n], at which the magnitude, as an integer, is at least `threshold`, increasing
+    int64[...]. `expected` is an estimate of their number. See `compressors.selection.reaching`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 

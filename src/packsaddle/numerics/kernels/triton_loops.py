@@ -1,8 +1,8 @@
-"""Triton versions of the loops for CUDA, launched on the current stream without synchronization.
+"""Triton versions of the compiled loops, for CUDA. They are launched on the current stream without synchronization.
 
 Each has the arguments and results of the numba loop of the same name. There is no loop that selects by magnitude, since
-torch.topk is a radix select, and none for cells, since torch gathers and adds them by index. With TRITON_INTERPRET=1
-the loops run on CPU tensors.
+torch.topk is a radix select. There is also none for cells (runs of coordinates), since torch gathers and adds them by
+index. With TRITON_INTERPRET=1 the loops run on CPU tensors.
 """
 
 from collections.abc import Sequence
