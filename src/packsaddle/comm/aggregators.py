@@ -263,8 +263,9 @@ class AllGather(Aggregator):
 
 
 class SharedSupportAllReduce(Aggregator):
-    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch, which is
-    identical on all workers. It follows Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
+    """An all-reduce of sketches, and then an all-reduce of the exact values at the coordinates that the mean sketch
+    selects. The mean sketch is identical on all workers, and so are these coordinates. The method follows Ivkin et al.
+    2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
 
     compressor: SharedSupport
 

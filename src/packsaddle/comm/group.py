@@ -34,7 +34,8 @@ _CPU = torch.device("cpu")
 
 
 class Group(ABC):
-    """Workers that call the same collectives in the same order. `rank` is this worker's index, `size` the number W."""
+    """Workers that call the same collectives in the same order. `rank` is this worker's index, and `size` is the number
+    W of the workers."""
 
     rank: int
     size: int
@@ -57,7 +58,7 @@ class Group(ABC):
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite the tensor with rank 0's, in place."""
+        """Overwrite the tensor with the tensor of rank 0, in place. Shapes and dtypes must match on all workers."""
 
     def background(self, device: torch.device) -> "Group | None":
         """Return a new group of the same workers, whose collectives can run at the same time as those of this group;
@@ -170,7 +171,8 @@ class TorchGroup(Group):
 
     @contextmanager
     def naming_lost_workers(self) -> Iterator[None]:
-        """Convert a network error of a collective to PeerLostError, which names the lost workers."""
+        """Context manager that converts a network error of a collective to PeerLostError, which names the lost
+        workers."""
         try:
             yield
         except RuntimeError as error:

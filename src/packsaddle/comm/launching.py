@@ -323,8 +323,9 @@ def _restoring_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _holding_signals_at_start() -> Iterator[None]:
-    """Context manager that delays a signal that arrives while torch's launcher starts workers until all are started.
-    Without it torch would raise before it has recorded these workers, and so could not forward the signal to them."""
+    """Context manager in which a signal that arrives while torch's launcher starts workers is delayed, until all
+    workers are started. Otherwise torch would raise an exception before it has recorded these workers, and so could not
+    forward the signal to them."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 
@@ -359,7 +360,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
     `entry` must be importable by name; it is called with the launcher's environment variables (see `process_group`).
-    Raises WorkerFailedError if a worker fails, ConfigError if a worker raised one, TerminatedError on SIGTERM.
+    Raises ConfigError if a worker raised a ConfigError, WorkerFailedError if a worker failed otherwise, and
+    TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -149,7 +149,8 @@ def connect(
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
     place_of_store = ObjectCollectives(own, _CPU).send([here, store.port] if store else None, 0)
-    # The Manager's server listens at every address, and torchft has no option to change that.
+    # The Manager's server would listen at every address, and torchft has no option for the address. So replace the
+    # class of the server while the Manager is made.
     managers: Any = require("torchft.manager", "torchft", "elastic training")
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
     bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
