@@ -104,7 +104,7 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     in_rice = [int((counts * ((folded >> b) + 1 + b)).sum()) for b in range(MOST_BITS)]
     b = min(range(MOST_BITS), key=in_rice.__getitem__)
-    # For large levels prefer Rice codes, for speed.
+    # For large levels prefer Rice codes, which are faster than layers.
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
     coded = None
     if in_rice[b] < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * fixed):

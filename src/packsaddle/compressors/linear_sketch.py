@@ -43,7 +43,7 @@ class LinearSketch(Compressor):
     summary: ClassVar[Summary] = Summary("c/(c + d - 1) or better", "c counters")
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
-    sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers per step, for small problems only
+    sketch: Literal["count", "gaussian"] = "count"  # kind of S; "gaussian" draws c d numbers per step: for small d only
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):

@@ -133,7 +133,8 @@ class Rounded(Compressor):
         check_format("Rounded", self.values)
 
     def mu(self, d: int) -> float:
-        """Return `value_retention` of the format, a lower bound for every v of d coordinates."""
+        """Return `value_retention` of the format, which is a lower bound on the contraction mu for every v of d
+        coordinates."""
         return value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:

@@ -120,8 +120,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the indices of the fewest coordinates with the fraction `share`, in (0, 1], of ||v||^2, increasing
-    int64[...].
+    """Return the indices of the fewest coordinates of v, float[n], that together have at least the fraction `share`, in
+    (0, 1], of ||v||^2, increasing int64[...].
 
     A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
     magnitude; histograms of the magnitudes in its bin over the next bits give its other bits. Among equal magnitudes
@@ -225,9 +225,9 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
-    Rounding is by largest remainders. `total` is first clamped to [number of sizes, sum of sizes]; sizes must be at
-    least 1."""
+    """Divide `total` into integers, one per weight, proportional to `weights`. Each integer is clamped to [1, n], where
+    n is its entry in `sizes`, at least 1. Rounding is by largest remainders. `total` is first clamped to [number of
+    sizes, sum of sizes]."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

@@ -58,7 +58,7 @@ class Kept(NamedTuple):
     """The context of a message: the kept cells (ranges of coordinates), and where their values are in the message."""
 
     cells: Cells
-    which: Tensor | None  # positions in "values", increasing int64[k]; None: all
+    which: Tensor | None  # positions of the kept values in "values", increasing int64[k]; None: all are kept
 
 
 class SharedSupport(KOfD):
@@ -173,7 +173,7 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        # Return the block size for the largest number of blocks of which `kept` blocks are at least the fraction k/d.
+        # Return the size of blocks for the largest B such that `kept` of B blocks are at least the fraction k/d of B.
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
@@ -187,7 +187,7 @@ class SharedTopK(SharedSupport):
         return (blocks, kept, r) if blocks * r + kept * b < d else (blocks, blocks, 0)
 
     def mu(self, d: int) -> float:
-        """Return the fraction of the blocks that is kept, K / B, at least k/d."""
+        """Return the fraction of the blocks that is kept, K / B, which is at least k/d."""
         blocks, kept, _ = self.grid(d)
         return kept / blocks if d else 1.0
 

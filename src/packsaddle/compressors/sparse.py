@@ -177,8 +177,8 @@ class _OfEachTensor(KOfD):
         return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return (start, size) of each range of coordinates from which a separate number is kept. With `per_tensor`
-        each tensor is such a range; otherwise all d coordinates are one range."""
+        """Return (start, size) of each range of coordinates of which a separate number of coordinates is kept. With
+        `per_tensor` each tensor is a range; otherwise all d coordinates are one range."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 

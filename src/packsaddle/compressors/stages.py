@@ -17,7 +17,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Stages(Compressor):
-    """A compressor that applies another one `passes` times, each time to the residual of the previous pass.
+    """A compressor that applies another compressor `passes` times, each time to the residual of the previous pass.
 
     C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), so v - C(v) = r_p. The passes
     have independent randomness, a function of (seed, step, i), and the expected energy of r_i is at most 1 - mu times
