@@ -50,7 +50,7 @@ class Contraction:
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the contraction at the last measurement; None: not measured
-        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor; 1 if its v is 0
+        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor by name; 1 for a tensor whose v is 0
         # Squared norms, two for each slice that was measured: first that of its vector v, then that of the residual of
         # v. Each is float64[1], or float64[tensors] with a norm for each tensor.
         self._energies: list[Tensor] = []

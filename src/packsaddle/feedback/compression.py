@@ -95,7 +95,8 @@ class Compression(Option):
     def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
         """Return `given` as a `Compression`. For a compressor or a schedule, all other settings are the defaults.
 
-        If the exchange is None, it becomes `exchange` with memory="buffer", and "direct" otherwise.
+        If the exchange of `given` is None, the exchange of the result is `exchange` with memory="buffer", and "direct"
+        with any other memory.
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:

@@ -43,7 +43,7 @@ class Escape(EscapeRule):
     A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'.
 
     Args:
-        interval: maximum length I of a segment, at least 1. It counts steps, or rounds in local updates, as `every`.
+        interval: maximum length I of a segment, at least 1. Like `every`, it counts steps, or rounds in local updates.
         radius: maximum Euclidean distance R > 0 from the start point of the segment.
         objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
             tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
@@ -77,7 +77,7 @@ class Escape(EscapeRule):
 class Reset:
     """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8)."""
 
-    step: int  # t, at which the next segment starts
+    step: int  # step t at which the check fired, and at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
     distance: float | None  # ||x_t' - y_t||, distance from the start point, may be an estimate; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"

@@ -1,4 +1,5 @@
-"""The interface of `CompressedSGD`, hooks and `LocalUpdates`, and which of them exchanges an optimizer's updates."""
+"""The common interface of `CompressedSGD`, hooks and `LocalUpdates`, and a registry of the one that exchanges the
+updates of each optimizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -31,8 +32,7 @@ class Exchanging:
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        """Return the weight in means over workers that belongs to the worker that
-        saved `state`. Weights are 1 on average."""
+        """Return the weight that the worker that saved `state` has in means over workers. Weights are 1 on average."""
         return 1.0
 
 

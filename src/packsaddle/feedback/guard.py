@@ -46,7 +46,7 @@ class NonFiniteError(GuardError):
 class Skip:
     """A skipped step, or a rejected round of local updates, with its cause."""
 
-    step: int  # t; the next step reuses this index
+    step: int  # index t of the skipped step; the next step reuses this index
     # Ranks that sent an invalid vector or message. A hook lists only the ranks that it has detected.
     workers: tuple[int, ...]
     parameter: str  # name of the first invalid parameter on workers[0]
@@ -165,7 +165,7 @@ class Records:
 @dataclass
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers. The numbers are on the device
-    until `read`."""
+    until `read` copies them to the host."""
 
     # The fraction of workers whose vector v is invalid, float[], or a number after `read`. None: an invalid v is
     # flagged by NaNs in the mean, or is not detected.

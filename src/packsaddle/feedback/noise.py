@@ -97,7 +97,7 @@ class Noise:
 
     @classmethod
     def of(cls, given: "float | Callable[[int], float] | Noise") -> "Noise":
-        """Return `given` as a `Noise`; a number or function becomes its `std`."""
+        """Return `given` if it is a `Noise`, and otherwise a new `Noise` whose `std` is this number or function."""
         return given if isinstance(given, Noise) else cls(given)
 
     def at_step(self, step: int) -> float:

@@ -35,7 +35,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator."""
+    """The saved state of an aggregator, and the compressor with which it was saved."""
 
     compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
     state: dict[str, Any]
@@ -63,7 +63,7 @@ class ErrorFeedback:
     """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        memory: the error memory of the slice, some parameters as one vector.
+        memory: the error memory of the slice. A slice is a set of parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
         contraction: measures the contraction from that vector and its residual.
