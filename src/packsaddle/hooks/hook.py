@@ -77,7 +77,8 @@ class BucketUpdate(Update):
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay * base + g / scale + xi; base and out are float[n] and must not overlap."""
+        """Set out to decay * base + g / scale + xi, where g are the gradients and xi is the noise. base and out are
+        float[n] and must not overlap."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
             g = self.gradients[place.name]
             if self.scale == 1.0:

@@ -27,8 +27,9 @@ class Usage:
         self.here = torch.stack([gradients[name].any() for name in part.slice.names])
 
     def restore(self, by_any: Tensor) -> None:
-        """Complete the new error memory of the parameters that this worker did not use, without waiting for a GPU. Call
-        after `absorb`. `by_any`, bool[p], is True for the parameters that at least one worker used."""
+        """Correct the new error memory of the parameters that this worker did not use, without waiting for a GPU (see
+        `ErrorMemory.restore_unused`). Call after `absorb`. `by_any`, bool[p], is True for the parameters that at least
+        one worker used."""
         self._part.memory.restore_unused(self.here, by_any)
 
 
