@@ -26,7 +26,7 @@ def is_finite(vector: Tensor) -> Tensor:
 
 
 def is_in_range(vector: Tensor) -> Tensor:
-    """Return a bool[] that is True if ||v||_1 <= M / 64, where M is the largest number of the dtype.
+    """Return a bool[] that is True if ||v||_1 <= M / 64, where v is `vector` and M is the largest number of its dtype.
 
     Then v is finite, and so are the intermediate results of all compressors: counters of sketches and factors (at most
     ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors use the M of
@@ -44,8 +44,8 @@ def is_in_range(vector: Tensor) -> Tensor:
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS), which is finite if the vector is.
-    Does not synchronize with a GPU."""
+    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS). The bound is finite if the vector
+    is finite. Does not synchronize with a GPU."""
     if not vector.numel():
         return torch.zeros((), dtype=wide(vector.device), device=vector.device)
     if vector.device.type == "cpu":  # the Euclidean norm is much faster there than the maximum norm, but can overflow

@@ -88,7 +88,7 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
     if k == n:
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
-        # drawn on the CPU, since CPU and CUDA generators give different numbers
+        # Draw on the CPU, since CPU and CUDA generators give different numbers.
         return to_device(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()

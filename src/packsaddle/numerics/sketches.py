@@ -202,7 +202,7 @@ class NormSketch:
             rng = generator(seed, step, Stream.SKETCH, worker=row)
             for slab in torch.split(v, max(1, _SLAB // c) * c):
                 padded = torch.nn.functional.pad(slab, (0, -len(slab) % c)).view(-1, c)
-                # Drawn on the CPU, so that S is identical on every device.
+                # Draw on the CPU, so that S is identical on every device.
                 rotation = torch.randint(c, (len(padded), 1), generator=rng).to(v.device)
                 signs = torch.randint(2, padded.shape, generator=rng, dtype=torch.int8).to(v.device).mul_(2).sub_(1)
                 counters[row] += (padded * signs).gather(1, (positions - rotation).remainder_(c)).sum(0)

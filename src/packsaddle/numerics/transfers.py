@@ -58,8 +58,8 @@ def indices_where(mask: Tensor, n: int) -> Tensor:
 
 
 def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host, which waits
-    once for all."""
+    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host. The host
+    waits once for all copies."""
     device = tensors[0].device if tensors else torch.device("cpu")
     if not has_streams(device):
         return [tensor.cpu() for tensor in tensors]

@@ -130,8 +130,9 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to out, float[d], for packed codes and a norm per bucket.
-    Codes above 2 * levels are not rejected, since a check would synchronize; they decode to at most 3 * levels."""
+    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `packed`, uint8[...], has a code
+    of `bits` bits for each element, and `norms` the norm of each bucket of `bucket` elements. Codes above 2 * levels
+    are not rejected, since a check would synchronize; they decode to at most 3 * levels."""
     programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
     _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)
 
