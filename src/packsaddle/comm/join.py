@@ -1,8 +1,8 @@
 """Support for torch's `Join`, for workers with different numbers of steps: ended workers still join every exchange.
 
-Before a step with collectives, each worker announces them by an all-reduce, in which `Join` counts the workers that
-still train. An ended worker runs the same step without training: in the next exchange it sends its last local update,
-and later only its error memory. Each mean is over all workers, so no update is lost.
+Before a step with collectives, each worker announces these collectives by an all-reduce, in which `Join` counts the
+workers that still train. An ended worker runs the same step without training: in its first exchange after the end it
+sends its last local update, and later only its error memory. Each mean is over all workers, so no update is lost.
 """
 
 from abc import abstractmethod

@@ -56,7 +56,8 @@ class ManagedGroup(Group):
             raise ConfigError(f"manager has {processes} processes, and torch's default group has {self.site.size}")
 
     def renew(self) -> None:
-        """Set rank and size to those in the latest quorum. Raises ConfigError if this worker is not part of it."""
+        """Set `rank` to this worker's rank in the latest quorum, and `size` to the number of workers in the quorum.
+        Raises ConfigError if this worker is not part of it."""
         rank = self.manager.participating_rank()
         if rank is None:
             raise ConfigError("manager must have world_size_mode=DYNAMIC and use_async_quorum=False: no worker spares")

@@ -102,7 +102,7 @@ class SiteGroup(Group):
         return -(-size // self.processes)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last ones are
+        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last parts are
         padded with zeros."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)

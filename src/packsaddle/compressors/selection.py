@@ -87,8 +87,8 @@ def largest_of_blocks(
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers, increasing int64[k]. Among equal ones, the first are selected.
-    CPU only."""
+    """Return the indices of the k largest integers in `magnitudes`, int[n], increasing int64[k]. Among equal integers,
+    the first are selected. CPU only."""
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)

@@ -53,9 +53,9 @@ def nasty_vectors() -> dict[str, Tensor]:
 def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | None = None, *, seeds: int = 200) -> None:
     """Check that `compressor` satisfies the contract of `Compressor`, with every check of this module.
 
-    `vectors` are flat floating-point tensors, by default `nasty_vectors()`; those rejected by `compressor.validate`
-    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the property
-    and the vector, and ValueError unless seeds is a positive integer.
+    `vectors` are flat floating-point tensors, by default `nasty_vectors()`. Vectors that `compressor.validate` rejects
+    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the violated
+    property and the vector, and ValueError unless seeds is a positive integer.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor

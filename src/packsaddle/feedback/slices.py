@@ -1,4 +1,4 @@
-"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed ones.
+"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed tensors.
 
 A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
 vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all

@@ -1,4 +1,4 @@
-"""Saved states: declared fields, their saving, validation and loading, and conversion to other numbers of workers.
+"""Saved states: declared fields, their saving, validation and loading, and conversion to another number of workers.
 
 A state is nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local updates)
 declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.

@@ -38,8 +38,9 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model. With scope="bucket", a resumed run may have other buckets than
-    the saved run. No update is lost then, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model. With scope="bucket", DDP may divide the parameters into buckets
+    differently in a resumed run than in the saved run. No update is lost then, but only with scope="model" is a resumed
+    run bitwise identical to an uninterrupted run.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def mix(*words: int) -> int:
 
 
 def as_seed(seed: int) -> int:
-    """Convert an integer `seed`, such as numpy.int64, to int. Raises ValueError for other types, bool included."""
+    """Convert an integer `seed`, such as numpy.int64, to int. Raises ValueError for any other type, including bool."""
     try:
         if isinstance(seed, bool):
             raise TypeError
@@ -108,8 +108,8 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
     """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are n or more, in place,
-    until most of them are below n. So that the host does not wait for a GPU, the number of those left is not read after
-    each step but estimated, with a margin of six standard deviations."""
+    until most of them are below n. The number of numbers that are still n or more is not read after each step, since
+    the host would wait for a GPU. It is estimated instead, with a margin of six standard deviations."""
     outside = torch.arange(len(index), device=index.device)
     expected = float(len(index))
     while expected > 1 / 16:
