@@ -1,9 +1,13 @@
-"""Entropy coding of a quantizer's integer levels. The first byte selects one of three codes.
+"""Entropy coding of a quantizer's integer levels. The first byte of a message selects one of three codes.
 
-*Layers*, for mostly small levels: layer j is the set of coordinates with magnitude above j, a subset of layer j - 1. It
-is coded by the gaps between its elements, or between those of its complement in layer j - 1, whichever are fewer. One
-sign bit per nonzero level follows. *Rice codes*, for large levels: the levels 0, 1, -1, 2, -2, ... are mapped to
-0, 1, 2, 3, 4, ...; the codes are nearly as short as layers, and much faster. *Fixed width*, if neither is shorter.
+*Layers* are for mostly small levels. Layer j is the set of coordinates whose level has a magnitude above j, so it is a
+subset of layer j - 1. It is coded by the gaps between its elements. If layer j - 1 has fewer elements outside of layer
+j than in it, the gaps between the elements outside are coded instead. One sign bit per nonzero level follows.
+
+*Rice codes* are for large levels. The levels 0, 1, -1, 2, -2, ... are numbered from 0 on, and each number is sent as a
+Rice code. This is nearly as short as layers, and much faster.
+
+*Fixed width* is used if neither of the two other codes is shorter.
 """
 
 import math

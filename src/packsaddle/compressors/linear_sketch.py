@@ -20,10 +20,10 @@ class LinearSketch(Compressor):
     """The linear compressor C(v) = S^T S v / (1 + omega), with a random matrix S, float[c, d]; S v is all-reduced.
 
     S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
-    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a
-    count sketch: omega = (d - n) / c, n being the size of the last chunk of c coordinates (see `numerics.sketches`), so
-    mu is c / d if c divides d, and never below c / (c + d - 1). The sketch "gaussian" has independent N(0, 1/c)
-    entries: omega = (d + 1) / c.
+    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). With sketch="count", S is one row of a
+    count sketch (see `numerics.sketches`). Then omega = (d - n) / c, where n is the size of the last of the chunks of c
+    coordinates into which v is divided. So mu is c / d if c divides d, and never below c / (c + d - 1). With
+    sketch="gaussian", S has independent N(0, 1/c) entries, and omega = (d + 1) / c.
 
     Raises ValueError unless exactly one of ratio and columns is given, if it is out of range, or if sketch is neither
     "count" nor "gaussian".
