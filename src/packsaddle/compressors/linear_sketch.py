@@ -1,4 +1,4 @@
-"""LinearSketch: a random linear sketch as a compressor."""
+"""LinearSketch: a compressor that sends a random linear sketch of the vector, a count sketch or a Gaussian sketch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -324,7 +324,7 @@ class GradientHook(Records, ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """The device where gradients are averaged."""
+        """The device on which gradients are averaged."""
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Candidates:
 
     @contextmanager
     def offer(self) -> Iterator[None]:
-        """Context manager of a block in which a selection from the vector may use and predict these candidates."""
+        """Context manager of a block in which a selection from the vector may use these candidates, and predict the
+        threshold for the next ones."""
         token = offered.set(self)
         try:
             yield

@@ -31,7 +31,7 @@ _BLOCK = 1 << 16  # coordinates of a block, whose scratch memory fits a fast cac
 
 @dataclass(frozen=True)
 class RowHash:
-    """The hash of one row of a count sketch, from d coordinates to c = `columns` counters; a linear map S."""
+    """The hash of one row of a count sketch: a linear map S of d coordinates to c = `columns` counters."""
 
     columns: int  # c, number of counters
     rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
@@ -114,7 +114,8 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
 
 
 def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
-    """Return the values of `median_estimates` at the coordinates `index`, int64[n], as float[n]."""
+    """Return the estimates of the coordinates `index`, int64[n], as float[n]. They equal the values that
+    `median_estimates` yields for these coordinates."""
     chunk, place = index // hashes[0].columns, index % hashes[0].columns
     rows = []
     for row, table in zip(hashes, tables, strict=True):
