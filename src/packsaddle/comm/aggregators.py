@@ -41,7 +41,8 @@ class Term:
         return torch.stack(parts).sum() * self.weight
 
 
-# The uncompressed part of a vector, float[m], or a function that returns it from this worker's C(v).
+# The uncompressed part of a vector, float[m], or a function that computes it from the terms of this worker's compressed
+# vector C(v).
 Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
 
 
@@ -54,8 +55,8 @@ class Invalid:
 
     @contextmanager
     def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager for a block that receives a message from `worker`. If `worker` is None, errors already name
-        the rank."""
+        """Context manager that suppresses and records a MessageError of its block, and names `worker` in it as the
+        sender of the message. If `worker` is None, the error already names the rank."""
         first, token = len(self._checks), deferred.set(self._checks)
         try:
             yield
@@ -79,7 +80,8 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
+    """The result of averaging a vector over workers. `own` and `mean` are tuples of terms; the sum of the terms is a
+    vector of the compressed coordinates."""
 
     # This worker's compressed vector C(v); its error memory becomes v - C(v). If this worker owns a chunk of the vector
     # (see `Owners`), C(v) is v - W r in that chunk, where r is the residual of the mean that it sent to all W workers.
@@ -89,7 +91,8 @@ class Averaged:
     invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean of all d coordinates to out, zeros[d], and return out. Uncompressed ones come last."""
+        """Write the mean of all d coordinates to out, zeros[d], and return out. The uncompressed coordinates come
+        last."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)
@@ -101,14 +104,15 @@ class Averaged:
         decoded.
 
         Workers send no vector v whose C(v) could overflow (see `numerics.finite.is_in_range`), so the mean is finite if
-        the messages and the uncompressed part are.
+        the messages and the uncompressed part are finite.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of the operations of a worker in one exchange, on vectors of `coordinates` numbers."""
+    """The number of operations of each kind that a worker performs in one exchange, on vectors of `coordinates`
+    numbers."""
 
     compressor: Compressor
     coordinates: int
@@ -132,10 +136,11 @@ class Aggregator(ABC):
     def average(
         self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
-        """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
+        """Average the compressed vector C(v), where v is float[d], and the uncompressed part `dense` over workers;
+        collective. Inputs do not change.
 
         If a message from another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject
-        the mean, and `Averaged.invalid` has the error. Without `flag` it raises MessageError.
+        the mean, and `Averaged.invalid` has the error. If `flag` is None, this worker raises MessageError instead.
         """
 
     @abstractmethod
@@ -171,7 +176,7 @@ class Aggregator(ABC):
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Reset the aggregator's state."""
+        """Discard the state that is kept between exchanges, such as the low-rank warm start."""
 
     def snapshot(self) -> Any:
         return None
@@ -184,7 +189,8 @@ class Aggregator(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
-        """Restore a state from `state_dict`, with its tensors on `device`. Entries that do not fit have no effect."""
+        """Restore a state from `state_dict`, and move its tensors to `device`. Entries of another kind of aggregator
+        have no effect."""
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()
@@ -196,8 +202,8 @@ class Aggregator(ABC):
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part, whose result is exactly the mean.
-    The communication buffer is reused: a result is valid until the next exchange."""
+    """One all-reduce of a linear compressor's message and the uncompressed part. Its result is exactly the mean,
+    because the compressor is linear. The communication buffer is reused: a result is valid until the next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -257,8 +263,9 @@ class AllGather(Aggregator):
 
 
 class SharedSupportAllReduce(Aggregator):
-    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch, which is
-    identical on all workers. It follows Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
+    """An all-reduce of sketches, and then an all-reduce of the exact values at the coordinates that the mean sketch
+    selects. The mean sketch is identical on all workers, and so are these coordinates. The method follows Ivkin et al.
+    2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
 
     compressor: SharedSupport
 
@@ -289,7 +296,7 @@ class SharedSupportAllReduce(Aggregator):
 
 
 class LowRankAllReduce(Aggregator):
-    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the uncompressed part.
+    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1). The second one includes the uncompressed part.
 
     P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. All workers apply
     P P^T M. Worker i subtracts P P^T M_i, the projection of its own matrix, from its error memory. PowerSGD subtracts
@@ -344,7 +351,7 @@ class LowRankAllReduce(Aggregator):
         # A compressor that `for_tensors` has not bound to shapes has no warm start: Q stays Gaussian.
         if len(following) != len(qs):
             return None
-        # Read a single number, since the host waits for it on a GPU.
+        # Read a single number, since each read makes the host wait for a GPU.
         valid = [q.any() & q.isfinite().all() for q in following if q.numel()]
         return following if not valid or torch.stack(valid).all() else None
 
@@ -368,8 +375,8 @@ class LowRankAllReduce(Aggregator):
 def mean_of_dense(
     channel: Communicator, dense: Tensor, invalid: Invalid | None = None, flag: int | None = None
 ) -> Tensor:
-    """Return the mean of the uncompressed part over workers, without a collective if it is empty.
-    If `invalid` has recorded an error, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
+    """Return the mean of the uncompressed part over workers. If the part is empty, there is no collective. If `invalid`
+    has recorded an error, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
     mine = dense.clone()
     if invalid is not None and flag is not None:
         invalid.report_in(mine[flag])

@@ -1,9 +1,12 @@
 """Collectives with byte counts, collectives for Python objects, and a check that all workers have equal arguments.
 
-Each of W workers sends and receives 2 (W - 1) / W n bytes in a ring all-reduce of n bytes, (W - 1) n in a ring
-all-gather of n bytes per worker, and in an all-to-all its messages to and from other workers. In a broadcast of n
-bytes, rank 0 sends (W - 1) n, and every other worker receives n. Python objects are exchanged outside of training and
-are not counted.
+The bytes counted for each of W workers are:
+- in a ring all-reduce of n bytes, 2 (W - 1) / W n sent and as many received;
+- in a ring all-gather of n bytes per worker, (W - 1) n sent and as many received;
+- in an all-to-all, the messages that it sends to other workers and receives from them;
+- in a broadcast of n bytes, (W - 1) n sent by rank 0, and n received by every other worker.
+
+Python objects are exchanged outside of training, and their bytes are not counted.
 """
 
 import hashlib
@@ -50,8 +53,8 @@ class Communicator:
         self.step = 0
 
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
-        """Average a tensor over workers in place by all-reduce, and return it.
-        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name."""
+        """Average a tensor over workers in place by all-reduce, and return it. `purpose` is the name under which the
+        ledger records the bytes. If parts of the tensor have different names, it is the number of elements by name."""
         self.group.all_reduce(tensor)
         if self.group.size > 1:
             tensor.div_(self.group.size)
@@ -59,8 +62,8 @@ class Communicator:
         return tensor
 
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
-        """Average floating-point tensors over workers in place, at least in float32, by an all-reduce for each dtype.
-        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1."""
+        """Average floating-point tensors over workers in place. There is one all-reduce for each dtype, in at least
+        float32. `weight` multiplies this worker's tensors; the weights of all workers must have mean 1."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
@@ -88,8 +91,8 @@ class Communicator:
         Names and dtypes must match on all workers. With `fixed_size`, all workers' parts have equal sizes. Otherwise
         `sizes` are the bytes of the parts by rank, if all workers know them; if None, they are gathered first. Shorter
         messages are padded to the longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all
-        under `purpose`. Raises MessageError on all workers if the sizes that one worker announces do not fit such
-        parts, or exceed `most` bytes in total.
+        under `purpose`. Raises MessageError on all workers if the sizes that one worker announces are negative, are not
+        multiples of the parts' element sizes, or exceed `most` bytes in total.
         """
         wire, own = _join(parts), part_sizes(parts)
         if fixed_size:
@@ -113,10 +116,10 @@ class Communicator:
     def exchange(
         self, outgoing: Sequence[Parts | None], like: Parts, *, fixed_size: bool = False, most: int = _MOST
     ) -> list[Parts]:
-        """All-to-all: send outgoing[r] to worker r, or nothing if it is None; return the parts received, by rank.
-        `like` has their names and dtypes. With `fixed_size` all messages to one worker have equal sizes. Otherwise
-        sizes are sent first, and MessageError is raised, on this worker only, if they do not fit `like` or exceed
-        `most` bytes."""
+        """All-to-all: send the parts outgoing[r] to worker r, or nothing if outgoing[r] is None; return the received
+        parts, by rank. `like` has the names and dtypes of the parts. With `fixed_size` all messages to one worker have
+        equal sizes. Otherwise sizes are sent first, and MessageError is raised, on this worker only, if received sizes
+        are negative, are not multiples of the element sizes in `like`, or exceed `most` bytes in total."""
         nothing, others = [0] * len(like), [r for r in range(self.group.size) if r != self.group.rank]
         sizes = [nothing if parts is None else part_sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -142,8 +145,9 @@ class Communicator:
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
     def broadcast_parts(self, parts: Parts | None, like: Parts, *, most: int = _MOST) -> Parts:
-        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has their names and
-        dtypes. Raises MessageError if their sizes do not fit `like`, or exceed `most` bytes in total."""
+        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has the names and
+        dtypes of the parts. Raises MessageError if the sizes that rank 0 announces are negative, are not multiples of
+        the element sizes in `like`, or exceed `most` bytes in total."""
         device = next(iter(like.values())).device
         own = [0] * len(like) if parts is None else part_sizes(parts)
         self.broadcast(announced := to_device(torch.tensor(own), device), "sizes")
@@ -161,8 +165,8 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces do not fit the dtypes of `like`, or exceed
-    `most` in total."""
+    """Raise MessageError if the sizes in bytes that a worker announces are negative, are not multiples of the element
+    sizes in `like`, or exceed `most` in total."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
@@ -170,7 +174,8 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of a message that encodes d coordinates in these parts."""
+    """Return a loose upper bound on the bytes of a message that encodes d coordinates in parts with the names in
+    `parts`."""
     return (64 * d + 4096) * len(parts)
 
 
@@ -184,8 +189,8 @@ def _join(parts: Parts) -> Tensor:
 
 
 def _packed(part: Tensor) -> Tensor:
-    """Return the flat tensor `part` with stride 1, as a copy if its stride is another. `contiguous()` does not suffice,
-    since it keeps the stride of a tensor with a single element."""
+    """Return the flat tensor `part` if its stride is 1, and otherwise a copy with stride 1. `contiguous()` does not
+    suffice, since it keeps the stride of a tensor with a single element."""
     return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
@@ -209,7 +214,8 @@ class ObjectCollectives:
         return [json.loads(text) for text in self._channel.gather_text(json.dumps(value), self.device)]
 
     def send(self, content: Any, source: int) -> Any:
-        """Broadcast `content`, tensors and plain types, from rank `source`; return it. Other ranks may pass None."""
+        """Broadcast `content`, which consists of tensors and plain types, from rank `source`, and return it. Other
+        ranks may pass None."""
         if self.group.size == 1:
             return content
         file = io.BytesIO()
@@ -232,8 +238,8 @@ def check_agreement(
     of: Literal["worker", "process"] = "worker",
 ) -> None:
     """Raise ValueError on all workers if their `arguments` differ; collective. The error names the first argument that
-    differs. `hints` maps the beginning of an argument's name to a sentence that is added to the error. `of` names the
-    members of the channel's group in the error."""
+    differs. `hints` maps the beginning of an argument's name to a sentence that is added to the error. `of` is the
+    error's word for a rank of the channel's group: a worker, or a process of one worker."""
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.
@@ -252,7 +258,7 @@ def check_agreement(
 
 
 def as_text(arguments: Mapping[str, object]) -> str:
-    """Return arguments as text, one per line, identical on workers with equal arguments."""
+    """Return arguments as text, one per line. The text is identical on workers with equal arguments."""
     arguments = {"packsaddle": __version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # memory addresses in a repr differ between processes

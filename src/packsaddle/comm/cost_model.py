@@ -1,8 +1,8 @@
 """Predicted cost of collectives: each worker's bytes, and the critical path until the last worker has finished.
 
-Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings have the same costs. Its all-to-all
-and its all-gather between two workers use both directions of a link simultaneously, and its broadcast is a pipelined
-ring.
+Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings have the same costs as gloo's. Other
+collectives of NCCL differ from gloo's: its all-to-all, and its all-gather between two workers, use both directions of a
+link simultaneously, and its broadcast is a pipelined ring.
 """
 
 from abc import ABC, abstractmethod
@@ -68,9 +68,9 @@ class RingAllGather(Collective):
     def cost(self, workers: int) -> Cost:
         """Return the critical path: W - 1 sequential messages, or one and a half for two workers.
 
-        Small messages are sent to all workers concurrently (`TorchGroup.all_gather`).
-        Two workers share one connection, on which gloo signals "ready to receive" only after it has sent the first half
-        of its own message. So the later worker sends this half before the other one can start.
+        Small messages are sent to all workers concurrently (`TorchGroup.all_gather`). Two workers share one connection,
+        on which gloo signals "ready to receive" only after it has sent the first half of its own message. So one worker
+        sends this half before the other worker can start to send.
         """
         others = workers - 1 if self.payload else 0
         hops = 1 if others > 1 and self.payload <= SMALL else others
@@ -89,10 +89,14 @@ class AllToAll(Collective):
         return Bytes(total if self.to_self else total - own, total - own, (workers - 1) * own)
 
     def cost(self, workers: int) -> Cost:
-        """Return the critical path. All messages are posted immediately, but two workers share one connection, on which
-        gloo signals "ready to receive" only after it has sent its own message. So the later worker sends everything
-        before the other one starts. With more workers, other pairs of workers use part of the waiting time: times
-        measured with 3 and 4 workers are halfway between both directions at the same time and one after the other."""
+        """Return the critical path.
+
+        All messages are posted immediately, but each pair of workers shares one connection, on which gloo signals
+        "ready to receive" only after it has sent its own message. So one worker of a pair sends its whole message
+        before the other one starts. With more than two workers, other pairs use part of the waiting time. The times
+        measured with 3 and 4 workers are halfway between two predictions: that the messages of a pair are sent at the
+        same time, and that they are sent one after the other.
+        """
         if workers == 1 or not any(self.sizes):
             return Cost()
         total, widest, narrowest = sum(self.sizes), max(self.sizes), min(self.sizes)

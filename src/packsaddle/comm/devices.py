@@ -42,7 +42,8 @@ def direct_backend(processes: int) -> str | None:
 
 
 def backend_for(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Return the name of a process group's backend for a type of device, such as "gloo", or None if it has none."""
+    """Return the name of a process group's backend for the type of `device`, such as "gloo". Returns None if the group
+    has no backend for this type."""
     pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
     return dict(pairs).get(device.type)
 
@@ -64,7 +65,8 @@ def accepts(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def new_stream(device: torch.device) -> torch.Stream | None:
-    """Return a new stream of a device, or None if the device does not have several streams, as the CPU and MPS."""
+    """Return a new stream of a device, or None if the device does not support several streams. The CPU and MPS do not
+    support them."""
     return torch.Stream(device) if has_streams(device) else None
 
 
@@ -80,8 +82,8 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def check_not_capturing(call: str, device: torch.device) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured on `device`. `call` names the function that checks this: it
-    runs code on the host, which a replay of the graph would not repeat."""
+    """Raise RuntimeError if a CUDA graph is being captured on `device`. `call` is the name of the calling function in
+    the error. That function runs code on the host, which a replay of the graph would not repeat."""
     if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "

@@ -41,7 +41,7 @@ class Roll:
 
     answered: tuple[int, ...]  # ranks that answered, this worker's own included
     absent: tuple[int, ...]  # ranks that did not answer
-    reached: bool  # True if torch's store answered
+    reached: bool  # True if torch's store, which collects the answers, could be reached
 
 
 def is_network(error: Exception) -> bool:
@@ -61,7 +61,7 @@ def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE)
             store.set(f"packsaddle/here/{rank}", "1")
             absent = _wait(store, "here", ranks, grace)
             answered = tuple(r for r in ranks if r not in absent)
-            # The first rank may host the store: it must not exit before the others have read the answers.
+            # The first rank may host the store, so it must not exit before the other ranks have read the answers.
             store.set(f"packsaddle/heard/{rank}", "1")
             if rank == ranks[0]:
                 _wait(store, "heard", answered, grace)
@@ -76,7 +76,8 @@ def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE)
 
 
 def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
-    """Wait at most `seconds` for the key packsaddle/WORD/RANK of each rank; return the ranks without one."""
+    """Wait at most `seconds` until torch's store has the key packsaddle/WORD/RANK of each rank. Returns the ranks whose
+    keys are then still missing."""
     deadline = time.monotonic() + seconds
     while True:
         silent = tuple(r for r in ranks if not store.check([f"packsaddle/{word}/{r}"]))
@@ -87,7 +88,7 @@ def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
     """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
-    # Remove the file and the line in torch's source from the message.
+    # Remove the file name and the line number of torch's source from the message.
     text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])
     reason = " ".join(text.split()).partition(". ")[0][:60]
     limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"

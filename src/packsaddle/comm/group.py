@@ -34,7 +34,8 @@ _CPU = torch.device("cpu")
 
 
 class Group(ABC):
-    """Workers that call the same collectives in the same order. `rank` is this worker's index, `size` the number W."""
+    """Workers that call the same collectives in the same order. `rank` is this worker's index, and `size` is the number
+    W of the workers."""
 
     rank: int
     size: int
@@ -52,15 +53,16 @@ class Group(ABC):
 
     @abstractmethod
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Send outgoing[r], flat, to worker r; return the tensors received, by rank: sizes[r] elements from rank r."""
+        """Send the flat tensor outgoing[r] to worker r. Return the received tensors, by rank; the tensor from rank r
+        has sizes[r] elements."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite the tensor with rank 0's, in place."""
+        """Overwrite the tensor with the tensor of rank 0, in place. Shapes and dtypes must match on all workers."""
 
     def background(self, device: torch.device) -> "Group | None":
-        """Return a new group of the same workers whose collectives can overlap those of this one; collective.
-        Returns None if collectives of this group cannot overlap other work."""
+        """Return a new group of the same workers, whose collectives can run at the same time as those of this group;
+        collective. Returns None if collectives of this group cannot overlap other work."""
         return None
 
     def stages(self, device: torch.device) -> bool:
@@ -103,7 +105,7 @@ class TorchGroup(Group):
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of the workers in torch's default group."""
+        """The ranks that the workers of this group have in torch's default group, in order."""
         return dist.get_process_group_ranks(self.process_group)
 
     @property
@@ -169,7 +171,8 @@ class TorchGroup(Group):
 
     @contextmanager
     def naming_lost_workers(self) -> Iterator[None]:
-        """Convert a network error of a collective to PeerLostError, which names the lost workers."""
+        """Context manager that converts a network error of a collective to PeerLostError, which names the lost
+        workers."""
         try:
             yield
         except RuntimeError as error:

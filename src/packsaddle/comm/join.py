@@ -1,8 +1,8 @@
 """Support for torch's `Join`, for workers with different numbers of steps: ended workers still join every exchange.
 
-Before a step with collectives, each worker announces them by an all-reduce, in which `Join` counts the workers that
-still train. An ended worker runs the same step without training: in the next exchange it sends its last local update,
-and later only its error memory. Each mean is over all workers, so no update is lost.
+Before a step with collectives, each worker announces these collectives by an all-reduce, in which `Join` counts the
+workers that still train. An ended worker runs the same step without training: in its first exchange after the end it
+sends its last local update, and later only its error memory. Each mean is over all workers, so no update is lost.
 """
 
 from abc import abstractmethod
@@ -26,11 +26,13 @@ class JoinableSteps(Joinable):
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
-        """Count one step, and run an exchange if one is due. Returns True if the step had collectives."""
+        """Count one step, and run an exchange if one is due. `has_ended` is True on a worker that no longer trains.
+        Returns True if the step had collectives."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop. Raises RuntimeError
-        with a manager or without a process group, and ValueError if divide_by_initial_world_size is False."""
+        if the workers have a torchft Manager or no process group, and ValueError if divide_by_initial_world_size is
+        False."""
         if self._has_manager:
             raise RuntimeError("Join is for fixed workers: with a manager, a worker that has ended calls leave()")
         if self.join_process_group is None:

@@ -32,7 +32,9 @@ from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
 
-BIND = "PACKSADDLE_BIND"  # environment variable: address at which rank 0's store listens; unset: MASTER_ADDR
+# Name of the environment variable with the address at which rank 0's store listens. If it is unset, the store listens
+# at MASTER_ADDR.
+BIND = "PACKSADDLE_BIND"
 
 
 def under_launcher() -> bool:
@@ -92,10 +94,11 @@ _ROUND = 1.0  # seconds to wait for a confirmation of a proposed key prefix befo
 
 
 def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
-    """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError after `seconds`.
+    """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError if there is no agreement
+    within `seconds`.
 
-    Rank 0 proposes a prefix, and publishes the ids of the workers that answered. Each worker confirms once the list
-    contains its own id, so answers from workers of an earlier launch are detected.
+    Rank 0 proposes a prefix, and publishes a list of the ids of the workers that answered. Each worker confirms once
+    the list contains its own id, so answers from workers of an earlier launch are detected.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     if rank == 0:
@@ -226,7 +229,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         group = TorchGroup()
         yield group
         with group.naming_lost_workers():
-            dist.barrier()  # an early exit would close connections that others still use
+            dist.barrier()  # an early exit would close connections that other workers still use
     finally:
         # Destroy the group, since an interpreter that exits while gloo's threads are alive sometimes aborts.
         dist.destroy_process_group()
@@ -320,8 +323,9 @@ def _restoring_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _holding_signals_at_start() -> Iterator[None]:
-    """Context manager that delays a signal that arrives while torch's launcher starts workers until all are started.
-    Without it torch would raise before it has recorded these workers, and so could not forward the signal to them."""
+    """Context manager in which a signal that arrives while torch's launcher starts workers is delayed, until all
+    workers are started. Otherwise torch would raise an exception before it has recorded these workers, and so could not
+    forward the signal to them."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 
@@ -356,7 +360,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
     `entry` must be importable by name; it is called with the launcher's environment variables (see `process_group`).
-    Raises WorkerFailedError if a worker fails, ConfigError if a worker raised one, TerminatedError on SIGTERM.
+    Raises ConfigError if a worker raised a ConfigError, WorkerFailedError if a worker failed otherwise, and
+    TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

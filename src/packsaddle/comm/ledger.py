@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _KEPT = 1000  # maximum number of spans that a ledger keeps
-Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
+Totals = list[tuple[str, str, int, int, int]]  # (purpose, collective, bytes of payload, bytes sent, bytes received)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Bytes:
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
     def part_of(self, processes: int) -> "Bytes":
-        """Return the bytes of one process, rounded up, if a number of `processes` divides these bytes equally."""
+        """Return the bytes of one process, rounded up, if these bytes are divided equally among `processes`
+        processes."""
         return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
 
     def __str__(self) -> str:
@@ -140,12 +141,12 @@ class Ledger:
 
     @property
     def sent(self) -> int:
-        """All bytes that this worker sent, `total.sent`."""
+        """The number of bytes that this worker sent in all steps, equal to `total.sent`."""
         return self.total.sent
 
     @property
     def received(self) -> int:
-        """All bytes that this worker received, `total.received`."""
+        """The number of bytes that this worker received in all steps, equal to `total.received`."""
         return self.total.received
 
     def state_dict(self) -> list[list[Any]]:

@@ -31,7 +31,7 @@ from packsaddle.comm.launching import bound_store, replaced
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
-LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
+LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable with the lighthouse's URL, which torchft reads too
 _AGAIN = 3.0  # seconds between attempts to reach a lighthouse
 _CPU = torch.device("cpu")
 _c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
@@ -56,7 +56,8 @@ class ManagedGroup(Group):
             raise ConfigError(f"manager has {processes} processes, and torch's default group has {self.site.size}")
 
     def renew(self) -> None:
-        """Set rank and size to those in the latest quorum. Raises ConfigError if this worker is not part of it."""
+        """Set `rank` to this worker's rank in the latest quorum, and `size` to the number of workers in the quorum.
+        Raises ConfigError if this worker is not part of it."""
         rank = self.manager.participating_rank()
         if rank is None:
             raise ConfigError("manager must have world_size_mode=DYNAMIC and use_async_quorum=False: no worker spares")
@@ -85,7 +86,8 @@ class ManagedGroup(Group):
 
 
 def processes_of(manager: Any) -> int:
-    """Return the number of processes of the worker whose torchft Manager this is. torchft has no public name for it."""
+    """Return the number of processes of the worker whose torchft Manager this is. torchft has no public attribute for
+    this number."""
     return int(getattr(manager, "_group_world_size", 1))
 
 
@@ -106,14 +108,14 @@ def connect(
     bind: str | None = None,
     site: bool = False,
 ) -> Any:
-    """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`, or a site.
+    """Return a torchft Manager that makes this process a worker of `LocalUpdates(..., workers=)`, or a part of one.
 
     Args:
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT; by default the value of TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
         min_workers: minimum number of workers for an exchange to be applied; identical on all workers.
-        timeout: limit in seconds for a collective, or for fetching the state of another worker. All three times are
-            numbers, or text such as "55ms" or "2min".
+        timeout: limit in seconds for a collective, or for fetching the state of another worker. This and the next two
+            times are numbers of seconds, or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join an exchange.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers; by default its address in the connection to the lighthouse.
@@ -122,8 +124,9 @@ def connect(
         site: True if all processes in torch's default group are one worker. Each of them calls this function. All
             sites must have the same number of processes.
 
-    States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
-    torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be parsed.
+    States of other workers are loaded with weights_only=True, which allows only tensors and plain types. Raises
+    MissingExtraError without torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be
+    parsed.
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
@@ -147,7 +150,8 @@ def connect(
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
     place_of_store = ObjectCollectives(own, _CPU).send([here, store.port] if store else None, 0)
-    # The Manager's server listens at every address, and torchft has no option to change that.
+    # The Manager's server would listen at every address, and torchft has no option for the address. So replace the
+    # class of the server while the Manager is made.
     managers: Any = require("torchft.manager", "torchft", "elastic training")
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
     bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
@@ -194,7 +198,8 @@ def check_lighthouse(address: str, seconds: float = 10.0) -> None:
 
 
 def reach(host: str, port: int, seconds: float) -> str:
-    """Return this machine's address in a connection to the lighthouse. Raises ConfigError if it cannot connect."""
+    """Return the address that this machine has in a connection to the lighthouse at `host` and `port`. Raises
+    ConfigError if there is no connection after `seconds`."""
     try:
         with socket.create_connection((host, port), timeout=seconds) as connection:
             return str(connection.getsockname()[0]).removeprefix("::ffff:")
@@ -209,7 +214,7 @@ def lighthouse_address() -> tuple[str, int] | None:
 
 
 def _place(address: str) -> tuple[str, int]:
-    """Return host and port of a lighthouse's address, http://HOST:PORT. Raises ConfigError for another form."""
+    """Return host and port of a lighthouse's address. Raises ConfigError unless it has the form http://HOST:PORT."""
     scheme, host, port = "", None, None
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(address)

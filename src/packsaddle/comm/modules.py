@@ -1,4 +1,5 @@
-"""The modules of this process, since parameters have no reference to the modules that have them.
+"""A record of the modules in this process, to find the modules that contain a parameter. A parameter does not refer to
+them.
 
 A module is recorded when it gets a parameter or submodule after `import packsaddle`. Deep copies and unpickled modules
 are not recorded.

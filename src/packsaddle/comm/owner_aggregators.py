@@ -1,9 +1,12 @@
 """Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star.
+With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, as in the paper's star
+topology.
 
-In its own chunk an owner averages its v uncompressed, since it need not send it. It may compress the mean again. If r
-is the residual of the compressed mean, it keeps W r in its error memory, so that the next mean contains r once:
+Workers send their vectors v_i compressed, as C(v_i), except that an owner j uses its own v_j uncompressed in the mean m
+of its chunk, since v_j is not sent there. The owner sends m back as B(m), where B may be another compressor or the
+identity. It keeps W times the residual r = m - B(m) in its error memory, so that the next mean over the W workers
+contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
 """
@@ -27,9 +30,9 @@ Chunk = tuple[int, int]
 class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
-    An owner replies with B(m), where m is the mean and B the compressor `back`. k= or columns= of a compressor is
-    divided among chunks in proportion to their sizes, and with `per_tensor` each piece of a tensor in a chunk counts as
-    a tensor.
+    An owner replies with B(m), where m is the mean and B the compressor `back`. If a compressor has k= or columns=,
+    this number is divided among chunks in proportion to their sizes. If it has `per_tensor`, each piece of a tensor in
+    a chunk counts as a tensor.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
@@ -85,9 +88,9 @@ class Owners(Aggregator):
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> tuple[Message, Tensor]:
-        """Return the owner's reply, which is the compressed mean of its chunk. Also returns the residual of this
-        compression. If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid
-        coordinates."""
+        """Return the reply of this worker as an owner, i.e. the compressed mean of its chunk [a, b), and the residual
+        of this compression, float[b - a]. If the mean is invalid, the reply is NaN, even if compression would have
+        dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
         # Compute the mean of the chunk, in which this worker's own v is uncompressed.
@@ -146,7 +149,8 @@ class Owners(Aggregator):
         return slice(*self.bounds(d, workers)[rank : rank + 2])
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the mean over chunks, weighted by size, of the product of both compressors' contraction mu."""
+        """Return the contraction mu of one exchange: the mean over chunks, weighted by chunk size, of the product of
+        the contractions of both compressors."""
         chunks = self._chunks(d, workers)
         parts = [(b - a, self.compressor.restrict(a, b, d), self.back.restrict(a, b, d)) for a, b in chunks]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0

@@ -18,7 +18,7 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-# "auto" selects another exchange than "direct" only if it sends at most this fraction of the bytes of "direct".
+# "auto" selects "two-way" instead of "direct" only if "two-way" sends at most this fraction of the bytes of "direct".
 _CLEARLY_LESS = 0.95
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
@@ -35,7 +35,7 @@ class Choice:
 
 def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
     """Warn if the number d of compressed coordinates is 0, since everything is then sent uncompressed. `stacklevel`
-    is as in a `warnings.warn` that the caller of this function calls."""
+    means the same as if the caller of this function called `warnings.warn` itself."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
@@ -65,17 +65,18 @@ def choose(
     """Return the aggregator for d compressed and `dense` uncompressed coordinates.
 
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
-    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct", or "two-way" in place of an all-gather
-    if its busiest worker is predicted to send over 5% fewer bytes than that of "direct". "two-way" and "coordinator"
-    may compress the mean again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does
-    not support it or d.
+    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct", except that "two-way" replaces an
+    all-gather if the busiest worker is predicted to send over 5% fewer bytes in "two-way" than in "direct". "two-way"
+    and "coordinator" may compress the mean again, with `back`. Raises ValueError if the exchange is unknown, or if the
+    compressor does not support this exchange or vectors of d coordinates.
     """
     check_exchange(exchange, back)
     name = compressor.aggregation
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
     direct = _DIRECT[name](compressor)
-    # The exact mean, with the aggregator that the compressor names. "senders" uses it too, and reweights it afterwards.
+    # The exact mean, with the aggregator that the compressor names. "senders" uses this mean too; local updates then
+    # divide each coordinate by the number of its senders instead of by W.
     if exchange in ("direct", "senders", name):
         choice = Choice(direct, name, "asked for")
     elif name not in get_args(Exchange) and exchange != "auto":

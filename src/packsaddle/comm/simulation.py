@@ -115,8 +115,8 @@ class FusedGroup(Group):
     """One process that emulates W workers: its tensors are the means of the workers' tensors.
 
     This is exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers exchange only
-    means of vectors that are linear in their gradients. The workers' batches are processed as one batch, and the one
-    error memory is the mean of theirs. Bytes are counted as for W workers.
+    means of vectors that are linear in their gradients. The workers' batches are processed as one batch, and there is
+    one error memory, which equals the mean of the workers' error memories. Bytes are counted as for W workers.
     """
 
     rank = 0
@@ -140,9 +140,9 @@ class FusedGroup(Group):
 def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     """Run worker(rank) for each rank of a simulated group of `workers`, and return the results by rank.
 
-    Workers run one at a time, in this process. Inside, `CompressedSGD(..., process_group=None)` uses the simulated
-    group. Raises ValueError if `workers` is below 1, RuntimeError if the workers' collectives do not match, and the
-    exception of the first worker that failed.
+    Workers run one at a time, in this process. Inside the function `worker`, `CompressedSGD(..., process_group=None)`
+    uses the simulated group. Raises ValueError if `workers` is below 1, and RuntimeError if the workers' collectives do
+    not match. If a worker fails, its exception is raised here.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK, simulate

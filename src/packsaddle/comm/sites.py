@@ -1,8 +1,8 @@
-"""Sites as workers: several processes train one model, and share the exchanges with other sites.
+"""Sites as workers: several processes train one model as one worker, and divide the messages to other sites.
 
 A site may shard the model over its processes, as FSDP2 does. Each process then exchanges its shard with its peers, the
 processes of the other sites that have the same shard. Or each process has the whole model, as in
-DistributedDataParallel. `SiteGroup` then divides every message among the processes.
+DistributedDataParallel. `SiteGroup` then divides every message among the processes of the site.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,8 +46,8 @@ class SiteGroup(Group):
 
     Args:
         within: the group of this site's processes.
-        peers: the group of this process and its peers, one process in each site. If workers may leave it, a collective
-            that fails on one process of the site fails on all.
+        peers: the group of this process and its peers, one process in each site. If workers may leave this group, a
+            collective that fails on one process of the site fails on all processes of the site.
     """
 
     def __init__(self, within: Group, peers: Group) -> None:
@@ -102,7 +102,7 @@ class SiteGroup(Group):
         return -(-size // self.processes)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last ones are
+        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last parts are
         padded with zeros."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)
@@ -111,7 +111,7 @@ class SiteGroup(Group):
         return part
 
     def _gathered(self, part: Tensor) -> Tensor:
-        """Gather `part` from all processes of this site, and return the stacked tensors."""
+        """Gather `part` from all processes of this site, and return the tensors stacked along a new first dimension."""
         data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no 8-bit floats
         return torch.stack(self.within.all_gather(data)).view(part.dtype)
 

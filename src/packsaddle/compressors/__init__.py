@@ -1,4 +1,4 @@
-"""Gradient compressors."""
+"""Compressors of vectors: the interface, all implementations, and functions that parse and describe them."""
 
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.kinds import *  # noqa: F403 -- all compressors

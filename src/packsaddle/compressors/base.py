@@ -181,12 +181,13 @@ class Compressor(ABC):
         return None
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
-        """Return one compressor for each section of a vector, a range of coordinates that is compressed separately.
+        """Return one compressor for each section of a vector. A section is a range of coordinates that is compressed
+        separately.
 
-        Together they send about as many coordinates as this compressor sends of the whole vector, and they send more
-        from sections of larger magnitude.
-        `samples` has some coordinates of each section, float[1 or more], and `sizes` the section lengths. Returns None
-        if a section is compressed in the same way whatever the other sections contain.
+        Together the returned compressors send about as many coordinates as this compressor would send of the whole
+        vector, and they send more from sections of larger magnitude. `samples` has some coordinates of each section,
+        float[1 or more], and `sizes` the section lengths. Returns None if a section is compressed in the same way
+        whatever the other sections contain.
         """
         return None
 

@@ -1,9 +1,9 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
-A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
-kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. Rice codes take
-log2(n / k) + 1.5 bits per index for k random indices of n, and at most 2 log2(e) more if they are not random, since the
-gaps add up to less than n.
+A chunk is a run of consecutive coordinates; all chunks have the same length except the last, which may be shorter. The
+number of coordinates kept in each chunk is fixed. An index is coded by its gap from the previous index in its chunk, as
+a Rice code. For k random indices of n coordinates, the codes take log2(n / k) + 1.5 bits per index. For any other k
+indices they take at most 2 log2(e) bits per index more, since the gaps add up to less than n.
 """
 
 import math
@@ -65,7 +65,8 @@ class Chunks:
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=v.device)
 
     def encode(self, index: Tensor) -> Tensor:
-        """Encode the indices of the kept coordinates, from `largest`, as uint8[...]; empty if all are kept."""
+        """Encode the indices of the kept coordinates, from `largest`, as uint8[...]. Returns an empty tensor if all
+        coordinates are kept."""
         if self.total == self.whole * self.size + self.rest:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)

@@ -1,6 +1,6 @@
 """The list of all compressors, one line each. Names, help, configurations, exports, tables and tests derive from it."""
 
-# The order is that of tables and messages.
+# Tables and messages list the compressors in this order.
 # isort: off
 from packsaddle.compressors.sparse import Identity as Identity
 from packsaddle.compressors.sparse import RandomK as RandomK

@@ -1,9 +1,13 @@
-"""Entropy coding of a quantizer's integer levels. The first byte selects one of three codes.
+"""Entropy coding of a quantizer's integer levels. The first byte of a message selects one of three codes.
 
-*Layers*, for mostly small levels: layer j is the set of coordinates with magnitude above j, a subset of layer j - 1. It
-is coded by the gaps between its elements, or between those of its complement in layer j - 1, whichever are fewer. One
-sign bit per nonzero level follows. *Rice codes*, for large levels: the levels 0, 1, -1, 2, -2, ... are mapped to
-0, 1, 2, 3, 4, ...; the codes are nearly as short as layers, and much faster. *Fixed width*, if neither is shorter.
+*Layers* are for mostly small levels. Layer j is the set of coordinates whose level has a magnitude above j, so it is a
+subset of layer j - 1. It is coded by the gaps between its elements. If layer j - 1 has fewer elements outside of layer
+j than in it, the gaps between the elements outside are coded instead. One sign bit per nonzero level follows.
+
+*Rice codes* are for large levels. The levels 0, 1, -1, 2, -2, ... are numbered from 0 on, and each number is sent as a
+Rice code. This is nearly as short as layers, and much faster.
+
+*Fixed width* is used if neither of the two other codes is shorter.
 """
 
 import math
@@ -22,8 +26,8 @@ from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.transfers import indices_where, read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
-# For large levels, Rice codes are chosen if their length is at most this multiple of the layered code's, since they are
-# ten times as fast.
+# For large levels, Rice codes are chosen if their length is below this multiple of the length of the code in layers,
+# since they are ten times as fast as layers.
 _FOR_SPEED = 1.04
 _LARGE = 2.0  # levels are called large if the nonzero levels have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
@@ -104,7 +108,7 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     in_rice = [int((counts * ((folded >> b) + 1 + b)).sum()) for b in range(MOST_BITS)]
     b = min(range(MOST_BITS), key=in_rice.__getitem__)
-    # For large levels prefer Rice codes, for speed.
+    # For large levels prefer Rice codes, which are faster than layers.
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
     coded = None
     if in_rice[b] < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * fixed):
@@ -127,7 +131,8 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
     """Invert `encode_levels`: return level + top for each of d levels, uint8[d]. Raises MessageError if `coded` is
-    invalid. `head` is the list of the first two bytes of `coded`, or fewer if it is shorter; if None, it is read."""
+    invalid. `head` is the list of the first two bytes of `coded`, or fewer if `coded` is shorter. If it is None, the
+    bytes are read here, and the host waits for a GPU."""
     head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
@@ -190,7 +195,8 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     """Decode the output of `_in_layers`, with `count` layers, to level + top for each level, uint8[d]. Raises
     MessageError if the sizes in its header contradict each other or the length of `coded`."""
-    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
+    # The header has two numbers per layer: the number of coordinates in the layer, and the number of bytes of its coded
+    # gaps.
     width = _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
@@ -209,7 +215,8 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     codes = coded.new_full((d,), top)
     if not layers:
         return codes
-    # A layer's indices refer to the members of the previous layer; the first layer has the nonzero levels.
+    # A layer's indices are positions among the coordinates of the previous layer. The first layer is the set of all
+    # nonzero levels.
     places, magnitudes, members = coded[:0], coded[:0], None
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)

@@ -1,4 +1,4 @@
-"""LinearSketch: a random linear sketch as a compressor."""
+"""LinearSketch: a compressor that sends a random linear sketch of the vector, a count sketch or a Gaussian sketch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,13 @@ class LinearSketch(Compressor):
     """The linear compressor C(v) = S^T S v / (1 + omega), with a random matrix S, float[c, d]; S v is all-reduced.
 
     S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
-    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a
-    count sketch: omega = (d - n) / c, n being the size of the last chunk of c coordinates (see `numerics.sketches`), so
-    mu is c / d if c divides d, and never below c / (c + d - 1). The sketch "gaussian" has independent N(0, 1/c)
-    entries: omega = (d + 1) / c.
+    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). With sketch="count", S is one row of a
+    count sketch (see `numerics.sketches`). Then omega = (d - n) / c, where n is the size of the last of the chunks of c
+    coordinates into which v is divided. So mu is c / d if c divides d, and never below c / (c + d - 1). With
+    sketch="gaussian", S has independent N(0, 1/c) entries, and omega = (d + 1) / c.
 
-    Raises ValueError unless exactly one of ratio and columns is given, in range, and sketch is "count" or "gaussian".
+    Raises ValueError unless exactly one of ratio and columns is given, if it is out of range, or if sketch is neither
+    "count" nor "gaussian".
 
     >>> import torch
     >>> from packsaddle import LinearSketch
@@ -42,7 +43,7 @@ class LinearSketch(Compressor):
     summary: ClassVar[Summary] = Summary("c/(c + d - 1) or better", "c counters")
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
-    sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers per step, for small problems only
+    sketch: Literal["count", "gaussian"] = "count"  # kind of S; "gaussian" draws c d numbers per step: for small d only
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):

@@ -23,8 +23,8 @@ class LowRank(Compressor):
     orthonormal basis of the columns of M Q for some Q, float[m, matrix_rank]. Between workers
     (`comm.aggregators.LowRankAllReduce`) M Q and P^T M are all-reduced, and Q is the previous step's (P^T M)^T plus a
     small Gaussian: warm-started power iteration. In `encode`, which has no previous step, Q is Gaussian. Without the
-    shapes of `for_tensors` a vector is viewed as a nearly square matrix. Tensors whose factors would not be smaller are
-    sent uncompressed.
+    shapes of `for_tensors` a vector is viewed as a nearly square matrix. A tensor is sent uncompressed if its factors
+    would have at least as many numbers as the tensor.
 
     ||M - P P^T M|| is at most ||M||, and for random Q on average at most sqrt(1 - matrix_rank / min(n, m)) ||M||.
     Raises ValueError unless matrix_rank is a positive integer.
@@ -87,8 +87,8 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message with P, float[n, rank], and P^T M for each matrix M; `ps` are the matrices' P. If `rank`
-        is 0 for a matrix, the message has M itself instead of P and P^T M."""
+        """Return the message with P, float[n, rank], and P^T M for each matrix M. `ps` contains the P of each matrix.
+        If `rank` is 0 for a matrix, the message has M itself instead of P and P^T M."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 

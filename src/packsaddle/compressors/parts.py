@@ -90,8 +90,8 @@ def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """A context manager that completes MessageErrors raised or deferred in it: it adds the compressor, and puts
-    `prefix` before the name of the part."""
+    """A context manager that completes each MessageError that is raised or deferred in its block: the error then names
+    the compressor, and `prefix` precedes the name of the part."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

@@ -110,10 +110,10 @@ def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
 class Rounded(Compressor):
     """A compressor that sends every coordinate, rounded to nearest in a format of few bits (`compressors.values`).
 
-    The default, "int2", sends a sign and a bit that selects one of two levels in each block of 256 coordinates: the
-    mean of the magnitudes up to their mean, and that of the larger ones. It takes 2.1 bits per coordinate. For a
-    Gaussian vector, 12% of ||v||^2 remains for the error memory; with `Sign`, 36% remains. Raises ValueError for an
-    unknown format.
+    The default, "int2", sends two bits of each coordinate: its sign, and whether its magnitude exceeds the mean
+    magnitude of its block of 256 coordinates. Each block has two levels: the mean of the magnitudes that exceed this
+    mean, and the mean of the others. With the levels, a coordinate takes 2.1 bits. For a Gaussian vector, 12% of
+    ||v||^2 remains for the error memory; with `Sign`, 36% remains. Raises ValueError for an unknown format.
 
     >>> import torch
     >>> from packsaddle import Rounded
@@ -133,7 +133,8 @@ class Rounded(Compressor):
         check_format("Rounded", self.values)
 
     def mu(self, d: int) -> float:
-        """Return `value_retention` of the format, a lower bound for every v of d coordinates."""
+        """Return `value_retention` of the format, which is a lower bound on the contraction mu for every v of d
+        coordinates."""
         return value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -159,7 +160,8 @@ class QSGD(Compressor):
     `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0: its
     residuals would otherwise be sent at every step until they underflow.
 
-    Raises ValueError unless levels, at most 2^23, and bucket are positive integers and coded is True or False.
+    Raises ValueError unless levels and bucket are positive integers, levels is at most 2^23, and coded is True or
+    False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -292,8 +294,9 @@ class QSGD(Compressor):
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
     def _not_zero(self, norms: Tensor, d: int, nonzero: int) -> "_Buckets | None":
-        """Return the `nonzero` buckets whose norm is not 0; only their levels are entropy-coded and sent. Returns None,
-        so that all are sent, if more than 7/8 are nonzero, or if buckets do not end at byte boundaries."""
+        """Return the buckets whose norm is not 0; only their levels are entropy-coded and sent. `nonzero` is the number
+        of these buckets. Returns None, so that all buckets are sent, if more than 7/8 of the norms are not 0, or if
+        buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8 or 8 * nonzero > 7 * len(norms):
             return None

@@ -25,8 +25,8 @@ def variants(kind: Any, ratio: float) -> list[Compressor]:
 
 
 def compressors(ratio: float) -> list[Compressor]:
-    """Return all compressors, some in several variants, with this `ratio` if they have one. Raises ValueError unless it
-    is in (0, 1]."""
+    """Return one object of each compressor class, or several for a class with variants. Those that have a ratio get
+    this `ratio`. Raises ValueError unless `ratio` is in (0, 1]."""
     return [compressor for kind in CLASSES.values() for compressor in variants(kind, ratio)]
 
 

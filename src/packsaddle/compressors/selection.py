@@ -33,9 +33,9 @@ def as_integers(v: Tensor) -> Tensor:
 def largest(v: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest magnitudes of v, float[n], increasing int64[k].
 
-    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold, which
-    was predicted (see `numerics.candidates`), or sampled to leave slightly more than k. Other devices use torch.topk,
-    which does not synchronize but breaks ties in its own way.
+    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold. The
+    threshold was predicted (see `numerics.candidates`), or is estimated from a sample such that slightly more than k
+    elements exceed it. Other devices use torch.topk, which does not synchronize but breaks ties in its own way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
@@ -87,8 +87,8 @@ def largest_of_blocks(
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers, increasing int64[k]. Among equal ones, the first are selected.
-    CPU only."""
+    """Return the indices of the k largest integers in `magnitudes`, int[n], increasing int64[k]. Among equal integers,
+    the first are selected. CPU only."""
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)
@@ -101,8 +101,9 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Estimate from `sample`, float[m], a threshold that k or more of n magnitudes reach, and how many reach it.
-    The threshold is compared with `as_integers`. Only rarely do fewer than k magnitudes reach it."""
+    """Estimate from `sample`, float[m], a threshold that k or more of n magnitudes reach, and the number of magnitudes
+    that reach it. The threshold is an integer, to compare with results of `as_integers`. Only rarely do fewer than k
+    magnitudes reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # Add a margin of four standard deviations, and 8 for small expected counts.
@@ -119,8 +120,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the indices of the fewest coordinates with the fraction `share`, in (0, 1], of ||v||^2, increasing
-    int64[...].
+    """Return the indices of the fewest coordinates of v, float[n], that together have at least the fraction `share`, in
+    (0, 1], of ||v||^2, increasing int64[...].
 
     A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
     magnitude; histograms of the magnitudes in its bin over the next bits give its other bits. Among equal magnitudes
@@ -199,10 +200,11 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate how to divide the energy ||v||^2 to send, a fraction `share` of it, among the sections of a vector v.
+    """Estimate the fraction of its energy that each section of a vector v should send, so that v as a whole sends the
+    fraction `share` of its energy ||v||^2 in the fewest coordinates.
 
-    Returns the fraction of each section's own energy to send, clamped to [1e-6, 1]; a section of zeros gets `share`.
-    `samples` are as in `counts_among_largest`.
+    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` are as in
+    `counts_among_largest`.
     """
     pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -223,9 +225,9 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
-    Rounding is by largest remainders. `total` is first clamped to [number of sizes, sum of sizes]; sizes must be at
-    least 1."""
+    """Divide `total` into integers, one per weight, proportional to `weights`. Each integer is clamped to [1, n], where
+    n is its entry in `sizes`, at least 1. Rounding is by largest remainders. `total` is first clamped to [number of
+    sizes, sum of sizes]."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

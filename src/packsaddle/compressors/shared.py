@@ -1,16 +1,18 @@
 """SharedTopK and SketchTopK: all workers send the same coordinates, selected by a sketch of the mean vector.
 
-SharedTopK keeps K of B blocks of b coordinates, by r projections of each. Its mu is K / B >= k/d, in expectation, for
-every v: block j has energy e_j and the estimate e_j X_j. The X_j are independent and chi squared of r degrees, because
-a Gaussian matrix has the same distribution in all directions. Let e_i >= e_j. Swapping X_i and X_j preserves
-probability, and turns each case that keeps j without i into one that keeps i without j. So
+SharedTopK divides a vector v into B blocks of b coordinates and keeps K of them: those with the largest energy,
+estimated from r random projections of each block. For every v its contraction mu is K / B >= k/d in expectation.
+
+Proof. Block j has energy e_j, and the estimate of its energy is e_j X_j. The X_j are independent and chi squared with r
+degrees of freedom, because a Gaussian matrix has the same distribution in all directions. Let e_i >= e_j. Swapping X_i
+and X_j preserves probability, and turns each case that keeps j without i into one that keeps i without j. So
 P(i is kept) >= P(j is kept). These probabilities sum to K, so by Chebyshev's sum inequality
 E[energy kept] = sum_j e_j P(j is kept) >= (K / B) sum_j e_j = (K / B) ||v||^2.
 
-It sends B r numbers of 2 bytes (if `half`) and K b values. By default b is the size nearest to 2 r d / k for which
-whole blocks make k coordinates; projections then take a quarter of the bytes of the values in float32. For
-k < sqrt(2 r d) one block of k coordinates is kept, and the fraction K / B is larger. Below k = sqrt(r d / 2) one block
-of sqrt(r d / 2) is kept, which takes the fewest bytes possible.
+SharedTopK sends B r projections, in 2 bytes each if `half`, and K b values. By default b is the size nearest to
+2 r d / k for which whole blocks make k coordinates; projections then take a quarter of the bytes of the values in
+float32. For k < sqrt(2 r d) one block of k coordinates is kept, and the fraction K / B is larger. Below
+k = sqrt(r d / 2) one block of sqrt(r d / 2) coordinates is kept, which takes the fewest bytes possible.
 
 SketchTopK's sketch has R rows of c columns. Charikar et al. (2002) require c of order k and R of order log d. Here:
 - c = 16 k: the standard deviation of a row's estimate is a quarter of a heavy hitter (a coordinate with 1/k of the
@@ -56,7 +58,7 @@ class Kept(NamedTuple):
     """The context of a message: the kept cells (ranges of coordinates), and where their values are in the message."""
 
     cells: Cells
-    which: Tensor | None  # positions in "values", increasing int64[k]; None: all
+    which: Tensor | None  # positions of the kept values in "values", increasing int64[k]; None: all are kept
 
 
 class SharedSupport(KOfD):
@@ -79,15 +81,16 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the cells of d coordinates to send, selected by their `sketch`, which has the randomness `drawn`."""
+        """Return the cells to send of a vector of d coordinates, selected by the vector's `sketch`. `drawn` is the
+        randomness of the sketch."""
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
         """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the cells to keep from `places`, the cells that were sent, by their exact `values`; by default all.
-        The vector has d coordinates."""
+        """Select the cells to keep from `places`, the cells that were sent, by their exact `values`. By default all of
+        them are kept. The vector has d coordinates."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -119,12 +122,12 @@ class SharedSupport(KOfD):
 class SharedTopK(SharedSupport):
     """A compressor that keeps the blocks with the largest estimated energy of the workers' mean (after ARC-TopK, 2025).
 
-    k is given, or is `ratio` * d, rounded and at least 1. The vector is divided into B blocks of `block_size` b
+    k is given, or is `ratio` * d, rounded and at least 1. The vector is divided into B blocks v_j of b = `block_size`
     coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
-    float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
-    r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
-    uses the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i):
-    Algorithm 1 on the mean, as in Theorem 3.1.
+    float[r, b] with r = `projections`, has independent N(0, 1) entries, identical on all workers. First the projections
+    G_j v_j are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709 uses the rows
+    of each matrix as blocks). For given blocks C is linear, so the mean of the C(v_i) of all workers i is C(mean v_i):
+    this is Algorithm 1 applied to the mean, as in Theorem 3.1.
 
     mu = K / B >= k/d, in expectation, for every v. The module's docstring has the proof and derives the default block
     size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
@@ -170,7 +173,7 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        # Return the block size for the largest number of blocks of which `kept` blocks are at least the fraction k/d.
+        # Return the size of blocks for the largest B such that `kept` of B blocks are at least the fraction k/d of B.
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
@@ -184,7 +187,7 @@ class SharedTopK(SharedSupport):
         return (blocks, kept, r) if blocks * r + kept * b < d else (blocks, blocks, 0)
 
     def mu(self, d: int) -> float:
-        """Return the fraction of the blocks that is kept, K / B, at least k/d."""
+        """Return the fraction of the blocks that is kept, K / B, which is at least k/d."""
         blocks, kept, _ = self.grid(d)
         return kept / blocks if d else 1.0
 
@@ -235,15 +238,16 @@ def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
 class SketchTopK(SharedSupport):
     """A compressor that keeps the k largest coordinates of the mean, found by a count sketch (Ivkin et al. 2019).
 
-    First the workers' sketches, `rows` x `columns` counters, are all-reduced. They estimate the mean; the P k
-    coordinates of largest estimated magnitude are candidates, P = `oversample`. Then the exact values of the candidates
-    are all-reduced, and the k of largest exact magnitude are kept. k is given, or is `ratio` * d rounded, at least 1.
-    All workers keep the same coordinates and the mean is compressed, as Theorem 3.1 requires.
+    First the workers' sketches, of `rows` x `columns` counters each, are all-reduced. From the mean sketch, every
+    coordinate of the mean vector is estimated. The `oversample` * k coordinates with the largest estimated magnitudes
+    are candidates. Then the exact values of the candidates are all-reduced, and the k candidates with the largest exact
+    magnitudes are kept. k is given, or is `ratio` * d, rounded and at least 1. All workers keep the same coordinates
+    and the mean is compressed, as Theorem 3.1 requires.
 
     The estimate is the median over rows; in each row its variance is at most ||v||^2 / columns (see
     `numerics.sketches`). The module's docstring derives the default sizes, 16 k columns and O(log(d / k)) rows. If
-    sketch and candidates would be d numbers or more, all values are sent instead and the k largest kept: TopK of the
-    mean.
+    sketch and candidates would be d numbers or more, all values are sent instead, and the k largest of their mean are
+    kept, as TopK of the mean would.
 
     `mu` returns k/d. Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
@@ -304,11 +308,11 @@ class SketchTopK(SharedSupport):
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the candidates, increasing: the coordinates of d whose magnitudes, estimated from `sketch`, are
-        largest.
+        """Return the candidates, in increasing order: of the d coordinates, those with the largest magnitudes as
+        estimated from `sketch`.
 
-        Coordinates that share a counter with a much larger one have the same estimate in that row. So ties are broken
-        in cyclic order from the random coordinate in `drawn` on, not by position.
+        In a row of the sketch, coordinates that share a counter with a much larger coordinate all have the same
+        estimate. So ties are broken in cyclic order from the random coordinate in `drawn` on, not by position.
         """
         hashes = drawn.numbers
         if not hashes:
@@ -324,6 +328,7 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the k candidates in `places`, coordinates of d, whose exact `values` have the largest magnitudes."""
+        """Keep the k candidates in `places` whose exact `values` have the largest magnitudes. The vector has d
+        coordinates."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

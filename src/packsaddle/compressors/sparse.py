@@ -1,4 +1,4 @@
-"""Sparsifying compressors: some coordinates are sent (nearly) exactly, the others not at all.
+"""Sparsifying compressors, which send the values of some coordinates, exact or rounded, and drop all other coordinates.
 
 A vector is divided into cells of consecutive coordinates, so that memory is accessed in contiguous runs.
 """
@@ -177,8 +177,8 @@ class _OfEachTensor(KOfD):
         return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return (start, size) of each range of coordinates from which a separate number is kept. With `per_tensor`
-        each tensor is such a range; otherwise all d coordinates are one range."""
+        """Return (start, size) of each range of coordinates of which a separate number of coordinates is kept. With
+        `per_tensor` each tensor is a range; otherwise all d coordinates are one range."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 
@@ -205,7 +205,7 @@ class RandomK(_OfEachTensor):
 
     `values` rounds the values to fewer bits; C is then not linear. Rounded messages are all-gathered, still without
     index bytes, and each worker's rounding error goes to its own error memory. (An all-reduce would round the sum
-    again, an error that no error memory corrects.)
+    again, and no error memory would correct that error.)
 
     Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
@@ -254,7 +254,7 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the fraction of cells kept, at least k/d for d coordinates, times `value_retention` of `values`."""
+        """Return the fraction of cells kept, which is at least k/d, times `value_retention` of the format `values`."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
@@ -454,8 +454,9 @@ class TopK(_CodedSupport, _OfEachTensor):
 class AdaptiveTopK(_CodedSupport):
     """A compressor that keeps the fewest coordinates that have at least the fraction `share` of ||v||^2.
 
-    So ||v - C(v)||^2 <= (1 - share) ||v||^2 for every v, the paper's Assumption D; `values` rounds them and reduces mu.
-    The number of coordinates sent varies between steps. Raises ValueError for an argument out of range.
+    So ||v - C(v)||^2 <= (1 - share) ||v||^2 for every v, which is the paper's Assumption D. `values` rounds the values
+    sent to fewer bits, which reduces mu. The number of coordinates sent varies between steps. Raises ValueError for an
+    argument out of range.
 
     >>> import torch
     >>> from packsaddle import AdaptiveTopK

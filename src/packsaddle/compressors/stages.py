@@ -17,7 +17,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Stages(Compressor):
-    """A compressor that applies another one `passes` times, each time to the residual of the previous pass.
+    """A compressor that applies another compressor `passes` times, each time to the residual of the previous pass.
 
     C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), so v - C(v) = r_p. The passes
     have independent randomness, a function of (seed, step, i), and the expected energy of r_i is at most 1 - mu times
@@ -142,5 +142,6 @@ class Stages(Compressor):
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:
-        """Return the seed of pass i: `seed` itself for pass 0, else one derived from it, i and the nesting depth."""
+        """Return the seed of pass i. For pass 0 it is `seed` itself. For later passes it is derived from `seed`, i, and
+        the depth to which Stages are nested in this one."""
         return mix(seed, i, i * self._depth) if i else seed

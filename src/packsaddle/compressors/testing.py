@@ -13,7 +13,8 @@ from torch import Tensor
 from packsaddle.compressors import Compressor, Message
 from packsaddle.compressors.base import check_count
 
-STANDARD_ERRORS = 5.0  # tolerance for means; a correct random compressor fails about one comparison in three million
+# Tolerance for means, in standard errors. A correct random compressor fails about one comparison in three million.
+STANDARD_ERRORS = 5.0
 
 
 def nasty_vectors() -> dict[str, Tensor]:
@@ -52,9 +53,9 @@ def nasty_vectors() -> dict[str, Tensor]:
 def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | None = None, *, seeds: int = 200) -> None:
     """Check that `compressor` satisfies the contract of `Compressor`, with every check of this module.
 
-    `vectors` are flat floating-point tensors, by default `nasty_vectors()`; those rejected by `compressor.validate`
-    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the property
-    and the vector, and ValueError unless seeds is a positive integer.
+    `vectors` are flat floating-point tensors, by default `nasty_vectors()`. Vectors that `compressor.validate` rejects
+    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the violated
+    property and the vector, and ValueError unless seeds is a positive integer.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor

@@ -1,9 +1,10 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
-Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block. "int1",
-"int2" and "int3" store a sign and one of 1, 2 or 4 levels per value. For "int2" and "int3", magnitudes are split at the
-mean of their block, and for "int3" each half is split again at its own mean. A level is the mean of the magnitudes in
-its part. Formats of at most 4 bits send scales and levels in 16 bits, relative to the largest one in the vector.
+In the floating-point formats, "int8" and "int4", a value is divided by the largest magnitude of its block (the scale)
+and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels. For "int2"
+and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at its own
+mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16 bits,
+relative to the largest scale or level in the vector.
 """
 
 import math
@@ -23,12 +24,13 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", 
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte has the length modulo 8
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; a last byte has the number of values modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
-# Largest valid code of a scale, almost 2 units: rounding may make a subnormal unit smaller than the largest scale.
+# Largest valid 16-bit code of a scale, which stands for almost 2 times the part "unit". Scales above the unit are
+# valid, since a subnormal unit may have been rounded to less than the largest scale.
 _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1
 
 
@@ -77,7 +79,7 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
     """Encode each value as a sign and the number of a level of its block. Returns the packed codes, uint8[...], and the
     levels, float64[blocks, 2^halvings]."""
-    # Only float32 values use the compiled loop: its sums in float64 are almost exact, in any order of the values.
+    # Only float32 values use the compiled loop. It adds them in float64 in any order, and such sums are almost exact.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
@@ -90,8 +92,11 @@ def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
-    """Split the `members`, bool[n, b], of each row of `magnitudes` at their mean, recursively `halvings` times. Returns
-    the level number of each member, uint8[n, b], and the levels, i.e. the means of the 2^halvings parts of each row."""
+    """Split the magnitudes of each row at their mean, recursively `halvings` times.
+
+    `magnitudes` is float[n, b]. Only elements where `members`, bool[n, b], is True count. Returns the number of each
+    element's part, uint8[n, b], and a list with the means of the 2^halvings parts, float[n, 1] each.
+    """
     count = members.sum(1, keepdim=True)
     mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
     if not halvings:
@@ -104,8 +109,8 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest scale in `dtype` as "unit".
-    The relative error is at most 2^-9, but larger for scales below 2^-252 of the largest. The unit is non-finite if any
-    scale is."""
+    The relative error is at most 2^-9, but larger for scales below 2^-252 times the largest scale. The unit is
+    non-finite if any scale is non-finite."""
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, widened(scales) / widened(unit), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
@@ -188,12 +193,14 @@ def _counted(packed: Tensor, k: int) -> Tensor:
 
 
 def value_retention(how: ValueFormat | None) -> float:
-    """Return a lower bound on the retained energy 1 - ||v - round(v)||^2 / ||v||^2 of a format; without a format, 1.
+    """Return a lower bound on the fraction of the energy that a format retains, 1 - ||v - round(v)||^2 / ||v||^2. If
+    `how` is None, values are not rounded, and the bound is 1.
 
-    int8 and int4: in a block with largest magnitude m, errors are at most m / (2 l) for l levels and never above the
-    value, so the lost fraction is at most (b - 1) / (4 l^2 + b - 1) for b values. Rounding the scale of int4 changes it
-    by at most 2^-9 of m, which reduces the retained energy by less than 2^-7 of it. bfloat16 has a unit roundoff of
-    2^-8, float16 of 2^-11 and float32 of 2^-24; the bounds leave room for subnormals and the rounding of the scaling.
+    int8 and int4: let m be the largest magnitude in a block of b values, and l the number of positive levels. The error
+    of a value is at most m / (2 l), and at most the magnitude of the value. So the lost fraction is at most
+    (b - 1) / (4 l^2 + b - 1). Rounding the scale of int4 changes it by at most 2^-9 of m, which reduces the retained
+    energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the
+    bounds leave room for subnormals and the rounding of the scaling.
 
     int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,

@@ -35,7 +35,7 @@ def pack(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Invert `pack`: return n numbers in `dtype`."""
+    """Invert `pack`: return n numbers of `width` bits each from `packed`, uint8[...], as a tensor [n] in `dtype`."""
     if width == 0:
         return torch.zeros(n, dtype=dtype, device=packed.device)
     if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
@@ -150,9 +150,10 @@ def _required(index: Tensor, is_valid: Tensor, stop: int, part: str, expected: s
 def encode_indices(index: Tensor, d: int) -> Tensor:
     """Encode increasing indices of [0, d), int64[k], in the shortest of three codes, uint8[...]; k is not stored.
 
-    A bitmap takes d bits, fixed width k ceil(log2 d), and Rice codes of the gaps k (b + 1) plus the sum of
-    floor(gap / 2^b): about log2(d / k) + 1.5 bits per index for a random set. On average the shortest exceeds
-    log2 C(d, k) by at most 4.1% for k/d up to 1%, 6.6% up to 10% and 7.5% up to 1/2, plus three bytes.
+    A bitmap takes d bits. Indices of fixed width take k ceil(log2 d) bits. Rice codes of the gaps between indices, with
+    parameter b, take k (b + 1) bits plus the sum of floor(gap / 2^b), which is about log2(d / k) + 1.5 bits per index
+    for a random set. On average, the shortest code exceeds log2 C(d, k) bits, the entropy of a random set, by at most
+    7.5% and three bytes if k/d is at most 1/2.
     """
     k = len(index)
     if k in (0, d):

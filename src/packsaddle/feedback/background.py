@@ -1,4 +1,4 @@
-"""The thread and the stream of the device in which exchanges run during training."""
+"""Execution of exchanges in the background of training: in a thread, in a separate stream of the device, or both."""
 
 import threading
 import weakref

@@ -37,8 +37,8 @@ class Every:
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form, over all slices of a step together, without the coordinates
-    that this worker owns in a two-way exchange, which it does not send. Lazy noise (see
+    v is the vector to send and C(v) its compressed form. All slices of a step are measured together. Coordinates that
+    this worker owns in a two-way exchange do not count, since it does not send them. Lazy noise (see
     `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
@@ -50,7 +50,7 @@ class Contraction:
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the contraction at the last measurement; None: not measured
-        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor; 1 if its v is 0
+        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor by name; 1 for a tensor whose v is 0
         # Squared norms, two for each slice that was measured: first that of its vector v, then that of the residual of
         # v. Each is float64[1], or float64[tensors] with a norm for each tensor.
         self._energies: list[Tensor] = []
@@ -91,7 +91,7 @@ class Contraction:
 def contraction(before: float, after: float) -> float:
     """Return the contraction 1 - after / before, where before = ||v||^2 and after = ||v - C(v)||^2. It is 1 for v =
     0."""
-    # The result is NaN if `after` is NaN, or if both numbers are.
+    # The result is NaN if `after` is NaN, also if both numbers are NaN.
     return 1.0 - after / before if before != 0 else 1.0
 
 

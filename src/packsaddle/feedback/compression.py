@@ -26,11 +26,11 @@ class Compression(Option):
         compressor: C, applied to the concatenation of all compressed tensors. Hooks and local updates also accept a
             function of the step or round that returns it (see `RatioRamp`).
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way" (each worker
-            averages one chunk of the vector), "coordinator" (one worker averages all), or "auto", by predicted bytes
-            (see `select_aggregator`). Local updates also accept "senders": like "direct", but each coordinate is
-            averaged over the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the
-            unsent part of the updates. If None, it is "auto" in local updates of a fixed set of workers without
-            `sample`, else "direct".
+            averages one chunk of the vector), "coordinator" (one worker averages all), or "auto" ("direct" or
+            "two-way", by predicted bytes; see `select_aggregator`). Local updates also accept "senders": like "direct",
+            but each coordinate is averaged over the workers that sent it, as in SparseLoCo's code; error memories are
+            then not exactly the unsent part of the updates. If None, it is "auto" in local updates of a fixed set of
+            workers without `sample`, else "direct".
         back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
@@ -80,8 +80,8 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In exchanges other than "direct", the owner of a chunk keeps a residual of the mean in its error memory, which
-        # EF21 does not have.
+        # In exchanges other than "direct", the owner of a chunk keeps a residual of the mean in its error memory. EF21
+        # has no error memory.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
@@ -95,7 +95,8 @@ class Compression(Option):
     def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
         """Return `given` as a `Compression`. For a compressor or a schedule, all other settings are the defaults.
 
-        If the exchange is None, it becomes `exchange` with memory="buffer", and "direct" otherwise.
+        If the exchange of `given` is None, the exchange of the result is `exchange` with memory="buffer", and "direct"
+        with any other memory.
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:

@@ -43,7 +43,7 @@ class Escape(EscapeRule):
     A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'.
 
     Args:
-        interval: maximum length I of a segment, at least 1. It counts steps, or rounds in local updates, as `every`.
+        interval: maximum length I of a segment, at least 1. Like `every`, it counts steps, or rounds in local updates.
         radius: maximum Euclidean distance R > 0 from the start point of the segment.
         objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
             tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
@@ -77,9 +77,9 @@ class Escape(EscapeRule):
 class Reset:
     """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8)."""
 
-    step: int  # t, at which the next segment starts
+    step: int  # step t at which the check fired, and at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
-    distance: float | None  # ||x_t' - y_t|| from the start point, estimated by several workers; None: not measured
+    distance: float | None  # ||x_t' - y_t||, distance from the start point, may be an estimate; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
     start_loss: float  # loss f(x_t') at the start point
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
@@ -108,8 +108,9 @@ class EscapeCheck:
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
         """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
 
-        Returns a `Reset`, or None, and the rounding error of x, float[d], which only 16-bit parameters have. If the
-        check fires, x is replaced, and the caller must set `pending` to the rounding error (None: zero).
+        Returns a pair. The first item is a `Reset`, or None if the check does not fire. The second is the rounding
+        error of x, float[d], or None if it is zero; only 16-bit parameters have one. If the check fires, x is replaced,
+        and the caller must set `pending` to the rounding error.
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.start_step > self._rule.interval

@@ -1,4 +1,5 @@
-"""The interface of `CompressedSGD`, hooks and `LocalUpdates`, and which of them exchanges an optimizer's updates."""
+"""The common interface of `CompressedSGD`, hooks and `LocalUpdates`, and a registry of the one that exchanges the
+updates of each optimizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -31,8 +32,7 @@ class Exchanging:
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        """Return the weight in means over workers that belongs to the worker that
-        saved `state`. Weights are 1 on average."""
+        """Return the weight that the worker that saved `state` has in means over workers. Weights are 1 on average."""
         return 1.0
 
 
@@ -40,7 +40,8 @@ _registered: WeakKeyDictionary[Optimizer, ref[Exchanging]] = WeakKeyDictionary()
 
 
 def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> None:
-    """Make `exchange_of` return `exchange` for these optimizers and their members, but not for copies of them."""
+    """Make `exchange_of` return `exchange` for these optimizers and for the members of each `CompositeOptimizer`, but
+    not for copies of them."""
     _registered.update((optimizer, ref(exchange)) for optimizer in with_members(optimizers))
 
 

@@ -46,7 +46,7 @@ class NonFiniteError(GuardError):
 class Skip:
     """A skipped step, or a rejected round of local updates, with its cause."""
 
-    step: int  # t; the next step reuses this index
+    step: int  # index t of the skipped step; the next step reuses this index
     # Ranks that sent an invalid vector or message. A hook lists only the ranks that it has detected.
     workers: tuple[int, ...]
     parameter: str  # name of the first invalid parameter on workers[0]
@@ -165,12 +165,13 @@ class Records:
 @dataclass
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers. The numbers are on the device
-    until `read`."""
+    until `read` copies them to the host."""
 
     # The fraction of workers whose vector v is invalid, float[], or a number after `read`. None: an invalid v is
     # flagged by NaNs in the mean, or is not detected.
     fraction: Tensor | float | None
-    # The approximate maximum magnitude of the mean update, float64[]. It is non-finite if the mean update is.
+    # The approximate maximum magnitude of the mean update, float64[]. If the mean update is non-finite, so is this
+    # number.
     magnitude: Tensor | float
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 

@@ -106,8 +106,8 @@ class ErrorMemory:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Complete the new error memory of the parameters that this worker did not use, for which it sent zeros. Call
-        after `absorb`.
+        """Correct the new error memory of the parameters that this worker did not use in the backward pass, so that it
+        sent zeros for them. Call after `absorb`.
 
         The old error memory is added to the new one where `used`, bool[p], is False. Where `by_any`, bool[p], is False
         too, no worker used the parameter, and the residual of the zeros is discarded.

@@ -19,7 +19,8 @@ class Ramp:
     """A schedule of the noise's std: `std` until step `start`, then linear to `final` at step `stop`, then constant.
 
     `std` and `final` are standard deviations of a coordinate, in units of a gradient. The paper lowers its noise late
-    in Figure 2 so that the gradient converges. Raises ValueError for a negative std or final, or stop before start.
+    in Figure 2 so that the gradient converges. Raises ValueError if std or final is negative, or unless
+    0 <= start <= stop.
 
     >>> from packsaddle import Ramp
     >>> noise = Ramp(0.01, start=100, stop=200)
@@ -73,12 +74,13 @@ class Noise:
     Arguments of this type also accept a number or function `std`, as short for `Noise(std)`.
 
     Args:
-        std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
-            parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
-        lazy: draw the noise of a coordinate only when it is sent, k numbers per step instead of d, with the same
-            distribution of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). This requires
-            `CompressedSGD`, RandomK by all-reduce, and no escape check, since that reads the error memory. None, the
-            default, draws lazily where this is possible.
+        std: r, the standard deviation of each coordinate of xi_t, finite and at least 0, or a function of the step that
+            returns r (see `Ramp`). Its unit is that of a gradient; in local updates, it is that of a parameter.
+        lazy: draw the noise of a coordinate only when the coordinate is sent. This draws k numbers per step instead of
+            d, and does not change the distribution of the iterates x_0, x_1, ... (see
+            `packsaddle.sgd.lazy_noise.OutstandingNoise`). It requires `CompressedSGD`, RandomK by all-reduce, and no
+            escape check, since an escape check reads the error memory. None, the default, draws lazily if this is
+            possible.
 
     Raises ValueError if r is negative or not finite.
 
@@ -95,7 +97,7 @@ class Noise:
 
     @classmethod
     def of(cls, given: "float | Callable[[int], float] | Noise") -> "Noise":
-        """Return `given` as a `Noise`; a number or function becomes its `std`."""
+        """Return `given` if it is a `Noise`, and otherwise a new `Noise` whose `std` is this number or function."""
         return given if isinstance(given, Noise) else cls(given)
 
     def at_step(self, step: int) -> float:

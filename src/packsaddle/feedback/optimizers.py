@@ -26,8 +26,8 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 class CompositeOptimizer(Optimizer):
-    """An optimizer that makes a step by a step of each of its `members`. Its parameter groups and states are those of
-    the members."""
+    """An optimizer whose step runs the steps of several optimizers, its `members`. Its parameter groups and states are
+    those of the members."""
 
     members: Sequence[Optimizer]
 
@@ -127,7 +127,7 @@ class Attempts:
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
     only. An optimizer without gradients, for which a scaler raises an error, may step without the scaler. Steps by
     which torch's checkpoints make an optimizer's state do not count. Raises TypeError if `scaler` is not a GradScaler,
-    and RuntimeError at a step that bypasses it.
+    and RuntimeError at a step that bypasses the scaler.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed ones.
+"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed tensors.
 
 A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
 vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all
@@ -240,7 +240,7 @@ def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
 
 def strides_of_view(p: Tensor) -> tuple[int, ...]:
     """Return the strides of the view that represents p in a flat vector. They are the strides of p, so that formats
-    such as channels_last are kept. If p has gaps in memory, they are contiguous strides."""
+    such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous tensor."""
     return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 

@@ -1,4 +1,4 @@
-"""Saved states: declared fields, their saving, validation and loading, and conversion to other numbers of workers.
+"""Saved states: declared fields, their saving, validation and loading, and conversion to another number of workers.
 
 A state is nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local updates)
 declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
@@ -26,13 +26,14 @@ from packsaddle.options.schema import decode, dotted
 
 FORMAT = 6  # version of the saved states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # a key in a path that matches any key
-Path = tuple[Any, ...]  # keys, outermost first
+Path = tuple[Any, ...]  # keys of an entry in nested dictionaries and lists, outermost first
 Kind = Literal["shared", "error", "own", "constant"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The kind of all entries of a saved state at a path or below it (see the module)."""
+    """The kind of all entries of a saved state whose path begins with `path`. The kind determines what happens to an
+    entry if the number of workers changes (see the module's docstring)."""
 
     path: Path
     kind: Kind
@@ -116,14 +117,16 @@ def attribute(path: Path, owner: Any, name: str, hint: Any) -> Value:
 
 
 class State:
-    """The saved state of `owner`: its fields, and its identity, the values that must be equal at saving and loading.
+    """The saved state of `owner`. It consists of fields, and of an identity: values that must be equal at saving and at
+    loading.
 
     Args:
         owner: the name of the class that has the state, for error messages.
         rules: the kinds of the entries at all paths; the first rule that matches a path applies.
         identity: returns the identity by name.
         fields: returns the fields, in the order in which they are loaded.
-        head: the path of the format and the identity, () for "format" and "identity" at the top.
+        head: the path of the dictionary with the format and the values of the identity. If it is (), the format has the
+            path ("format",), and the values of the identity are in a dictionary at ("identity",).
         names: the names of parameters in error messages, by key; by default the keys.
         only_with: advice in error messages, by name of an identity value. If there is any, the state can only be loaded
             as it was saved, and not for another number of workers.
@@ -225,8 +228,8 @@ def check_format(found: Any, what: str) -> None:
 
 
 def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
-    """Raise ValueError unless a saved tensor has this shape, or is flat if `shape` is None. Its dtype must be
-    floating-point, or integer if not `floating`."""
+    """Raise ValueError unless `found` is a tensor of shape `shape`, or a flat tensor if `shape` is None. The dtype must
+    be floating-point if `floating` is True, and else an integer type. `what` names the tensor in the error."""
     if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
         have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")
@@ -235,7 +238,8 @@ def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: b
 
 
 def typed(hint: Any, value: Any, path: Path = ()) -> Any:
-    """Convert a saved value to `hint`, a type annotation. Raises ValueError, naming the path, for another type."""
+    """Convert a saved value to the type `hint`, an annotation. Raises ValueError, naming the path, if the value has
+    another type."""
     try:
         return decode(hint, value, path, saved=True)
     except ConfigError as error:

@@ -1,7 +1,8 @@
 """Compressed exchange of gradients in the backward pass, for any optimizer.
 
-- `ddp` registers a `DDPHook` (`ddp_hook`) with DistributedDataParallel; `fsdp` an `FSDPHook` with an FSDP2 model
-- `hook`: the base class of both, in which the exchanges of a backward pass are all applied or all rejected
+- `ddp` registers a `DDPHook` (defined in `ddp_hook`) with DistributedDataParallel
+- `fsdp` registers an `FSDPHook` with an FSDP2 model
+- `hook`: the base class of both hooks, in which the exchanges of a backward pass are all applied or all rejected
 - `budget`: the number of coordinates that each bucket sends
 """
 

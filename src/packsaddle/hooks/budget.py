@@ -33,7 +33,8 @@ class _Sample:
 
 
 class Allocation:
-    """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
+    """Chooses the compressor of each slice (bucket or module) of a model of d coordinates, from samples of the vectors
+    of the last step.
 
     Workers may choose different compressors. The budget of a slice without a sample is proportional to its size.
     """

@@ -49,8 +49,8 @@ def register_ddp_hook(
 ) -> DDPHook:
     """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
 
-    Every worker's p.grad after a backward pass is the mean of all workers' messages, for any optimizer. With plain SGD
-    of a constant learning rate and scope="model" every step is that of `CompressedSGD` (with eager noise).
+    After a backward pass, every worker's p.grad is the mean of all workers' messages, for any optimizer. With plain
+    SGD, a constant learning rate and scope="model", every step equals a step of `CompressedSGD` with eager noise.
 
     Args:
         model: a DistributedDataParallel without a communication hook.
@@ -70,9 +70,10 @@ def register_ddp_hook(
     back, and the gradients of the bucket (or model, see `scope`) become NaN on every worker, so that scalers skip the
     step on all of them. The worker with the invalid gradient logs the name of the parameter (on a CPU), and
     `hook.skips` records the step. More than `max_skipped` consecutive rejections raise NonFiniteError in the backward
-    pass (with None they never do, and `optimizer` receives the NaNs). If a comparison finds that parameters differ
-    between workers, all raise DriftError. If gradients are computed without a call of the hook (the model runs without
-    DistributedDataParallel, as `model.module(x)`), the next forward pass raises RuntimeError.
+    pass. With max_skipped=None, no rejection raises it, and `optimizer` receives the NaNs. If a comparison finds that
+    parameters differ between workers, all workers raise DriftError. If gradients are computed without a call of the
+    hook (the model runs without DistributedDataParallel, as `model.module(x)`), the next forward pass raises
+    RuntimeError.
 
     Raises TypeError or ValueError for invalid arguments, also if they differ between workers, and RuntimeError for a
     second hook.
@@ -161,8 +162,9 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 def keep_gradients_local(model: nn.Module) -> None:
     """Disable the exchange of gradients and buffers in every DistributedDataParallel of a model, for `LocalUpdates`.
 
-    For frameworks that wrap every model: each worker keeps its own gradients and its own buffers, such as running
-    statistics. Raises RuntimeError for a DistributedDataParallel that has a communication hook already.
+    Use it with frameworks that wrap every model in a DistributedDataParallel. Each worker then keeps its own gradients
+    and its own buffers, such as running statistics. Raises RuntimeError for a DistributedDataParallel that has a
+    communication hook already.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -182,12 +184,13 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            # Do not broadcast buffers: each forward pass would wait for rank 0's.
+            # Do not broadcast buffers: each forward pass would wait for the buffers of rank 0.
             module.broadcast_buffers = False
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
-    """Register the function `take` as a model's communication hook. Raises RuntimeError if the model has one."""
+    """Register the function `take` as a model's communication hook. Raises RuntimeError if the model already has a
+    communication hook."""
 
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         parameters, gradients = bucket.parameters(), bucket.gradients()

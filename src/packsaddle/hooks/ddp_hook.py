@@ -38,8 +38,9 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model. With scope="bucket", a resumed run may have other buckets than
-    the saved run. No update is lost then, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model. With scope="bucket", DDP may divide the parameters into buckets
+    differently in a resumed run than in the saved run. No update is lost then, but only with scope="model" is a resumed
+    run bitwise identical to an uninterrupted run.
     """
 
     def __init__(
@@ -135,8 +136,8 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the error feedback of the parameters with these names. If DDP has rebuilt its buckets, it is made with
-        the error memories of the old buckets."""
+        """Return the error feedback of the parameters with these names. If there is none, because DDP has made or
+        rebuilt its buckets, make it with the error memories that these parameters had in old buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)

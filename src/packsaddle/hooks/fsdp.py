@@ -1,7 +1,7 @@
 """Averaging of gradients over replicas of an FSDP2 model: uncompressed in a machine, compressed between machines.
 
-`fully_shard` on a mesh of one machine reduces gradients there, and then calls a hook with this worker's shard. The hook
-averages it over the workers that have the same shard on other machines.
+`fully_shard` on a mesh of one machine reduces gradients within the machine, and then calls a hook with this worker's
+shard of the gradient. The hook averages this shard over the workers that have the same shard on other machines.
 """
 
 import sys
@@ -103,8 +103,8 @@ class FSDPHook(GradientHook, Exchanging):
     def start(self) -> None:
         """Broadcast rank 0's parameters to all replicas; collective.
 
-        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It is before
-        FSDP's own hook, while parameters are sharded.
+        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It precedes
+        FSDP's own hook of that pass, since parameters are sharded only until then.
         """
         if any(local.is_meta for _, local in local_shards(self._model)):
 

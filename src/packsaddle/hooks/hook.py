@@ -77,7 +77,8 @@ class BucketUpdate(Update):
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay * base + g / scale + xi; base and out are float[n] and must not overlap."""
+        """Set out to decay * base + g / scale + xi, where g are the gradients and xi is the noise. base and out are
+        float[n] and must not overlap."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
             g = self.gradients[place.name]
             if self.scale == 1.0:
@@ -228,8 +229,8 @@ class GradientHook(Records, ABC):
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice, with the error memories of its parameters that had no slice
-        (`_loose`)."""
+        """Return new error feedback for a slice. Error memories of its parameters in `_loose`, where they are kept
+        while the parameters have no slice, are moved to it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -250,8 +251,8 @@ class GradientHook(Records, ABC):
         """Replace a slice's gradients with their mean; return `Verdict.code`, float[3], which is 0 if the exchange is
         applied.
 
-        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b],
-        that identify the slice, and are compared between workers.
+        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. The tensors of `identity`, [b] each,
+        contain bits of 0 or 1 that identify the slice. They are compared between workers.
         """
         decay, compressor = self.rules.compression.decay, self._use(part)
         r = part.round(self._steps)
@@ -323,7 +324,7 @@ class GradientHook(Records, ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """The device where gradients are averaged."""
+        """The device on which gradients are averaged."""
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Parameters that a backward pass does not use (`find_unused_parameters`).
 
-DistributedDataParallel copies the mean of a bucket to the gradient of a parameter that any worker used, and discards it
-for the others. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and keeps e. C(0) need
-not be 0. If the mean is applied, the residual 0 - C(0) is added to the error memory; if it is discarded, so is the
-residual.
+DistributedDataParallel copies the mean gradient of a parameter to its p.grad if any worker used the parameter, and
+discards it if no worker did. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and
+keeps its error memory e. C(0) need not be 0. If the mean is applied, the residual 0 - C(0) is added to the error
+memory. If the mean is discarded, the residual is discarded too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,9 @@ class Usage:
         self.here = torch.stack([gradients[name].any() for name in part.slice.names])
 
     def restore(self, by_any: Tensor) -> None:
-        """Complete the new error memory of the parameters that this worker did not use, without waiting for a GPU. Call
-        after `absorb`. `by_any`, bool[p], is True for the parameters that at least one worker used."""
+        """Correct the new error memory of the parameters that this worker did not use, without waiting for a GPU (see
+        `ErrorMemory.restore_unused`). Call after `absorb`. `by_any`, bool[p], is True for the parameters that at least
+        one worker used."""
         self._part.memory.restore_unused(self.here, by_any)
 
 

@@ -1,8 +1,9 @@
 """Candidates for the k largest magnitudes of a long vector on a CPU, collected in the pass that computes the vector.
 
 The k-th largest magnitudes of the last two selections predict a threshold for the next one. The code that computes the
-vector collects the indices whose magnitudes reach it. The code that selects from the vector ranks only these indices if
-there are at least k. Otherwise it ranks all, so the selected coordinates never depend on the prediction.
+vector collects the indices of the magnitudes that reach this threshold. The code that selects from the vector ranks
+only these magnitudes if there are at least k. Otherwise it ranks all magnitudes, so the selected coordinates never
+depend on the prediction.
 """
 
 import math
@@ -22,7 +23,8 @@ offered: ContextVar["Candidates | None"] = ContextVar("packsaddle_candidates", d
 
 
 class Candidates:
-    """Indices that may be among the largest of the first n coordinates of one vector, and how to collect them."""
+    """Indices of coordinates that may have the largest magnitudes among the first n coordinates of one vector, and the
+    predicted threshold by which they are collected."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -46,12 +48,13 @@ class Candidates:
             self._found = outs[0].untyped_storage().data_ptr(), torch.cat(parts)
 
     def discard(self) -> None:
-        """Discard the indices. Call before the vector changes."""
+        """Discard the candidates that `collect` has stored. Call before the vector changes."""
         self._found = None
 
     @contextmanager
     def offer(self) -> Iterator[None]:
-        """Context manager of a block in which a selection from the vector may use and predict these candidates."""
+        """Context manager of a block in which a selection from the vector may use these candidates, and predict the
+        threshold for the next ones."""
         token = offered.set(self)
         try:
             yield
@@ -63,14 +66,16 @@ class Candidates:
         are fewer than k."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
-        # A second pass is needed if there are too few candidates, and also if there are too many to be collected.
+        # If candidates are too few, or too many to be collected, a selection needs another pass over the vector. So
+        # adapt the margin to their number.
         factor = 2.0 if m < k else 0.97 if m < 3 * k else 0.8
         self._margin = min(_MARGINS[1], max(_MARGINS[0], factor * self._margin))
         return found[1] if found is not None and k <= m < _ROOM * k else None
 
     def predict(self, v: Tensor, k: int, least: float) -> None:
-        """Set the threshold for the next vector, after a selection of k coordinates from v. `least` is the k-th largest
-        magnitude in v. It is predicted to change by the same factor as since the last selection."""
+        """Set the threshold for the next vector, after a selection of k coordinates from v, float[n]. `least` is the
+        k-th largest magnitude in v. The prediction is that it changes by the factor by which it has changed since the
+        previous selection."""
         if len(v) == self.n and 0 < least < math.inf:
             growth = least / (self._last or least)
             predicted = least * min(_MOST_GROWTH, max(1 / _MOST_GROWTH, growth))

@@ -24,8 +24,8 @@ def device_of_doubles(device: torch.device) -> torch.device:
 
 
 def has_streams(device: torch.device | str) -> bool:
-    """Return True if a device runs work in several streams, with asynchronous copies of pinned memory. The CPU has
-    none, and MPS has one queue, whose asynchronous copies of pageable memory may read it after it is freed."""
+    """Return True if a device runs work in several streams, with asynchronous copies of pinned memory. The CPU has no
+    streams. MPS has one queue, whose asynchronous copies of pageable memory may read the memory after it is freed."""
     return torch.device(device).type not in ("cpu", "meta", "mps")
 
 

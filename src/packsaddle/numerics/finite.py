@@ -15,8 +15,8 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 
 def is_finite(vector: Tensor) -> Tensor:
-    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU.
-    Elements are checked only if their sum is non-finite, since a sum takes a tenth of the time."""
+    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU. On a CPU, elements
+    are checked only if their sum is non-finite, since a sum takes a tenth of the time of that check."""
     if vector.device.type != "cpu":
         # Without float64 a sum of finite numbers may overflow, so check each number.
         exact = wide(vector.device) is torch.float64
@@ -26,7 +26,7 @@ def is_finite(vector: Tensor) -> Tensor:
 
 
 def is_in_range(vector: Tensor) -> Tensor:
-    """Return a bool[] that is True if ||v||_1 <= M / 64, where M is the largest number of the dtype.
+    """Return a bool[] that is True if ||v||_1 <= M / 64, where v is `vector` and M is the largest number of its dtype.
 
     Then v is finite, and so are the intermediate results of all compressors: counters of sketches and factors (at most
     ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors use the M of
@@ -44,8 +44,8 @@ def is_in_range(vector: Tensor) -> Tensor:
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS), which is finite if the vector is.
-    Does not synchronize with a GPU."""
+    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS). The bound is finite if the vector
+    is finite. Does not synchronize with a GPU."""
     if not vector.numel():
         return torch.zeros((), dtype=wide(vector.device), device=vector.device)
     if vector.device.type == "cpu":  # the Euclidean norm is much faster there than the maximum norm, but can overflow
@@ -57,8 +57,9 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a bound: adding a number of at most this magnitude to any finite number of `dtype` cannot overflow,
-    because rounding discards it. The bound is 1/256 of half a unit in the last place of the largest number."""
+    """Return the magnitude up to which a number can be added to any finite number of `dtype` without overflow: rounding
+    discards such a number in a sum with the largest finite number. The returned magnitude is 1/256 of half a unit in
+    the last place of that largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 

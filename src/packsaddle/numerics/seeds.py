@@ -5,9 +5,9 @@ stream also depends on the worker (the order of its batches). Global random stat
 
 Counter-based numbers are functions of a counter and a key, so any range of a sequence can be computed alone. A random
 word is the 32-bit counter, hashed twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's
-search, https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys
-do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after
-2^32 words, or 2^33 normal numbers.
+search, https://github.com/skeeto/hash-prospector). A key is added before each of the two hashes, so that the sequences
+of different keys do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A
+sequence repeats after 2^32 words, or 2^33 normal numbers.
 """
 
 import math
@@ -57,7 +57,7 @@ def mix(*words: int) -> int:
 
 
 def as_seed(seed: int) -> int:
-    """Convert an integer `seed`, such as numpy.int64, to int. Raises ValueError for other types, bool included."""
+    """Convert an integer `seed`, such as numpy.int64, to int. Raises ValueError for any other type, including bool."""
     try:
         if isinstance(seed, bool):
             raise TypeError
@@ -88,7 +88,7 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
     if k == n:
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
-        # drawn on the CPU, since CPU and CUDA generators give different numbers
+        # Draw on the CPU, since CPU and CUDA generators give different numbers.
         return to_device(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
@@ -108,8 +108,8 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
     """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are n or more, in place,
-    until most of them are below n. So that the host does not wait for a GPU, the number of those left is not read after
-    each step but estimated, with a margin of six standard deviations."""
+    until most of them are below n. The number of numbers that are still n or more is not read after each step, since
+    the host would wait for a GPU. It is estimated instead, with a margin of six standard deviations."""
     outside = torch.arange(len(index), device=index.device)
     expected = float(len(index))
     while expected > 1 / 16:

@@ -31,7 +31,7 @@ _BLOCK = 1 << 16  # coordinates of a block, whose scratch memory fits a fast cac
 
 @dataclass(frozen=True)
 class RowHash:
-    """The hash of one row of a count sketch, from d coordinates to c = `columns` counters; a linear map S."""
+    """The hash of one row of a count sketch: a linear map S of d coordinates to c = `columns` counters."""
 
     columns: int  # c, number of counters
     rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
@@ -114,7 +114,8 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
 
 
 def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
-    """Return the values of `median_estimates` at the coordinates `index`, int64[n], as float[n]."""
+    """Return the estimates of the coordinates `index`, int64[n], as float[n]. They equal the values that
+    `median_estimates` yields for these coordinates."""
     chunk, place = index // hashes[0].columns, index % hashes[0].columns
     rows = []
     for row, table in zip(hashes, tables, strict=True):
@@ -127,9 +128,9 @@ def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor
 def _median(rows: list[Tensor]) -> Tensor:
     """Return the elementwise median of vectors; for an even number of vectors, the mean of the middle two values.
 
-    Among n // 2 + 2 of n values the smallest and the largest cannot be the median of all. They are discarded and
-    another value is added, repeatedly, until only the median remains, by elementwise minima and maxima, which are
-    faster than a sort.
+    Of any n // 2 + 2 of the n values, the smallest and the largest cannot be the median of all n. So both are discarded
+    and another value is added, repeatedly, until only the median remains. They are found by elementwise minima and
+    maxima, which are faster than a sort.
     """
     n = len(rows)
     if n % 2 == 0:
@@ -202,7 +203,7 @@ class NormSketch:
             rng = generator(seed, step, Stream.SKETCH, worker=row)
             for slab in torch.split(v, max(1, _SLAB // c) * c):
                 padded = torch.nn.functional.pad(slab, (0, -len(slab) % c)).view(-1, c)
-                # Drawn on the CPU, so that S is identical on every device.
+                # Draw on the CPU, so that S is identical on every device.
                 rotation = torch.randint(c, (len(padded), 1), generator=rng).to(v.device)
                 signs = torch.randint(2, padded.shape, generator=rng, dtype=torch.int8).to(v.device).mul_(2).sub_(1)
                 counters[row] += (padded * signs).gather(1, (positions - rotation).remainder_(c)).sum(0)

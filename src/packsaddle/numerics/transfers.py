@@ -1,4 +1,5 @@
-"""Copies between a device and the host, and indices, for which the host waits as rarely as possible."""
+"""Copies between a device and the host, and indices of a mask's True elements, with as few waits of the host as
+possible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -57,8 +58,8 @@ def indices_where(mask: Tensor, n: int) -> Tensor:
 
 
 def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host, which waits
-    once for all."""
+    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host. The host
+    waits once for all copies."""
     device = tensors[0].device if tensors else torch.device("cpu")
     if not has_streams(device):
         return [tensor.cpu() for tensor in tensors]

@@ -192,7 +192,8 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to out, float[d], for unpacked codes (`bits` is 8) and norms per bucket."""
+    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `packed`, uint8[d], has a code for
+    each element (`bits` must be 8), and `norms` the norm of each bucket of `bucket` elements."""
     check_room("levels", packed, len(out))
     check_room("norms", norms, -(-len(out) // bucket))
     p, s, o = packed.numpy(), norms.numpy(), out.numpy()
@@ -313,10 +314,10 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high`, or with `inverted` of all other codes, to `places`,
-    which must have one element more than there are indices."""
+    """Write the indices of the codes below `low` or above `high` to `places`. With `inverted`, write the indices of the
+    codes from `low` to `high` instead. `places` must have one element more than there are such indices."""
     n: Any = 0
-    # The loop has no branches: other indices are written too, and then overwritten.
+    # The loop has no branches: the indices of the other codes are written too, and then overwritten.
     for i in range(len(codes)):
         places[n] = i
         n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
@@ -333,7 +334,7 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
 
 _IS_ONE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _ONES = _IS_ONE.sum(1).astype(np.int64)  # number of ones in a byte
-# Positions of the ones in a byte, and then of its zeros.
+# Row i has the positions of the ones in the byte i, followed by the positions of its zeros.
 _PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)
 
 

@@ -18,7 +18,8 @@ WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
-compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # may add in any order
+# Loops with this decorator may add in any order.
+compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 # Loops with this decorator may add in any order, and may use fused multiply-add, as torch.add does for `alpha`.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
@@ -51,7 +52,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 
 def check_room(what: str, array: Tensor, least: int) -> None:
-    """Raise ValueError if `array` has fewer than `least` elements, which a compiled loop would read out of bounds."""
+    """Raise ValueError if `array` has fewer than `least` elements. A compiled loop would read out of its bounds. `what`
+    names the array in the error."""
     if len(array) < least:
         raise ValueError(f"{what} must have at least {least} elements, got {len(array)}")
 

@@ -52,7 +52,8 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v at which the magnitude, as an integer, is at least `threshold`. See `selection`."""
+    """Return the indices of v, float[n], at which the magnitude, as an integer, is at least `threshold`, increasing
+    int64[...]. `expected` is an estimate of their number. See `compressors.selection.reaching`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
@@ -71,8 +72,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write the indices of magnitudes >= `limit` to `out`, and return the number n of such magnitudes. `out` has all
-    indices if n + BLOCK <= len(out)."""
+    """Write the indices of the magnitudes in `bits` that are at least `limit` to `out`, plus `offset`. Returns the
+    number n of such magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
     # Most blocks have no magnitude that reaches `limit`. Count first, and write indices only if the count is not 0.
@@ -142,8 +143,8 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices of magnitudes >= `limit` to `found`, which has one element more than `bits`, and return their
-    number."""
+    """Write the indices of the magnitudes in `bits` that are at least `limit` to `found`, and return their number.
+    `found` must have one element more than `bits`."""
     m: Any = 0
     for i in range(len(bits)):
         found[m] = i
@@ -159,7 +160,7 @@ def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
         most = max(most, magnitudes[i])
     high = np.int64(most)
     low, reached = high, _count_reaching(magnitudes, most)
-    # Decrease `low` until k or more reach it; fewer than k reach `high`, unless it is the largest.
+    # Decrease `low` until k or more magnitudes reach it. Fewer than k reach `high`, unless `high` is the largest one.
     while reached < k:
         high, low = low, max(np.int64(0), low - step)
         step = min(2 * step, 1 << 61)
@@ -186,8 +187,8 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write the indices of k magnitudes to `out`, in increasing order: of all above `limit`, and of the first ones that
-    equal `limit`. `found` has the index of each magnitude, and `offset` is added to it."""
+    """Write the indices of k magnitudes to `out`, in increasing order: of all magnitudes above `limit`, and of the
+    first magnitudes that equal `limit`. The index of a magnitude is its entry in `found` plus `offset`."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)

@@ -12,9 +12,8 @@ PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memor
 
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
-    """Return 32 random bits for a uint32 counter and uint32 keys.
-    After a change delete numba's disk cache: numba does not recompile loops in other modules that inline this function.
-    """
+    """Return 32 random bits for a uint32 counter and uint32 keys. After a change to this function, delete numba's disk
+    cache: numba does not recompile loops in other modules that inline the function."""
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 

@@ -53,7 +53,8 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
 
 @compiled_sum
 def _sums_around(x: Array, split: float) -> tuple[float, float, float]:
-    """Return the sum of the magnitudes up to `split`, the sum of the larger ones, and the number of the larger ones."""
+    """Return three numbers for the vector x: the sum of the magnitudes up to `split`, the sum of the larger magnitudes,
+    and the number of the larger magnitudes."""
     low, high, above = 0.0, 0.0, 0.0
     for i in range(len(x)):
         m = abs(x[i])

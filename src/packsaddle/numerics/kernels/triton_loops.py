@@ -1,8 +1,8 @@
-"""Triton versions of the loops for CUDA, launched on the current stream without synchronization.
+"""Triton versions of the compiled loops, for CUDA. They are launched on the current stream without synchronization.
 
 Each has the arguments and results of the numba loop of the same name. There is no loop that selects by magnitude, since
-torch.topk is a radix select, and none for cells, since torch gathers and adds them by index. With TRITON_INTERPRET=1
-the loops run on CPU tensors.
+torch.topk is a radix select. There is also none for cells (runs of coordinates), since torch gathers and adds them by
+index. With TRITON_INTERPRET=1 the loops run on CPU tensors.
 """
 
 from collections.abc import Sequence
@@ -130,8 +130,9 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to out, float[d], for packed codes and a norm per bucket.
-    Codes above 2 * levels are not rejected, since a check would synchronize; they decode to at most 3 * levels."""
+    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `packed`, uint8[...], has a code
+    of `bits` bits for each element, and `norms` the norm of each bucket of `bucket` elements. Codes above 2 * levels
+    are not rejected, since a check would synchronize; they decode to at most 3 * levels."""
     programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
     _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)
 
