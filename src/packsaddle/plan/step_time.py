@@ -1,8 +1,8 @@
 """A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
 
-A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links; `cost_model` has the
-number of sequential messages and the bytes over the busiest link. This is the time of a step, not of a run: compressors
-need different numbers of steps.
+A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links. Module `cost_model`
+has the number of sequential messages of an exchange, and its bytes over the busiest link. The model predicts the time
+of a step, not of a run, for which different compressors need different numbers of steps.
 """
 
 import math
@@ -47,12 +47,13 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float | str) -> "Link":
-        """Return the link with a nominal rate of `bits` per second, including packet headers, and this `latency`."""
+        """Return the link with this `latency` and with a nominal rate of `bits` per second, which counts packet
+        headers too."""
         return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
-        """The nominal rate in bits per second, including packet headers."""
+        """The nominal rate in bits per second, which counts packet headers too."""
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
@@ -63,7 +64,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers. Their compute times are independent, with mean `compute` and standard deviation spread * compute.
+    """The workers of a run. The times that they compute in a step are independent random numbers, with the mean
+    `compute` and the standard deviation spread * compute.
 
     `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
     are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
@@ -198,8 +200,9 @@ def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take less time
-    than one `dense` step. The latency is that of `link`. Returns None if they never take less time, or always do."""
+    """Return the rate of a link, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take
+    less time than one `dense` step. The latency is that of `link`. Returns None if they take less time at no rate, or
+    at every rate."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
@@ -213,8 +216,8 @@ def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, ste
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the point at which `holds` changes from true, as at `low`, to false, as at `high`. It is found by
-    bisection of logarithms."""
+    """Return the number between `low` and `high` at which `holds` changes from true to false, by bisection of
+    logarithms. `holds(low)` must be true and `holds(high)` false."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -111,8 +111,8 @@ def plan(
     """Plan a run of Algorithm 1 with this compressor: by Theorem 3.2 if it is linear, else by Theorem 3.1.
 
     `assumptions` are the constants of the problem, and `constants` replace those that O-tilde hides. The compressor
-    acts on all d coordinates, in float32, with the direct exchange. Raises ValueError if the compressor does not support d
-    coordinates, or for fewer than two workers, since one worker sends nothing.
+    acts on all d coordinates, in float32, with the direct exchange. Raises ValueError if the compressor does not
+    support d coordinates, or for fewer than two workers, since one worker sends nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
