@@ -151,11 +151,16 @@ def attach_local_updates(
     compressor: AnyCompression,
     **options: Any,
 ) -> WorkerState:
-    """Make a `LocalUpdates` of a framework's optimizers, and disable the exchange of gradients by its wrapper.
+    """Make a `LocalUpdates` of a framework's `optimizers` and `compressor`, and disable the exchange of gradients by
+    the
+    framework's DistributedDataParallel.
 
-    `wrapped` is the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns.
-    The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers
-    without a DistributedDataParallel, and the errors of `LocalUpdates`.
+    `wrapped` is the framework's wrapper of `model`, which contains the DistributedDataParallel. `options` are further
+    arguments of `LocalUpdates`. With one worker, which sends nothing, the function warns. The contraction is measured
+    in every round, or as set by a `Compression`.
+
+    Raises TypeError for several workers without a DistributedDataParallel, ValueError if workers have
+    weight="steps", and the exceptions that `LocalUpdates` raises.
     """
     if resolve(None).size == 1:
         warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
@@ -181,10 +186,16 @@ def monitored(compressor: AnyCompression, every: int) -> Compression:
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
     """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
 
-    They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
-    compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
-    have `rounds`, with `Workers.clip` the number of `clipped` updates, and with weight="steps" the `pace` of worker 0,
-    its inner steps in a round. Returns {} if `exchange` is None, as from `attach` with one worker.
+    They are the numbers of this worker's `steps` and `skipped` steps, its bytes `sent` and `received`, the `reduction`,
+    which is the bytes that uncompressed training would have sent divided by `sent`, and the contraction `mu`. The
+    contraction is the fraction of the squared norm that compression keeps; it is missing until it is measured (see
+    `Compression.monitor_every`).
+
+    A hook also has `sent_in_step`, the bytes sent in the last step. Local updates also have the numbers of `rounds` and
+    of `resets` by the escape check. If `Workers.clip` is set, they have the number of `clipped` updates. With
+    weight="steps", they have `pace`, the number of inner steps of worker 0 in a round.
+
+    Returns {} if `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is None:
         return {}
@@ -215,7 +226,7 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
     Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
-    models, give each a different `name`. No-op if `exchange` is None, as from `attach` with one worker.
+    models, give each a different `name`. No-op if `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -225,11 +236,13 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    Returns True if it was restored. Returns False, with a warning and nothing changed, if no worker has a file. If
-    `exchange` is None, as from `attach` with one worker, it returns False, with a warning if there are files. `name` is
-    as in `save_state`. If another number of workers saved the files, each worker gets the mean of the tensors that
-    differed between workers, such as error memories, with a warning (see `load_checkpoint`). Raises ValueError, with
-    nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
+    `name` is as in `save_state`. Returns True if `exchange` was restored. Returns False, with a warning and nothing
+    changed, if no worker has a file. If `exchange` is None, which is the result of `attach` with one worker, the
+    function returns False, and warns if there are files.
+
+    If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
+    workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
+    with nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
     `exchange`, for example since its seed differs.
     """
     if exchange is None:
@@ -278,8 +291,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of a worker's file, which is named by the global rank, since a group may have only some
-    workers."""
+    """Return the path of the file of the worker with this global `rank`, by default of this worker."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -289,8 +301,9 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Read the files NAME-RANK.pt in a folder. Return a dict from each file's rank to the number of workers in the run
-    that saved the file."""
+    """Read the files NAME-RANK.pt in a folder. Return a dict that maps the rank of each file to the number of workers
+    in
+    the run that saved the file."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
@@ -298,8 +311,11 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state, converted from the files of another number of workers; rank holders[i] reads file i.
-    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
+    """Return this worker's state, converted from the files of a run with another number of workers; collective.
+
+    The worker of rank holders[i] reads the file of rank i. Raises ValueError, on every worker, if the files are of
+    different steps or cannot be converted.
+    """
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
