@@ -152,8 +152,7 @@ def attach_local_updates(
     **options: Any,
 ) -> WorkerState:
     """Make a `LocalUpdates` of a framework's `optimizers` and `compressor`, and disable the exchange of gradients by
-    the
-    framework's DistributedDataParallel.
+    the framework's DistributedDataParallel.
 
     `wrapped` is the framework's wrapper of `model`, which contains the DistributedDataParallel. `options` are further
     arguments of `LocalUpdates`. With one worker, which sends nothing, the function warns. The contraction is measured
@@ -302,8 +301,7 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
     """Read the files NAME-RANK.pt in a folder. Return a dict that maps the rank of each file to the number of workers
-    in
-    the run that saved the file."""
+    in the run that saved the file."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 

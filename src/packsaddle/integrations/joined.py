@@ -58,8 +58,8 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the parameter groups of all joined optimizers (`members`). Raises ValueError if the number of `groups`
-        differs from the optimizers' current number of groups in sum."""
+        """Set the parameter groups of all joined optimizers (`members`). Raises ValueError unless `groups` has
+        as many entries as the optimizers have groups together."""
         # Ignore the assignment by torch's constructor.
         if self._is_made:
             _check_number(groups, self.param_groups)

@@ -56,8 +56,7 @@ class _Attached(Attached, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hook or local updates, and restore their state if a checkpoint was loaded. Raises the exceptions
-        of
-        `_make` and `load_state`."""
+        of `_make` and `load_state`."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         wrapped, every = trainer.strategy.model, trainer.log_every_n_steps
         self.exchange = self._make(wrapped, pl_module, trainer.optimizers, scaler, every)
