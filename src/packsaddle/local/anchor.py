@@ -2,9 +2,9 @@
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
 exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. On its
-own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there. Its
-local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed` records by how
-much.
+own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there, for
+W workers. Its local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed`
+records by how much.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -69,7 +69,7 @@ class Anchor:
 
     def _kept(self) -> Tensor:
         """Return the anchor minus this worker's start point, float[n]. This is the error memory, with zeros at the
-        coordinates that the worker owns. The result may be a view of the error memory."""
+        coordinates that the worker owns in a two-way exchange. The result may be a view of the error memory."""
         kept = self._memory.vector
         if self.owned.start < self.owned.stop:
             kept = kept.clone()
@@ -207,8 +207,8 @@ class Anchor:
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return the difference between this worker's start point and that of a worker that owns no coordinates,
-        float[n]. Returns None if this worker owns no coordinates."""
+        """Return this worker's start point minus the start point that it would have if it owned no coordinates of a
+        two-way exchange, float[n]. Returns None if it owns none."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
@@ -296,7 +296,8 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
-        # At owned coordinates the start point is a, so decay e is added to a - x there.
+        # At coordinates that this worker owns in a two-way exchange the start point is a, so v is decay e + a - x
+        # there.
         if share != self.decay:
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:

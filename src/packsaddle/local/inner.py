@@ -1,4 +1,7 @@
-"""The inner optimizers, which step on each worker separately: their parameters, and checks that all are exchanged."""
+"""The inner optimizers, which step on each worker separately.
+
+This module collects their parameters, and checks that every parameter that is trained is also exchanged.
+"""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
@@ -55,11 +58,12 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    # A function of the round may still return different compressors on different workers.
+    # The compressor may be a function of the round. The functions may return different compressors on different
+    # workers, so compare the compressors of round 0 here.
     if not isinstance(spec.compressor, Compressor):
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
-    # The default of `mean_momentum` depends on the optimizers, so it is compared only if they are.
+    # The default of `mean_momentum` depends on the optimizers, so it is compared only if the optimizers are compared.
     fraction = same.pop("mean_momentum")
     # Current settings of elastic workers may differ: a worker that joins later may be at another point of a
     # learning-rate schedule than the other workers. So only defaults are compared.
@@ -237,8 +241,10 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 
 @cache
 def _watch_steps() -> None:
-    """Register a hook on the steps of all torch optimizers, once.
-    The hook is never removed, since garbage collection could remove it while torch iterates over its hooks."""
+    """Register a hook that records which torch optimizers step, for each `OtherOptimizers`. Further calls are no-ops.
+
+    The hook is never removed. If garbage collection removed it, that could happen while torch iterates over its hooks.
+    """
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):

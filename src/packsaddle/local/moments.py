@@ -52,7 +52,7 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
-        # Replace a composite optimizer by its members.
+        # Replace an optimizer that joins others, such as a `JoinedOptimizer`, by the optimizers that it joins.
         self._optimizers = apart = [o for o in with_members(optimizers) if not isinstance(o, CompositeOptimizer)]
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):

@@ -340,7 +340,7 @@ class LocalOptions(Option):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         # Convert 1 to 1.0, since workers compare their arguments as text, in which 1 and 1.0 differ.
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
-        # Check types: an object of another type would fail later, or be used as True.
+        # Check types here, since an object of a wrong type would fail later, or be used as True.
         for name in ("keep_unsent", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -1,4 +1,4 @@
-"""The saved state of local updates: its rules for other numbers of workers, its identity and its fields."""
+"""The saved state of local updates: its fields, and rules for loading it with another number of workers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol

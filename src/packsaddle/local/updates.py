@@ -490,7 +490,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        # A state of an earlier format, for which `State.split` raises an error, has no share.
+        # A state of an earlier format has no entry "share". `State.split` raises an error for it later.
         return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:

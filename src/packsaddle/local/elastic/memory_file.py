@@ -52,7 +52,8 @@ class MemoryFile:
 
     @classmethod
     def read(cls, path: Path, shapes: Mapping[str, torch.Size]) -> "MemoryFile":
-        """Read an error memory. Raises ConfigError, in one line, if it is unreadable or has other parameter shapes."""
+        """Read an error memory from a file. Raises ConfigError, with a message of one line, if the file is unreadable,
+        or if its tensors do not have the `shapes`, given by parameter name."""
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling may raise any type
