@@ -64,7 +64,7 @@ class Gradient:
         self._flat = flat
         # Candidates for the largest coordinates of the sum base + scale * u that was computed last.
         self.candidates = Candidates(flat.compressed_d)
-        self.norm: Tensor | None = None  # upper bound on the norm of that sum; None: unknown
+        self.norm: Tensor | None = None  # upper bound on the norm of the last base + scale * u; None: unknown
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -242,8 +242,8 @@ class StormGradient(_StatefulGradient):
     """STORM (Cutkosky and Orabona 2019): the direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
 
     Both gradients g are computed on the examples of step t. So a step needs a closure that computes the loss and the
-    gradients on these examples, and calls the closure at x_t and at x_{t-1}. The gradient g
-    includes weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
+    gradients on these examples, and calls the closure at x_t and at x_{t-1}. The gradient g includes
+    weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" this is EF21-STORM
     (Fatkhullin et al. 2023).
     """
 
@@ -267,7 +267,7 @@ class StormGradient(_StatefulGradient):
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                # A closure that does not clear gradients would add to the old ones.
+                # A closure that does not clear gradients would add its gradients to those at x_t.
                 p.grad = None
             try:
                 super().evaluate(closure, decays)
@@ -309,7 +309,7 @@ class GradientUpdate(Update):
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
-    is_known_invalid: bool = False  # True if a GradScaler found an Inf
+    is_known_invalid: bool = False  # True if a GradScaler found an Inf or NaN in the gradients
     x_is_large: bool = False  # True if weight decay may overflow, so that finite gradients do not imply a finite u
 
     @property

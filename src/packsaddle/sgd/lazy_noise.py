@@ -18,13 +18,13 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# By dtype of a sum: a term below this fraction of the sum loses too many digits when it is added.
+# For each dtype of a sum, the fraction of the sum below which an added term loses too many digits.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
 class OutstandingNoise:
-    """The noise that is not applied to x yet, represented by its variance: one number per cell, a block of coordinates.
+    """The noise that is not applied to x yet, represented by its variance: one number per cell (block of coordinates).
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
     sum_s eta_s xi_s to x, where s runs over the steps since the cell was last sent, eta_s is the learning rate and xi_s

@@ -84,7 +84,7 @@ class FlatTarget:
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # x may overflow: apply the mean, check, and restore x if it did.
+        # x may overflow: apply the mean, check x, and restore it if it has overflowed.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)

@@ -1,8 +1,8 @@
 """Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
 The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them with those that Jin et al. (JACM
-2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` with values derived for one saddle at a time. So the
-results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
+2021, Eq. (8)) prove for uncompressed SGD. `Constants.practical` replaces them with values that are derived for one
+saddle at a time. So the results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
 """
 
 import math
@@ -105,11 +105,11 @@ class Constants:
     interval_power: float = 1.0  # power of iota in I = iota^1 / (eta sqrt(rho epsilon)); not used with `patience`
     patience: float | None = None  # escape interval I as a multiple of the median escape time; None: `interval_power`
     radius_power: float = 2.0  # power of 1 / iota in the radius R = 2 iota^-2 sqrt(epsilon / rho)
-    radius_factor: float = 2.0  # factor 2 in that formula of R
+    radius_factor: float = 2.0  # factor 2 in the radius R = 2 iota^-2 sqrt(epsilon / rho)
     decrease_power: float = 5.0  # power of 1 / iota in the decrease F = 1 iota^-5 sqrt(epsilon^3 / rho)
-    decrease_factor: float = 1.0  # factor 1 in that formula of F
-    escape_factor: float = 100.0  # first factor 100 in the steps T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0  # second factor 100 in that formula of T
+    decrease_factor: float = 1.0  # factor 1 in the decrease F = 1 iota^-5 sqrt(epsilon^3 / rho)
+    escape_factor: float = 100.0  # factor of I / F in the steps T = f_max max(100 I / F, 100 / (eta epsilon^2))
+    descent_factor: float = 100.0  # factor of 1 / (eta epsilon^2) in T = f_max max(100 I / F, 100 / (eta epsilon^2))
 
     def __post_init__(self) -> None:
         check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
@@ -223,7 +223,7 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
-    # This is the positive root of the quadratic equation, without cancellation.
+    # This is the positive root of mu^2 + q mu - q = 0, in a form without cancellation.
     return 2 / (1 + math.sqrt(1 + 4 / q))
 
 

@@ -59,7 +59,7 @@ class Plan:
     constants: Constants  # constants that replace O-tilde in the theorems
     workers: int  # number of workers W
     compressor: Compressor  # compressor C
-    theorem: str  # "3.2" for a linear compressor, else "3.1"
+    theorem: str  # number of the theorem in the paper: "3.2" for a linear compressor, else "3.1"
     protocol: str  # the exchange: "all-reduce", "all-gather", ...
     mu: float  # contraction of C on d coordinates
     k: int | None  # number of coordinates sent, or of a sketch's counters; None: not defined for this compressor
