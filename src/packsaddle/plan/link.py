@@ -167,7 +167,7 @@ class Forecast:
 
     @property
     def is_dense(self) -> bool:
-        """True for DistributedDataParallel without compression."""
+        """True if this is the forecast for DistributedDataParallel without compression."""
         return self.compressor == DENSE
 
     @property
@@ -185,7 +185,8 @@ class Forecast:
 @dataclass(frozen=True)
 class Verdict:
     """Forecasts for all compressors on a link, and for DistributedDataParallel without compression, the fastest first.
-    Forecasts of compressors whose number of steps was not measured are last."""
+    Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is known, are
+    last."""
 
     forecasts: tuple[Forecast, ...]  # one for each compressor, and one for DDP without compression
 
@@ -206,8 +207,8 @@ class Verdict:
 
     @property
     def break_even(self) -> float | None:
-        """The rate in payload bytes per second below which some compressor is faster than DDP. It is None if no
-        compressor is ever faster, or if one always is."""
+        """The largest break-even rate of the compressors: the link rate, in payload bytes per second, below which the
+        compressor is faster than DDP. It is None if each compressor is faster at no rate or at every rate."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 class TrainingStep:
     """A model and a batch, to time the model's training step.
 
-    The loss is the first scalar that the model returns, or else the mean square of all that it returns.
+    The loss is the first scalar among the tensors that the model returns with a gradient. If there is no scalar, it is
+    the sum of the mean squares of these tensors.
 
     >>> import torch
     >>> from packsaddle.plan import TrainingStep

@@ -23,7 +23,7 @@ _MOST = 1e9  # largest valid time, in seconds, and largest valid spread; squares
 
 @dataclass(frozen=True)
 class Link:
-    """The network link between a worker and the other workers. Times are numbers, or text such as "55ms".
+    """The network link between a worker and the other workers. Times are numbers of seconds, or text such as "55ms".
 
     Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
@@ -103,8 +103,8 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
     With `tail` "exponential" a time is 1 - spread plus an exponential time of mean `spread`, whose expected maximum is
-    spread * H_W (Renyi 1953). With "lognormal" the maximum is computed by quadrature over the normal score of the
-    slowest worker.
+    spread * H_W (Renyi 1953). H_W is the W-th harmonic number. With "lognormal" the maximum is computed by quadrature
+    over the normal score of the slowest worker.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -138,7 +138,7 @@ class StepTime:
 
     compute: float  # time of the forward and backward pass
     waiting: float  # time of waiting for the slowest worker
-    compression: float  # time of encoding, decoding and the optimizer's other work
+    compression: float  # time of encoding, of decoding, and of the rest of the optimizer's step
     latency: float  # latency of the exchange's sequential messages
     bandwidth: float  # time to transfer the exchange's bytes over the busiest link
 
@@ -157,8 +157,8 @@ class StepTime:
 class Compressed:
     """A step of `CompressedSGD`: compute, coding and exchange, one after the other."""
 
-    cost: Cost  # critical path of the exchange
-    compression: float  # seconds of encoding, decoding and the optimizer's other work
+    cost: Cost  # messages and bytes on the critical path of the exchange
+    compression: float  # seconds of encoding, of decoding, and of the rest of the optimizer's step
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of one step of the workers in `fleet` on `link`."""
@@ -175,9 +175,11 @@ class Dense:
     backward: float = 2 / 3  # time of the backward pass, as a fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict the time of a step whose buckets become ready at even intervals of the backward pass. Buckets are
-        sent sequentially. The last bucket is never sent during the backward pass. On a slow link earlier buckets are
-        also still being sent after it."""
+        """Predict the time of a step on `link`, for the workers of `fleet`.
+
+        Buckets become ready at even intervals of the backward pass, and are sent sequentially. The last bucket is sent
+        after the backward pass. On a slow link, a part of the earlier buckets is also sent after it.
+        """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
         latency *= buckets
