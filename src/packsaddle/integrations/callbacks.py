@@ -1,4 +1,4 @@
-"""Functions common to the frameworks' callbacks: attach a DDP hook or local updates, log metrics, save and load."""
+"""Functions that the frameworks' callbacks use to attach a DDP hook or local updates, log metrics, and save state."""
 
 import warnings
 from collections.abc import Mapping
@@ -115,7 +115,7 @@ class WorkerState:
         return {"model": self._model, "local": self.local, **optimizers}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; collective if an exchange is in progress."""
+        """Return this worker's state as tensors and plain types; collective if an exchange is in progress."""
         parts = {name: part.state_dict() for name, part in self.parts.items() if name != "model"}
         return {
             "steps": self.steps,
@@ -178,7 +178,8 @@ def attach_local_updates(
 
 
 def monitored(compressor: AnyCompression, every: int) -> Compression:
-    """Return a `Compression` that measures its contraction every `every` steps; a given `Compression` is unchanged."""
+    """Return a `Compression` with the compressor `compressor` that measures its contraction, i.e. the fraction of the
+    squared norm that compression keeps, every `every` steps. If it is already a `Compression`, return it unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
@@ -252,7 +253,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return False
 
-    # If another number of workers saved the files, convert their states.
+    # If the number of workers has changed since the files were saved, convert the saved states.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
     surveys = collectives.gather(_survey(folder, name))
     workers, *_ = saved_by(surveys)
@@ -266,7 +267,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return True
 
-    # If the number of workers is the same, read this worker's own file.
+    # If the number of workers has not changed since the files were saved, read this worker's own file.
     path = _path(folder, name)
     state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
@@ -320,7 +321,7 @@ def _resharded(
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
-    # Convert the parts of the state to this number of workers. The scaler's state is copied from worker 0.
+    # Convert the parts of the state to the current number of workers. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
 
     def content(state: dict[str, Any]) -> dict[str, Any]:
@@ -346,8 +347,9 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm. For each possible
-    verdict there is a number such as certificate/saddle, 1 for the certificate's verdict and 0 for the others."""
+    """Return the numbers of a certificate as a dict for a logger, with keys such as certificate/grad_norm. Each
+    possible verdict has a key such as certificate/saddle, whose value is 1 if it is the certificate's verdict and 0 if
+    not."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

@@ -99,7 +99,7 @@ class PacksaddleCallback(_Attached):
 
     Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer))`. It accepts the arguments of
     `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is measured every
-    `logging_steps`, or as set by a `Compression`.
+    `logging_steps` steps, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
@@ -182,8 +182,8 @@ class CertificateCallback(TrainerCallback):
     Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
     batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,
     identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
-    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError for an
-    interval below 1.
+    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError if
+    `every_n_steps` is below 1.
     """
 
     def __init__(

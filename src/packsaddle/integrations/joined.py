@@ -59,7 +59,7 @@ class JoinedOptimizer(CompositeOptimizer):
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Set the parameter groups of all joined optimizers (`members`). Raises ValueError unless `groups` has
-        as many entries as the optimizers have groups together."""
+        as many entries as the optimizers have groups in total."""
         # Ignore the assignment by torch's constructor.
         if self._is_made:
             _check_number(groups, self.param_groups)
@@ -107,7 +107,7 @@ class JoinedOptimizer(CompositeOptimizer):
         parameters and "param_groups" are in the list "members", which has a dict for each optimizer."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        # Number the parameters of all members in one sequence.
+        # Number the parameters of all joined optimizers in one sequence.
         result: dict[str, Any] = {"state": {}, "param_groups": []}
         others, start = [], 0
         for member in self.members:
@@ -139,7 +139,7 @@ class JoinedOptimizer(CompositeOptimizer):
         _check_number(groups, self.param_groups)
         parts = []
         for mine, other in zip(_divided(groups, self.members), others, strict=True):
-            # The keys need not be numbers: torch.distributed.checkpoint uses names.
+            # The keys of the saved states need not be numbers: torch.distributed.checkpoint uses names.
             index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
             states = {index[key]: entry for key, entry in state["state"].items() if key in index}
             renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]

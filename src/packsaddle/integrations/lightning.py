@@ -95,7 +95,7 @@ class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs the metrics of `measures` as packsaddle/sent and so on.
 
     It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
+    contraction is measured every `log_every_n_steps` steps, or as set by a `Compression`.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
     removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker the callback only warns.
@@ -132,7 +132,7 @@ class LocalUpdatesCallback(_Attached):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach local updates, and restore their state. Raises ValueError if a callback that averages weights comes
-        after this one in `trainer.callbacks`."""
+        after this callback in `trainer.callbacks`."""
         # A callback that runs after this one must not replace the parameters, which are then identical on all workers,
         # with an average that differs between workers.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # WeightAveraging exists from Lightning 2.6 on
