@@ -50,7 +50,7 @@ class CompareAnchors:
         # Move the parameters by the same difference as a repaired anchor. Otherwise the next exchange would send the
         # difference as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
-            # A running exchange will move the parameters at its end.
+            # Skip a fragment with a running exchange, which will move the parameters when it ends.
             if f.current is None:
                 f.anchor.move(starts)
 
@@ -66,7 +66,7 @@ class EscapeAnchor:
         whole = fragments[0]
         if len(fragments) > 1 or whole.options.overlap.delay or whole.is_sharded:
             raise ValueError("escape needs fragments=1, delay=0 and no DTensors: it compares whole anchors")
-        self.resets: list[Reset] = []  # one record for each time that the check fired
+        self.resets: list[Reset] = []  # one record for each time that the escape check fired
 
         def at_anchor() -> float | Tensor:
             whole.anchor.set_parameters(whole.anchor.views)

@@ -77,7 +77,8 @@ class Anchor:
         return kept
 
     def copy_starts(self) -> list[Tensor]:
-        """Return a copy of the start point, one tensor per parameter, with the parameters' dtypes and device."""
+        """Return a copy of the start point, from which this worker continues after an exchange: one tensor per
+        parameter, with the parameters' dtypes and device."""
         places = zip(self.starts(), self.tensors(), strict=True)
         return [beside(x, start) if start.device != x.device else start.to(x, copy=True) for start, x in places]
 
@@ -132,8 +133,8 @@ class Anchor:
         """Reset the parameters x to this worker's start point, and clear `owed`, the part of the local update that
         start - x does not contain.
 
-        Parameters whose names are in `frozen` keep their values; by default,
-        `frozen` has all currently frozen parameters.
+        Parameters whose names are in `frozen` keep their values; by default, `frozen` has all currently frozen
+        parameters.
         """
         frozen = self._frozen if frozen is None else frozen
         self.clear_owed(frozen)
@@ -149,7 +150,8 @@ class Anchor:
 
     def move_to_anchor(self) -> None:
         """Move the parameters x, except frozen ones, from this worker's start point to the anchor. The change of x is
-        recorded in `owed`, so that the next local update is not changed by it."""
+        recorded in `owed`, the part of the local update that start - x does not contain. So the next local update is
+        the same as without the move."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
@@ -186,8 +188,8 @@ class Anchor:
         """Keep the local update of the parameters with these names fixed while the anchor a and the error memory e
         change within the context.
 
-        Such a change moves the start point, from which the local update is measured. The parameters x do not move, so
-        the move of the start point is recorded in `owed`.
+        Such a change moves the start point, from which the local update start - x is measured. The parameters x do not
+        move, so the move of the start point is recorded in `owed`, a correction that is added to start - x.
         """
         if not names:
             yield
@@ -229,8 +231,9 @@ class Anchor:
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from the parameters x that are not frozen, so that start - x contains the whole local update.
-        For 16-bit parameters, `owed` then becomes the rounding error of x."""
+        """Subtract `owed`, the part of the local update that start - x does not contain, from the parameters x that are
+        not frozen. Then start - x is the whole local update, except that for 16-bit parameters `owed` becomes the
+        rounding error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -239,8 +242,9 @@ class Anchor:
         self._set((x.to(wide_dtype(x)) - beside(x, part, wide_dtype(x)) for x, part in pairs), frozen)
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
-        """Set the parameters to `values`, given in at least float32, and add the rounding error of 16-bit parameters to
-        `owed`. Parameters whose names are in `frozen` keep their values."""
+        """Set the parameters x to `values`, given in at least float32. For 16-bit parameters, the rounding error is
+        added to `owed`, the part of the local update that start - x does not contain. Parameters whose names are in
+        `frozen` keep their values."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
@@ -272,7 +276,8 @@ class Anchor:
 class PseudoGradient(Update):
     """The local update of a worker, as the input of its error memory, float[n].
 
-    It is start - x, the change of the parameters x since their start point, plus `Anchor.owed` and noise. It is 0 for
+    It is start - x, the change of the parameters x since their start point, plus the part that this difference does not
+    contain (`Anchor.owed`), plus noise. It is 0 for
     parameters whose names are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
     """
 

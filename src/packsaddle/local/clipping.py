@@ -77,8 +77,9 @@ def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
 
     `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. `most` is the limit on
-    a norm as a multiple of m, the median of the norms that are counted. For an even number of norms, m is the lower of
-    the two middle norms, so that half of the workers cannot raise it. The factor of an absent worker is 1.
+    a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even number of
+    norms, m is the lower of the two middle norms, so that half of the workers cannot raise it. The factor of an absent
+    worker is 1.
     """
     norms = widened(norms)
     limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()

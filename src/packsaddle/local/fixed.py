@@ -314,7 +314,8 @@ class FixedWorkers:
         self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
-        """Raise RuntimeError on all workers unless all make this call; collective, and not recorded in the ledger."""
+        """Raise RuntimeError on all workers unless all of them make the same collective call, such as "saves a
+        checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
     # Which rounds this worker is in.

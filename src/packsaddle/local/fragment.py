@@ -75,8 +75,8 @@ class Fragment(Slice):
 
     @property
     def frozen_next(self) -> list[str]:
-        """The names of the parameters that are frozen in the next exchange. After `begin`, the next exchange is the
-        current one."""
+        """The names of the parameters that are frozen in the next exchange or, after `LocalRound.begin`, in the
+        exchange that has begun."""
         return [name for name, each in zip(self.names, self.trained, strict=True) if not each.requires_grad_next]
 
     @property

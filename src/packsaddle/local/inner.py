@@ -99,9 +99,9 @@ def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = None) -> dict[str, Tensor]:
     """Return the optimizers' parameters by name.
 
-    The names in the optimizers are used if all parameters have different ones there. Otherwise the names in the model
-    are used, and if a parameter has none, all are called "parameter 0", "parameter 1" and so on. The prefixes that
-    DistributedDataParallel and torch.compile add are removed.
+    If every parameter has a name in the optimizers and no two names are equal, these names are used. Otherwise the
+    names in the model are used, without the prefixes that DistributedDataParallel and torch.compile add. If a parameter
+    has no name in the model either, all parameters are called "parameter 0", "parameter 1" and so on.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
@@ -190,10 +190,10 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects other optimizers in this process that train parameters of the same model without exchanging them.
+    """Detects optimizers that train parameters of a model which the model's `LocalUpdates` does not exchange.
 
-    `parameters` are the exchanged parameters. `check` raises an error if an optimizer has stepped on other parameters
-    of the same module, unless `checks` is False.
+    `parameters` are the exchanged parameters. `check` raises RuntimeError if an optimizer has stepped on a parameter
+    that is not exchanged, but that is in one module with exchanged parameters. No error is raised if `checks` is False.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
@@ -210,8 +210,8 @@ class OtherOptimizers:
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer has stepped on parameters of this model that are not exchanged
-        between workers. No-op if this object was made with checks=False."""
+        """Raise RuntimeError if an optimizer has stepped on parameters of the model that are not exchanged between
+        workers. No-op if this object was made with checks=False."""
         if not (self._has_new and self._checks):
             return
 

@@ -278,7 +278,7 @@ class OuterAgreement(Option):
     """A step of the anchor that lengthens the mean update of each tensor where the workers' updates disagree.
 
     The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
-    the ratio of the lengths to the power p (see `local.agreement`), which is 1 if all workers send the same update.
+    r^p, where r is the ratio of the lengths (see `local.agreement`); r is 1 if all workers send the same update.
     Each exchange sends four more bytes per tensor. The exchange of `flush` does not lengthen its update.
 
     Args:

@@ -101,7 +101,7 @@ class Outcomes:
             self._clear()
             part.was_invalid = True
             self._restore()
-        # Count the rejected round, and raise errors on all workers.
+        # Count the rejected round. Raise an error on all workers if a reset has failed, or after too many such rounds.
         self.skips.record(Skip.of(r.t, dict(enumerate(r.reports)), THE_MEAN, is_round=True))
         for worker, report in enumerate(r.reports):
             if report.kind == "reset":

@@ -30,7 +30,8 @@ class OuterOptimizer:
         self._names = {id(tensor): name for name, tensor in anchor.items()}
 
     def field(self) -> Value:
-        """Return the field of the saved state: torch's state dict, and the names of the parameters in each group."""
+        """Return the field of the saved state that contains the optimizer's state dict, and the names of the parameters
+        in each of its groups."""
         return Value(("outer",), dict[str, Any], self._state, self._load, self._check)
 
     @property

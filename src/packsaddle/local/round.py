@@ -50,7 +50,7 @@ class LocalRound:
     part: "Fragment"
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
     due: int  # the inner step after which the round is applied
-    exchanged: Round | None  # the exchange, with its error memory; None: the round is closed, or loaded
+    exchanged: Round | None  # the exchange and its error memory; None: the round is closed, or from a saved state
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     # Weight of this worker's update v in the mean. If it is 0, the worker receives the mean but keeps its own update.
     share: float = 1.0
@@ -149,8 +149,8 @@ class LocalRound:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
         At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
-        of a mean, so it belongs to the updates of all workers and is subtracted. `scale`
-        is the factor by which `v` was scaled.
+        of a mean, so it belongs to the updates of all workers and is subtracted. `scale` is the factor by which `v` was
+        scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -219,7 +219,8 @@ class LocalRound:
         return self.applied
 
     def _read(self) -> bool:
-        """Read the verdict and the clipping factors of a completed exchange; return True if the round is applied."""
+        """Read the outcome (verdict) and the clipping factors of a completed exchange. Returns True if the round is
+        applied."""
         assert self.exchanged is not None
         verdict = self.exchanged.verdict
         if self.factors is None:

@@ -64,11 +64,13 @@ class Schedule:
 
     @property
     def period(self) -> int:
-        """The number of inner steps from one round of elastic workers to the next, at least 1."""
+        """The number of inner steps from one round to the next, at least 1, if workers join and leave during
+        training."""
         return max(1, self.every // len(self.offsets))
 
     def in_rotation(self, rounds: int) -> int:
-        """Return the index of the fragment that elastic workers exchange after `rounds` applied rounds."""
+        """Return the index of the fragment that is exchanged after `rounds` applied rounds, if workers join and leave
+        during training: fragments are then exchanged in rotation."""
         return rounds % len(self.offsets)
 
 

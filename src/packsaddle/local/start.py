@@ -163,7 +163,7 @@ class UnsentSteps:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record an inner step, the `steps`-th. `exchanged` is True if a round followed this step."""
+        """Record that this worker has made inner step number `steps`. `exchanged` is True if a round followed it."""
         self._steps, self._is_pending = steps, True
         self._exchanged = steps if exchanged else self._exchanged
 

@@ -26,8 +26,8 @@ class Trained:
 
     @property
     def requires_grad_next(self) -> bool:
-        """True if the parameter counts as trained in the next exchange. After `begin_exchange`, the next exchange is
-        the current one."""
+        """True if the parameter counts as trained in the next exchange or, after `begin_exchange`, in the exchange that
+        has begun."""
         return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
