@@ -63,8 +63,7 @@ class LocalRound:
     before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
-    # Each worker's report of its first invalid value, by rank; empty if all values are valid.
-    reports: list[Report] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)  # by rank, each worker's first invalid value; empty: all valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: the ranks are logged
