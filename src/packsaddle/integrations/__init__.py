@@ -1,4 +1,4 @@
-"""Integrations with frameworks that construct the DistributedDataParallel model themselves: functions and callbacks.
+"""Callbacks and functions for frameworks that construct the DistributedDataParallel model themselves.
 
 `packsaddle.attach` works on the wrapped model of any framework. The callbacks in `integrations.lightning` and
 `integrations.huggingface` also log metrics and save state; only these modules import their framework.

@@ -1,4 +1,4 @@
-"""Functions common to the frameworks' callbacks: attach a DDP hook or local updates, log metrics, save and load."""
+"""Functions that the frameworks' callbacks use to attach a DDP hook or local updates, log metrics, and save state."""
 
 import warnings
 from collections.abc import Mapping
@@ -115,7 +115,7 @@ class WorkerState:
         return {"model": self._model, "local": self.local, **optimizers}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; collective if an exchange is in progress."""
+        """Return this worker's state as tensors and plain types; collective if an exchange is in progress."""
         parts = {name: part.state_dict() for name, part in self.parts.items() if name != "model"}
         return {
             "steps": self.steps,
@@ -151,11 +151,15 @@ def attach_local_updates(
     compressor: AnyCompression,
     **options: Any,
 ) -> WorkerState:
-    """Make a `LocalUpdates` of a framework's optimizers, and disable the exchange of gradients by its wrapper.
+    """Make a `LocalUpdates` of a framework's `optimizers` and `compressor`, and disable the exchange of gradients by
+    the framework's DistributedDataParallel.
 
-    `wrapped` is the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns.
-    The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers
-    without a DistributedDataParallel, and the errors of `LocalUpdates`.
+    `wrapped` is the framework's wrapper of `model`, which contains the DistributedDataParallel. `options` are further
+    arguments of `LocalUpdates`. With one worker, which sends nothing, the function warns. The contraction is measured
+    in every round, or as set by a `Compression`.
+
+    Raises TypeError for several workers without a DistributedDataParallel, ValueError if workers have
+    weight="steps", and the exceptions that `LocalUpdates` raises.
     """
     if resolve(None).size == 1:
         warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
@@ -174,17 +178,24 @@ def attach_local_updates(
 
 
 def monitored(compressor: AnyCompression, every: int) -> Compression:
-    """Return a `Compression` that measures its contraction every `every` steps; a given `Compression` is unchanged."""
+    """Return a `Compression` with the compressor `compressor` that measures its contraction, i.e. the fraction of the
+    squared norm that compression keeps, every `every` steps. If it is already a `Compression`, return it unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
     """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
 
-    They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
-    compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
-    have `rounds`, with `Workers.clip` the number of `clipped` updates, and with weight="steps" the `pace` of worker 0,
-    its inner steps in a round. Returns {} if `exchange` is None, as from `attach` with one worker.
+    They are the numbers of this worker's `steps` and `skipped` steps, its bytes `sent` and `received`, the `reduction`,
+    which is the bytes that uncompressed training would have sent divided by `sent`, and the contraction `mu`. The
+    contraction is the fraction of the squared norm that compression keeps; it is missing until it is measured (see
+    `Compression.monitor_every`).
+
+    A hook also has `sent_in_step`, the bytes sent in the last step. Local updates also have the numbers of `rounds` and
+    of `resets` by the escape check. If `Workers.clip` is set, they have the number of `clipped` updates. With
+    weight="steps", they have `pace`, the number of inner steps of worker 0 in a round.
+
+    Returns {} if `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is None:
         return {}
@@ -215,7 +226,7 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
     Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
-    models, give each a different `name`. No-op if `exchange` is None, as from `attach` with one worker.
+    models, give each a different `name`. No-op if `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -225,11 +236,13 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    Returns True if it was restored. Returns False, with a warning and nothing changed, if no worker has a file. If
-    `exchange` is None, as from `attach` with one worker, it returns False, with a warning if there are files. `name` is
-    as in `save_state`. If another number of workers saved the files, each worker gets the mean of the tensors that
-    differed between workers, such as error memories, with a warning (see `load_checkpoint`). Raises ValueError, with
-    nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
+    `name` is as in `save_state`. Returns True if `exchange` was restored. Returns False, with a warning and nothing
+    changed, if no worker has a file. If `exchange` is None, which is the result of `attach` with one worker, the
+    function returns False, and warns if there are files.
+
+    If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
+    workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
+    with nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
     `exchange`, for example since its seed differs.
     """
     if exchange is None:
@@ -240,7 +253,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return False
 
-    # If another number of workers saved the files, convert their states.
+    # If the number of workers has changed since the files were saved, convert the saved states.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
     surveys = collectives.gather(_survey(folder, name))
     workers, *_ = saved_by(surveys)
@@ -254,7 +267,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return True
 
-    # If the number of workers is the same, read this worker's own file.
+    # If the number of workers has not changed since the files were saved, read this worker's own file.
     path = _path(folder, name)
     state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
@@ -278,8 +291,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of a worker's file, which is named by the global rank, since a group may have only some
-    workers."""
+    """Return the path of the file of the worker with this global `rank`, by default of this worker."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -289,8 +301,8 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Read the files NAME-RANK.pt in a folder. Return a dict from each file's rank to the number of workers in the run
-    that saved the file."""
+    """Read the files NAME-RANK.pt in a folder. Return a dict that maps the rank of each file to the number of workers
+    in the run that saved the file."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
@@ -298,15 +310,18 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state, converted from the files of another number of workers; rank holders[i] reads file i.
-    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
+    """Return this worker's state, converted from the files of a run with another number of workers; collective.
+
+    The worker of rank holders[i] reads the file of rank i. Raises ValueError, on every worker, if the files are of
+    different steps or cannot be converted.
+    """
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
-    # Convert the parts of the state to this number of workers. The scaler's state is copied from worker 0.
+    # Convert the parts of the state to the current number of workers. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
 
     def content(state: dict[str, Any]) -> dict[str, Any]:
@@ -332,8 +347,9 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm. For each possible
-    verdict there is a number such as certificate/saddle, 1 for the certificate's verdict and 0 for the others."""
+    """Return the numbers of a certificate as a dict for a logger, with keys such as certificate/grad_norm. Each
+    possible verdict has a key such as certificate/saddle, whose value is 1 if it is the certificate's verdict and 0 if
+    not."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

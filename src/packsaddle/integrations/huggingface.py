@@ -1,7 +1,7 @@
 """Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and saddle certificates of the model.
 
-The first two log metrics (`measures`) and save every worker's state in the checkpoints. This module needs
-transformers 5: pip install 'packsaddle[hf]'.
+The callbacks for compressed gradients and local updates log the metrics of `measures`, and save every worker's state in
+the checkpoints. This module needs transformers 5: pip install 'packsaddle[hf]'.
 """
 
 import os
@@ -95,11 +95,11 @@ class _Attached(Attached, TrainerCallback):
 
 
 class PacksaddleCallback(_Attached):
-    """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the gradients that workers exchange, and logs the metrics of `measures` as packsaddle/sent and so on.
 
     Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer))`. It accepts the arguments of
     `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is measured every
-    `logging_steps`, or as set by a `Compression`.
+    `logging_steps` steps, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
@@ -113,8 +113,8 @@ class LocalUpdatesCallback(_Attached):
     Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. It accepts the
     arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
     exchanges no gradients from the start of training. With several workers the trainer's TrainingArguments must have
-    `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. `measures` are logged as
-    packsaddle/sent and so on; the contraction is measured in every round, or as set by a `Compression`.
+    `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. The metrics of `measures` are
+    logged as packsaddle/sent and so on; the contraction is measured in every round, or as set by a `Compression`.
 
     During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
     on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`), so every worker has the anchor.
@@ -123,8 +123,8 @@ class LocalUpdatesCallback(_Attached):
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
     packsaddle-RANK.pt. A resumed run restores it as with `PacksaddleCallback`, also on another number of workers (see
-    `load_checkpoint`). One worker sends nothing, with a warning. `local` is the LocalUpdates, which further calls of
-    `train` keep.
+    `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is the LocalUpdates, which
+    further calls of `train` keep.
     """
 
     _makes = LocalUpdates
@@ -182,8 +182,8 @@ class CertificateCallback(TrainerCallback):
     Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
     batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,
     identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
-    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError for an
-    interval below 1.
+    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError if
+    `every_n_steps` is below 1.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class CertificateCallback(TrainerCallback):
         batch = self._trainer._prepare_inputs(batch)  # moves the batch to the model's device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        # The output is a dict or a tuple. The Trainer reads the loss from it in the same way.
+        # The output is a dict or a tuple. Read the loss from it as transformers' Trainer does.
         outputs = model(**batch)
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

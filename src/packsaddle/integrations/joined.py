@@ -1,4 +1,4 @@
-"""Several optimizers as one, for frameworks that accept one."""
+"""An optimizer that joins several optimizers, for frameworks that accept only one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
@@ -15,10 +15,10 @@ from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, lo
 class JoinedOptimizer(CompositeOptimizer):
     """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
-    It is for frameworks that accept only one optimizer: transformers' Trainer, Lightning's automatic mode. `members`
-    are the optimizers; `step` steps them in that order. The state dict has the form of one torch optimizer with all
-    groups, and combines the members' state dicts. If a `LocalUpdates` exchanges this optimizer's updates, stepping a
-    member alone raises RuntimeError.
+    It is for frameworks that accept only one optimizer, such as transformers' Trainer and Lightning's automatic mode.
+    `members` is the list of the joined optimizers; `step` steps them in the order of the list. The state dict combines
+    their state dicts, and has the form of one torch optimizer with the groups of all members. If a `LocalUpdates`
+    exchanges this optimizer's updates, stepping a member alone raises RuntimeError.
 
     >>> import torch
     >>> from packsaddle.integrations import JoinedOptimizer
@@ -32,7 +32,7 @@ class JoinedOptimizer(CompositeOptimizer):
     _is_made = _steps_members = False
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
-        # This call raises for objects that are not optimizers, and for a parameter in two members.
+        # This call raises an error if an object is not an optimizer, or if a parameter is in two optimizers.
         as_optimizers(list(members))
         self.members = list(members)
         super().__init__(parameters_of(self.members), {})
@@ -53,13 +53,13 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all members, in the order of the members."""
+        """The parameter groups of all joined optimizers (`members`), in the order of the optimizers."""
         return [group for member in self.members for group in member.param_groups]
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the members' parameter groups. Raises ValueError unless there are as many groups as the members have
-        together."""
+        """Set the parameter groups of all joined optimizers (`members`). Raises ValueError unless `groups` has
+        as many entries as the optimizers have groups in total."""
         # Ignore the assignment by torch's constructor.
         if self._is_made:
             _check_number(groups, self.param_groups)
@@ -68,27 +68,28 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @property
     def state(self) -> Any:  # a mapping, and not torch's defaultdict
-        """The states of all parameters as one mapping. Each entry is stored in the `state` of the member that has the
-        parameter."""
+        """The states of all parameters as one mapping from parameter to state. Each entry is stored in the `state` of
+        the joined optimizer that has the parameter."""
         return _States(self.members)
 
     @state.setter
     def state(self, state: Any) -> None:
-        """Replace the states of all members by the entries of `state`."""
+        """Replace the states of all joined optimizers by the entries of `state`, a mapping from parameter to state."""
         if self._is_made:
             entries = dict(state)
             self.state.clear()
             self.state.update(entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError, since no member would step the parameters of `param_group`."""
+        """Raise RuntimeError, since none of the joined optimizers would step the parameters of `param_group`."""
         # Ignore the calls by torch's constructor.
         if self._is_made:
             raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call the closure, if any, then step all members. Returns the value of the closure."""
+        """Call the closure, if one is given, then step all joined optimizers without it. Returns the closure's value,
+        or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,11 +103,11 @@ class JoinedOptimizer(CompositeOptimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the members' state dicts as one. If a member's state dict has more than the states of parameters and
-        "param_groups", the rest is in the list "members"."""
+        """Return the state dicts of all joined optimizers (`members`) as one state dict. Entries other than states of
+        parameters and "param_groups" are in the list "members", which has a dict for each optimizer."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        # Number the parameters of all members in one sequence.
+        # Number the parameters of all joined optimizers in one sequence.
         result: dict[str, Any] = {"state": {}, "param_groups": []}
         others, start = [], 0
         for member in self.members:
@@ -116,7 +117,8 @@ class JoinedOptimizer(CompositeOptimizer):
             mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
             result["state"] |= {start + i: entry for i, entry in mine.items()}
             result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
-            # A member's state dict may have further keys, and its state may have entries that belong to no parameter.
+            # The state dict may have keys other than "state" and "param_groups", and "state" may have entries that
+            # belong to no parameter.
             rest = {key: entry for key, entry in states.items() if key not in mine}
             others.append(saved | ({"state": rest} if rest else {}))
             start += n
@@ -127,9 +129,9 @@ class JoinedOptimizer(CompositeOptimizer):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load `state_dict`, which this class saved, into all members. Raises ValueError, with nothing changed, if the
-        saved groups do not match the members' groups."""
-        # Check the groups, and number each member's parameters from 0.
+        """Load `state_dict`, which this class saved, into all joined optimizers. Raises ValueError, with nothing
+        changed, if the saved parameter groups do not match those of the optimizers."""
+        # Check the groups, and number the parameters of each joined optimizer from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state
@@ -137,7 +139,7 @@ class JoinedOptimizer(CompositeOptimizer):
         _check_number(groups, self.param_groups)
         parts = []
         for mine, other in zip(_divided(groups, self.members), others, strict=True):
-            # The keys need not be numbers: torch.distributed.checkpoint uses names.
+            # The keys of the saved states need not be numbers: torch.distributed.checkpoint uses names.
             index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
             states = {index[key]: entry for key, entry in state["state"].items() if key in index}
             renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]
@@ -160,7 +162,7 @@ def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:
 
 
 def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
-    """Divide a list of the parameter groups of all members into one list per member."""
+    """Divide the parameter groups of several joined optimizers (`members`) into one list for each optimizer."""
     rest = iter(groups)
     return [list(islice(rest, len(member.param_groups))) for member in members]
 

@@ -55,7 +55,8 @@ class _Attached(Attached, Callback):
                 _Files(self, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the hook or local updates, and restore their state. Raises the errors of attaching."""
+        """Attach the hook or local updates, and restore their state if a checkpoint was loaded. Raises the exceptions
+        of `_make` and `load_state`."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         wrapped, every = trainer.strategy.model, trainer.log_every_n_steps
         self.exchange = self._make(wrapped, pl_module, trainer.optimizers, scaler, every)
@@ -91,10 +92,10 @@ class _Attached(Attached, Callback):
 
 
 class PacksaddleCallback(_Attached):
-    """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the gradients that workers exchange, and logs the metrics of `measures` as packsaddle/sent and so on.
 
     It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
+    contraction is measured every `log_every_n_steps` steps, or as set by a `Compression`.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
     removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker the callback only warns.
@@ -106,15 +107,15 @@ class LocalUpdatesCallback(_Attached):
     """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
     It accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
-    exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
-    contraction is measured in every round, or as set by a `Compression`.
+    exchanges no gradients from the start of training. The metrics of `measures` are logged as packsaddle/sent and so
+    on; the contraction is measured in every round, or as set by a `Compression`.
 
     Validation during `fit` and checkpoints use the anchor: the parameters last agreed on, identical on all workers. At
     the end pending updates are exchanged (`LocalUpdates.flush`), and every worker has the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
-    `PacksaddleCallback`. One worker sends nothing, with a warning. A run may resume on another number of workers:
-    see `load_checkpoint`. `local` is the LocalUpdates.
+    `PacksaddleCallback`. A run may resume on another number of workers (see `load_checkpoint`). With one worker nothing
+    is sent, and a warning is issued. `local` is the LocalUpdates.
     """
 
     _makes = LocalUpdates
@@ -130,8 +131,10 @@ class LocalUpdatesCallback(_Attached):
         self._evaluation = ExitStack()  # the context `together()`, which is entered during validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach local updates, and restore their state. Raises ValueError if a later callback averages weights."""
-        # Later callbacks must not replace the agreed parameters with this worker's own average.
+        """Attach local updates, and restore their state. Raises ValueError if a callback that averages weights comes
+        after this callback in `trainer.callbacks`."""
+        # A callback that runs after this one must not replace the parameters, which are then identical on all workers,
+        # with an average that differs between workers.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # WeightAveraging exists from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
@@ -161,7 +164,8 @@ class LocalUpdatesCallback(_Attached):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Disable the switch of the parameters to the anchor, since they may change after training."""
+        """Make `together` a no-op, since the parameters may be changed after training, and must then not be set to the
+        anchor."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
@@ -206,12 +210,13 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        # Save at the anchor, since the checkpoint may contain views of the parameters.
+        # Save with the parameters set to the anchor, since the checkpoint may contain views of the parameters.
         with self._callback.together():
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the strategy's model `state_dict` with the parameters at the anchor; values may be copies."""
+        """Return the model's `state_dict`, as the strategy collects it, with the parameters set to the anchor. Its
+        tensors may be views of the parameters, or copies."""
         with self._callback.together():
             found: dict[str, Any] = self._tensors()
         return found

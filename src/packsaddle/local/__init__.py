@@ -1,8 +1,13 @@
 """Local training with any optimizer: workers' parameter changes are averaged every H steps. Start with `updates`.
 
-- `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `clipping`: limits updates
-- `options`: overlap, workers, the outer optimizer; `participation`: the workers' weights, and samples of the workers
-- `schedule`: when fragments are exchanged; `pace`: the steps of workers of unequal speeds
-- `outcomes`: rejected exchanges; `inner`, `start`, `lockstep`: the inner optimizers, and checks
+- `options`: the classes of options: overlap, workers, the outer optimizer
+- `fragment` and `round`: the parameters that are exchanged together, and one exchange of them
+- `anchor`: the parameters on which all workers last agreed
+- `clipping`: limits the norms of the workers' updates
+- `schedule`: the steps after which each fragment is exchanged
+- `pace`: the numbers of steps of workers with unequal speeds
+- `participation`: the workers' weights, and random samples of the workers
+- `after` and `outcomes`: the reactions to the end of an exchange, such as a reset after a rejected exchange
+- `inner`, `start` and `lockstep`: checks of the inner optimizers, of the first step, and of the workers' calls
 - `elastic`: workers that join and leave during training
 """

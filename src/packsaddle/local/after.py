@@ -1,7 +1,7 @@
-"""Reactions to the end of a round of local updates, applied or rejected: one list, in one order.
+"""Reactions to the end of a round of local updates, whether the round was applied or rejected.
 
-A reaction is called with the `LocalRound` that has ended. To add one, write a class, here or in a new file, and add it
-to the list in `Reactions`.
+They are called in a fixed order, each with the `LocalRound` that has ended. To add one, write a class, here or in a new
+file, and add it to the list in `Reactions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ After = Callable[[LocalRound], None]
 
 
 class CompareAnchors:
-    """Compares the workers' anchors with each other; collective. It runs after each applied round of the last fragment
-    for which `drift` schedules a comparison."""
+    """Compares the workers' anchors with each other; collective. It runs after those applied rounds of the last
+    fragment in which `drift` has a comparison due."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -36,7 +36,8 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        # Start points of all fragments, copied before anchors are repaired. Empty if the anchors do not differ.
+        # Copies of the start points of all fragments (see `Anchor`), made before anchors are repaired; empty if the
+        # anchors do not differ between workers.
         before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:
@@ -46,9 +47,10 @@ class CompareAnchors:
         anchors = [f.anchor.flat for f in self._fragments]
         compare = partial(self._drift.compare, r.t, anchors, named)
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
-        # Move the parameters with a repaired anchor. Otherwise the difference would be sent as a local update.
+        # Move the parameters by the same difference as a repaired anchor. Otherwise the next exchange would send the
+        # difference as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
-            # A running exchange will move the parameters at its end.
+            # Skip a fragment with a running exchange, which will move the parameters when it ends.
             if f.current is None:
                 f.anchor.move(starts)
 
@@ -64,7 +66,7 @@ class EscapeAnchor:
         whole = fragments[0]
         if len(fragments) > 1 or whole.options.overlap.delay or whole.is_sharded:
             raise ValueError("escape needs fragments=1, delay=0 and no DTensors: it compares whole anchors")
-        self.resets: list[Reset] = []  # one record for each time that the check fired
+        self.resets: list[Reset] = []  # one record for each time that the escape check fired
 
         def at_anchor() -> float | Tensor:
             whole.anchor.set_parameters(whole.anchor.views)

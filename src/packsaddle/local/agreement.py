@@ -1,4 +1,4 @@
-"""Agreement of workers: the mean update of each tensor is lengthened by how much the workers' updates differ.
+"""Agreement of workers: the more the workers' updates of a tensor differ, the more their mean is lengthened.
 
 The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D is
 shorter than the updates q_i. With p in [0, 1], D is multiplied by

@@ -2,9 +2,9 @@
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
 exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. On its
-own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there. Its
-local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed` records by how
-much.
+own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there, for
+W workers. Its local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed`
+records by how much.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -69,7 +69,7 @@ class Anchor:
 
     def _kept(self) -> Tensor:
         """Return the anchor minus this worker's start point, float[n]. This is the error memory, with zeros at the
-        coordinates that the worker owns. The result may be a view of the error memory."""
+        coordinates that the worker owns in a two-way exchange. The result may be a view of the error memory."""
         kept = self._memory.vector
         if self.owned.start < self.owned.stop:
             kept = kept.clone()
@@ -77,7 +77,8 @@ class Anchor:
         return kept
 
     def copy_starts(self) -> list[Tensor]:
-        """Return a copy of the start point, one tensor per parameter, with the parameters' dtypes and device."""
+        """Return a copy of the start point, from which this worker continues after an exchange: one tensor per
+        parameter, with the parameters' dtypes and device."""
         places = zip(self.starts(), self.tensors(), strict=True)
         return [beside(x, start) if start.device != x.device else start.to(x, copy=True) for start, x in places]
 
@@ -132,8 +133,8 @@ class Anchor:
         """Reset the parameters x to this worker's start point, and clear `owed`, the part of the local update that
         start - x does not contain.
 
-        Parameters whose names are in `frozen` keep their values; by default,
-        `frozen` has all currently frozen parameters.
+        Parameters whose names are in `frozen` keep their values; by default, `frozen` has all currently frozen
+        parameters.
         """
         frozen = self._frozen if frozen is None else frozen
         self.clear_owed(frozen)
@@ -149,7 +150,8 @@ class Anchor:
 
     def move_to_anchor(self) -> None:
         """Move the parameters x, except frozen ones, from this worker's start point to the anchor. The change of x is
-        recorded in `owed`, so that the next local update is not changed by it."""
+        recorded in `owed`, the part of the local update that start - x does not contain. So the next local update is
+        the same as without the move."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
@@ -186,8 +188,8 @@ class Anchor:
         """Keep the local update of the parameters with these names fixed while the anchor a and the error memory e
         change within the context.
 
-        Such a change moves the start point, from which the local update is measured. The parameters x do not move, so
-        the move of the start point is recorded in `owed`.
+        Such a change moves the start point, from which the local update start - x is measured. The parameters x do not
+        move, so the move of the start point is recorded in `owed`, a correction that is added to start - x.
         """
         if not names:
             yield
@@ -207,8 +209,8 @@ class Anchor:
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return the difference between this worker's start point and that of a worker that owns no coordinates,
-        float[n]. Returns None if this worker owns no coordinates."""
+        """Return this worker's start point minus the start point that it would have if it owned no coordinates of a
+        two-way exchange, float[n]. Returns None if it owns none."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
@@ -229,8 +231,9 @@ class Anchor:
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from the parameters x that are not frozen, so that start - x contains the whole local update.
-        For 16-bit parameters, `owed` then becomes the rounding error of x."""
+        """Subtract `owed`, the part of the local update that start - x does not contain, from the parameters x that are
+        not frozen. Then start - x is the whole local update, except that for 16-bit parameters `owed` becomes the
+        rounding error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -239,8 +242,9 @@ class Anchor:
         self._set((x.to(wide_dtype(x)) - beside(x, part, wide_dtype(x)) for x, part in pairs), frozen)
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
-        """Set the parameters to `values`, given in at least float32, and add the rounding error of 16-bit parameters to
-        `owed`. Parameters whose names are in `frozen` keep their values."""
+        """Set the parameters x to `values`, given in at least float32. For 16-bit parameters, the rounding error is
+        added to `owed`, the part of the local update that start - x does not contain. Parameters whose names are in
+        `frozen` keep their values."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
@@ -272,7 +276,8 @@ class Anchor:
 class PseudoGradient(Update):
     """The local update of a worker, as the input of its error memory, float[n].
 
-    It is start - x, the change of the parameters x since their start point, plus `Anchor.owed` and noise. It is 0 for
+    It is start - x, the change of the parameters x since their start point, plus the part that this difference does not
+    contain (`Anchor.owed`), plus noise. It is 0 for
     parameters whose names are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
     """
 
@@ -296,7 +301,8 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
-        # At owned coordinates the start point is a, so decay e is added to a - x there.
+        # At coordinates that this worker owns in a two-way exchange the start point is a, so v is decay e + a - x
+        # there.
         if share != self.decay:
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:

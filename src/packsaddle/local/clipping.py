@@ -1,6 +1,7 @@
 """Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
 
-The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost.
+`Workers.clip` sets c. The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is
+lost.
 """
 
 import logging
@@ -75,9 +76,10 @@ def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
 def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
 
-    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. m is the median of the
-    norms that are counted. For an even number of norms it is the lower of the two middle ones, which half of the
-    workers cannot raise. The factor of an absent worker is 1.
+    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. `most` is the limit on
+    a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even number of
+    norms, m is the lower of the two middle norms, so that half of the workers cannot raise it. The factor of an absent
+    worker is 1.
     """
     norms = widened(norms)
     limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()

@@ -1,4 +1,4 @@
-"""A fixed set of workers: their collectives run in lockstep, on each worker after the same number of inner steps."""
+"""A fixed set of workers, which run their collectives in one order, at the same points of one schedule."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,14 +45,14 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Connection:
-    """A worker's connection to the others: the process group of the workers, and the communicator of exchanges."""
+    """A worker's connection to the other workers: their process group, and the communicator of exchanges."""
 
     group: Group  # the process group of the workers
-    within: Group | None  # the processes of this worker if it is a site; None: the worker is one process
+    within: Group | None  # the processes of this worker if it has several (a site); None: the worker is one process
     # The communicator of exchanges. If exchanges have a delay, it has a process group of its own, which only the
     # background thread uses.
     channel: Communicator
-    behind: Background | None  # runs exchanges that overlap with inner steps; None: no exchange does
+    behind: Background | None  # runs the exchanges that overlap with inner steps; None: no exchange overlaps
 
     @classmethod
     def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
@@ -149,11 +149,15 @@ class FixedWorkers:
         return False
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
-        """Run the collectives that are due after an inner step: the check after the first step, and the begin or end of
-        exchanges. Returns True if any of them ran. After the first step, `parameters` must have its gradients."""
+        """Run the collectives that are due after inner step number `steps`: the check of the first step, and exchanges
+        that begin or end. Returns True if any of them ran.
+
+        `has_ended` is True if this worker's data has ended, so that it takes part without training. After the first
+        step, `parameters` must have the gradients of that step.
+        """
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        # In each step, a worker whose data has ended advances by one tick, of which a round has `every`. So it no
-        # longer uses its own number of steps per round.
+        # A worker whose data has ended no longer uses its own number of steps per round. It advances by one tick of the
+        # schedule in each step, and a round has `every` ticks.
         if has_changed and self._is_paced:
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
         self._clock.steps += 1
@@ -172,8 +176,9 @@ class FixedWorkers:
         return ran
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
-        """Begin or end the exchanges that are due at one tick; return True if there were any. `due` has pairs of a
-        fragment and a bool, which is True if the exchange begins and False if it ends."""
+        """Begin or end the exchanges that are due at one `tick` of the schedule, of which a round has `every`. Returns
+        True if there were any. `due` has pairs of a fragment and a bool, which is True if the exchange begins and False
+        if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
         # If all workers make the same steps, `after_step` has already announced
@@ -193,10 +198,10 @@ class FixedWorkers:
         return bool(due)
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
-        """Apply the current paces, i.e. the number of inner steps that each worker makes in a round. They change this
-        worker's schedule from inner step `step` on. With weight="steps", they also are the weights of the workers.
+        """Apply the current paces, i.e. the numbers of inner steps that the workers make in a round, to this worker's
+        schedule from inner step `step` on. With weight="steps", they also become the weights of the workers.
 
-        The schedule does not advance in the next `idle` steps.
+        In the first `idle` steps after that, the schedule does not advance.
         """
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
@@ -213,7 +218,8 @@ class FixedWorkers:
         return 0 if self._has_ended else int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
-        """Begin a round of one fragment. The round runs in the background if exchanges have a delay."""
+        """Begin a round of one fragment at `tick`, the current time of the schedule. If exchanges have a delay, it runs
+        in the background. If the round is a flush, `flush` is its compressor; otherwise it is None."""
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
@@ -226,8 +232,8 @@ class FixedWorkers:
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
         exchange = partial(r.exchange, tick - 1)
-        # A worker whose data has ended has no new local update, so its norm does not count in the median of the
-        # workers' norms.
+        # A worker whose data has ended has no new local update, so the norm of its update does not count in the median
+        # from which the clipping limit is computed.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         if not share:
             standing = Standing.ABSENT
@@ -265,8 +271,8 @@ class FixedWorkers:
         return all(applied)
 
     def _check_flush(self, compressor: Compressor, steps: int) -> None:
-        """Raise an error if a compressor is not valid for a flush, or if
-        workers pass different compressors; collective."""
+        """Raise TypeError or ValueError if the compressor is not valid for a flush, or if workers pass different
+        compressors; collective."""
         is_one = isinstance(compressor, Compressor)
         arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
         compare = partial(check_agreement, self.channel, arguments, self._device)
@@ -308,7 +314,8 @@ class FixedWorkers:
         self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
-        """Raise RuntimeError on all workers unless all make this call; collective, and not recorded in the ledger."""
+        """Raise RuntimeError on all workers unless all of them make the same collective call, such as "saves a
+        checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
     # Which rounds this worker is in.
@@ -360,8 +367,8 @@ class FixedWorkers:
         return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
-        """Restore the saved schedule, and choose new paces if the number of workers has changed. Call after the saved
-        paces are loaded."""
+        """Restore the saved schedule. If the number of workers has changed, choose new paces, i.e. numbers of inner
+        steps of the workers in a round. Call after the saved paces are loaded."""
         self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh

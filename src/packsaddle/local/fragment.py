@@ -1,6 +1,6 @@
 """A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
 
-Module `round` has its rounds; `Fragment.apply_round` ends a round.
+One exchange of a fragment is a `LocalRound` (module `round`). `Fragment.apply_round` applies its result to the anchor.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,8 +75,8 @@ class Fragment(Slice):
 
     @property
     def frozen_next(self) -> list[str]:
-        """The names of the parameters that are frozen in the next exchange. After `begin`, the next exchange is the
-        current one."""
+        """The names of the parameters that are frozen in the next exchange or, after `LocalRound.begin`, in the
+        exchange that has begun."""
         return [name for name, each in zip(self.names, self.trained, strict=True) if not each.requires_grad_next]
 
     @property
@@ -84,8 +84,8 @@ class Fragment(Slice):
         return [each.parameter for each in self.trained if each.requires_grad]
 
     def use(self, compressor: Compressor) -> None:
-        """Use another compressor from now on. The start point may move, but the parameters x do not. Raises ValueError
-        if the exchange does not support the compressor."""
+        """Use another compressor from now on. The start point, from which the local update is measured, may move, but
+        the parameters x do not move. Raises ValueError if the exchange does not support the compressor."""
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
@@ -97,11 +97,11 @@ class Fragment(Slice):
         self.anchor.own(self.feedback.owned)
 
     def last_compressor(self) -> Compressor:
-        """Return the compressor of a flush for which none is given: Rounded("int4"), with four bits per value, or
-        Identity.
+        """Return the compressor that a flush uses by default: Rounded("int4"), with four bits per value, or Identity.
 
-        It is Identity if rounds send more bits than four per value, if the exchange would send more bytes than with
-        Identity, or if it compresses the mean again with `back`.
+        It is Identity if there is only one worker, or if workers may be absent in a round. It is Identity too if the
+        exchange is neither "auto" nor "two-way", if it compresses the mean again (`Compression.back`), or if the
+        compressor of the last round sends more bytes than Rounded("int4").
         """
         spec, four, workers = self.options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
@@ -152,8 +152,8 @@ class Fragment(Slice):
                 mean = mean.clone()
             with self.anchor.fixed_update([] if r.agrees else r.frozen):
                 self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
-            # A flush that has sent all of v leaves a residual only if v was weighted, and then it is a rounding error:
-            # clear it.
+            # A flush that has sent all of v leaves a residual only if v was multiplied by a weight. The residual is
+            # then a rounding error, so clear it.
             if r.flush and r.share and not r.leaves_rest:
                 for name, e in self._named(self.feedback.memory.vector).items():
                     if name not in r.frozen:
@@ -238,19 +238,20 @@ class Fragment(Slice):
         (`Anchor.owed`). Call after the saved-state fields are loaded."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if aggregator is not None:
-            # The saved aggregator is that of the last round, or that of a delayed exchange, which `rounds` does not
-            # count yet.
+            # The saved aggregator was used in the last round or, if an exchange with a delay was running, in that
+            # exchange, which `rounds` does not count yet.
             is_delayed = self.current is not None and self.current.applied
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
-        # If this worker owns coordinates, `use` has moved its start point and recorded the move in `owed`. Adding the
-        # saved "shift" cancels that record.
+        # If this worker owns coordinates in a two-way exchange, `use` has moved its start point, and has recorded the
+        # move in `Anchor.owed`. Adding the saved "shift" cancels that record.
         for name in ("shift", "owed"):
             if saved[name]:
                 vector = self.zeros().flat
                 self._fill(vector, saved[name])
                 self.anchor.owe(vector)
-        # A delayed exchange will move x to the start point, so `owed` is cleared, except for frozen parameters.
+        # An exchange with a delay that is still to be applied will move x to the start point. So `Anchor.owed` is
+        # cleared, except for frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
 

@@ -1,4 +1,7 @@
-"""The inner optimizers, which step on each worker separately: their parameters, and checks that all are exchanged."""
+"""The inner optimizers, which step on each worker separately.
+
+This module collects their parameters, and checks that every parameter that is trained is also exchanged.
+"""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
@@ -55,11 +58,12 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    # A function of the round may still return different compressors on different workers.
+    # The compressor may be a function of the round. The functions may return different compressors on different
+    # workers, so compare the compressors of round 0 here.
     if not isinstance(spec.compressor, Compressor):
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
-    # The default of `mean_momentum` depends on the optimizers, so it is compared only if they are.
+    # The default of `mean_momentum` depends on the optimizers, so it is compared only if the optimizers are compared.
     fraction = same.pop("mean_momentum")
     # Current settings of elastic workers may differ: a worker that joins later may be at another point of a
     # learning-rate schedule than the other workers. So only defaults are compared.
@@ -95,9 +99,9 @@ def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = None) -> dict[str, Tensor]:
     """Return the optimizers' parameters by name.
 
-    The names in the optimizers are used if all parameters have different ones there. Otherwise the names in the model
-    are used, and if a parameter has none, all are called "parameter 0", "parameter 1" and so on. The prefixes that
-    DistributedDataParallel and torch.compile add are removed.
+    If every parameter has a name in the optimizers and no two names are equal, these names are used. Otherwise the
+    names in the model are used, without the prefixes that DistributedDataParallel and torch.compile add. If a parameter
+    has no name in the model either, all parameters are called "parameter 0", "parameter 1" and so on.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
@@ -186,10 +190,10 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects other optimizers in this process that train parameters of the same model without exchanging them.
+    """Detects optimizers that train parameters of a model which the model's `LocalUpdates` does not exchange.
 
-    `parameters` are the exchanged parameters. `check` raises an error if an optimizer has stepped on other parameters
-    of the same module, unless `checks` is False.
+    `parameters` are the exchanged parameters. `check` raises RuntimeError if an optimizer has stepped on a parameter
+    that is not exchanged, but that is in one module with exchanged parameters. No error is raised if `checks` is False.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
@@ -206,8 +210,8 @@ class OtherOptimizers:
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer has stepped on parameters of this model that are not exchanged
-        between workers. No-op if this object was made with checks=False."""
+        """Raise RuntimeError if an optimizer has stepped on parameters of the model that are not exchanged between
+        workers. No-op if this object was made with checks=False."""
         if not (self._has_new and self._checks):
             return
 
@@ -237,8 +241,10 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 
 @cache
 def _watch_steps() -> None:
-    """Register a hook on the steps of all torch optimizers, once.
-    The hook is never removed, since garbage collection could remove it while torch iterates over its hooks."""
+    """Register a hook that records which torch optimizers step, for each `OtherOptimizers`. Further calls are no-ops.
+
+    The hook is never removed. If garbage collection removed it, that could happen while torch iterates over its hooks.
+    """
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):

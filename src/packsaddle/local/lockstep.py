@@ -1,7 +1,7 @@
 """Collectives of local updates, run in one order after a check that all workers make the same call at the same step.
-In rounds with a schedule of compressors the check compares the compressors too.
 
-If workers made different calls, collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
+If the compressor is a function of the round, the check compares the compressors too. If workers made different calls,
+collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
 """
 
 import logging
@@ -49,7 +49,7 @@ class Header:
     compressor: int  # hash of the compressor; 0: not compared
     frozen: int  # hash of the names of the frozen parameters
     standing: int = Standing.ABSENT
-    nanoseconds: int = 0  # time of an inner step, sent only if the workers' paces depend on it; 0: unknown
+    nanoseconds: int = 0  # time of an inner step, sent only with `Workers(weight="steps")`; 0: unknown
 
     def packed(self, device: torch.device, size: int) -> Tensor:
         return to_device(torch.tensor(astuple(self)[:size]), device)
@@ -75,9 +75,10 @@ class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call; the ledger
     records the bytes of the check as "guard".
 
-    `behind` runs collectives that overlap with inner steps; if it is None, none overlaps. With `norms`, every check has
-    room for a norm, so that the checks of all calls have the same size. With `paced`, every check also has room for the
-    time of an inner step, and calls other than exchanges may follow different numbers of steps on different workers.
+    `behind` runs collectives that overlap with inner steps; if it is None, no collective overlaps. With `norms`, every
+    check has room for a norm, so that the checks of all calls have the same size. With `paced`, every check also has
+    room for the time of an inner step, and calls other than exchanges may follow different numbers of steps on
+    different workers.
     """
 
     def __init__(
@@ -113,9 +114,10 @@ class Lockstep:
     ) -> PendingCall:
         """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
-        Waiting and checking raise the errors that `run` would raise. The check returns True if all workers have the
-        same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers' calls are compared only in the
-        check, so that the host does not wait here. If a `compressor` is compared too, the comparison is never late.
+        The methods `wait` and `check` of the result raise the errors that `run` would raise. `check` returns True if
+        all workers have the same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers' calls are
+        compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls are always
+        compared before `work`.
 
         `norm`, float32[1], is gathered together with the workers' calls. Then `work` is called with all workers' norms,
         float32[W], and standings, int64[W] (see `Standing`).
@@ -144,7 +146,8 @@ class Lockstep:
         if self._background is None or promise is None:
             checked()
         else:
-            # The result must be on the device, since a Future of a CPU tensor has no event to wait for.
+            # The result of the Future must be on the device, since a Future of a CPU tensor has no CUDA event on which
+            # the current stream could wait.
             done = torch.zeros(0, device=self._device) if result is None else result
             self._background.submit(checked, [(promise, done)])
 

@@ -30,7 +30,7 @@ _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
 
 
-_USUAL = 0.5  # the default fraction; measured losses were lowest with it
+_USUAL = 0.5  # default of `mean_momentum` with Adam; measured losses were lowest with it
 
 
 def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
@@ -52,7 +52,7 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
-        # Replace a composite optimizer by its members.
+        # Replace an optimizer that joins others, such as a `JoinedOptimizer`, by the optimizers that it joins.
         self._optimizers = apart = [o for o in with_members(optimizers) if not isinstance(o, CompositeOptimizer)]
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
@@ -62,8 +62,8 @@ class MeanMomentum:
             )
 
     def warn_if_advised_against(self, outer: Optimizer | None, *, stacklevel: int) -> None:
-        """Warn if an optimizer is Muon or `outer` has a momentum, since measured losses are then higher with
-        `mean_momentum`."""
+        """Warn if an optimizer is Muon or `outer` has a momentum, since measured losses were then higher with
+        `mean_momentum` than without it."""
         muons = [type(o).__name__ for o in self._optimizers if "muon" in type(o).__name__.lower()]
         groups = [] if outer is None else outer.param_groups
         others = [f"outer={type(outer).__name__} with momentum"] if any(map(_has_momentum, groups)) else []

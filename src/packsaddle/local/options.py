@@ -278,7 +278,7 @@ class OuterAgreement(Option):
     """A step of the anchor that lengthens the mean update of each tensor where the workers' updates disagree.
 
     The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
-    the ratio of the lengths to the power p (see `local.agreement`), which is 1 if all workers send the same update.
+    r^p, where r is the ratio of the lengths (see `local.agreement`); r is 1 if all workers send the same update.
     Each exchange sends four more bytes per tensor. The exchange of `flush` does not lengthen its update.
 
     Args:
@@ -340,7 +340,7 @@ class LocalOptions(Option):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         # Convert 1 to 1.0, since workers compare their arguments as text, in which 1 and 1.0 differ.
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
-        # Check types: an object of another type would fail later, or be used as True.
+        # Check types here, since an object of a wrong type would fail later, or be used as True.
         for name in ("keep_unsent", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

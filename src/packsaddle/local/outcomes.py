@@ -1,9 +1,10 @@
-"""Outcomes of rounds: rejected ones are counted, and optimizers that made parameters non-finite are reset.
+"""Outcomes of rounds: rejected rounds are counted, and optimizers that made parameters non-finite are reset.
 
-Non-finite entries are cleared from the state of every torch optimizer of these parameters, also inside a wrapper. If a
-step with finite gradients then makes a parameter non-finite again, an optimizer stores state elsewhere: non-finite
-entries of each inner optimizer's `state_dict` are cleared, and it is loaded back. If a parameter becomes non-finite
-once more, the reset has failed, and all workers raise NonFiniteError.
+A reset has up to two stages. First, non-finite entries are cleared from the state of every torch optimizer of the
+parameters, including optimizers inside a wrapper. If a step with finite gradients then makes a parameter non-finite
+again, an optimizer must store its state elsewhere. So, second, each inner optimizer's `state_dict` is read, its
+non-finite entries are cleared, and the result is loaded back. If a parameter becomes non-finite once more, the reset
+has failed, and all workers raise NonFiniteError.
 """
 
 import logging
@@ -31,8 +32,9 @@ _log = logging.getLogger("packsaddle")
 class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
-    More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
-    local updates are finite again. `agree` reduces a bool[...] with OR over the processes of this worker.
+    NonFiniteError is raised after more than `most` consecutive rejected rounds (None: no limit). The steps of reset
+    optimizers are checked until all local updates are finite again. `agree` reduces a bool[...] with OR over the
+    processes of this worker.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Outcomes:
         return any(part.was_invalid for part in self._fragments)
 
     def register(self, r: LocalRound) -> None:
-        """Update the state of a reset at the beginning of a round. Call before the exchange.
+        """Update the progress of a reset of this worker's optimizers at the beginning of a round. Call before the
+        exchange.
 
-        If the fragment's new update is valid, the fragment no longer counts as invalid. If the reset of this worker has
-        failed, the round reports that to all workers.
+        If the fragment's new update is valid, the fragment no longer counts as invalid. If the reset has failed, this
+        worker's report in the round says so to all workers.
         """
         part = r.part
         if self._waits and not bool(r.invalid):
@@ -83,9 +86,9 @@ class Outcomes:
 
         Raises NonFiniteError after too many rejected rounds, or if the inner optimizer of a worker could not be reset.
         """
-        # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
-        # parameters may zero the updates of other fragments, so an applied round of another fragment does not show that
-        # training has recovered.
+        # Reset the count of consecutive rejections only if the last round of every fragment was applied. After a
+        # rejected round the parameters of all fragments may be reset, which may make their updates zero. So an applied
+        # round of one fragment does not show that the fragment of the rejected round has recovered.
         part = r.part
         if r.applied:
             part.was_rejected = False
@@ -98,7 +101,7 @@ class Outcomes:
             self._clear()
             part.was_invalid = True
             self._restore()
-        # Count the rejected round, and raise errors on all workers.
+        # Count the rejected round. Raise an error on all workers if a reset has failed, or after too many such rounds.
         self.skips.record(Skip.of(r.t, dict(enumerate(r.reports)), THE_MEAN, is_round=True))
         for worker, report in enumerate(r.reports):
             if report.kind == "reset":
@@ -112,11 +115,11 @@ class Outcomes:
         self.skips.check(self.skips.in_a_row)
 
     def check_step(self) -> None:
-        """Clear and reload the optimizers' state dicts if parameters are non-finite
-        after an inner step with finite gradients.
+        """Clear non-finite entries of the optimizers' state dicts, and load the state dicts back, if parameters are
+        non-finite after an inner step with finite gradients.
 
         If parameters become non-finite once more after that, the reset has failed. No-op unless this worker's last
-        local update was rejected. Collective over the processes that have shards of this worker.
+        local update of a fragment was invalid. Collective over the processes that have shards of this worker.
         """
         if not self._waits or self._failed:
             return
@@ -134,13 +137,14 @@ class Outcomes:
                 if not _all_finite(state):
                     optimizer.load_state_dict(_finite_part(state))
             except Exception:
-                # Do not raise, since other workers wait for this one. Its next round reports non-finite parameters.
+                # Do not raise here, since the other workers would wait for this worker in the next round. Its report in
+                # that round names a non-finite parameter.
                 _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
         self._reloaded = True
         self._restore()
 
     def _clear(self) -> None:
-        """Clear non-finite state of all torch optimizers that have stepped on these parameters, also inside wrappers.
+        """Clear non-finite state of all torch optimizers of the exchanged parameters, including those in a wrapper.
 
         If another process of this worker clears the state of a parameter, this process clears its own state of the
         parameter too. Collective over the processes of this worker.

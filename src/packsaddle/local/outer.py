@@ -14,10 +14,11 @@ from packsaddle.messages import shown
 
 
 class OuterOptimizer:
-    """The outer optimizer, which `make` returns for the anchor's tensors. `anchor` has these tensors by parameter name.
+    """The outer optimizer, which steps on the anchor, i.e. on the parameters on which all workers last agreed.
 
-    Raises TypeError if `make` does not return a torch optimizer, and ValueError if the optimizer's parameters are not
-    exactly the anchor's tensors.
+    `make` is a function of the anchor's tensors that returns the optimizer, and `anchor` has these tensors by parameter
+    name. Raises TypeError if `make` does not return a torch optimizer, and ValueError if the optimizer's parameters are
+    not exactly the anchor's tensors.
     """
 
     def __init__(self, make: Outer, anchor: Mapping[str, Tensor]) -> None:
@@ -29,7 +30,8 @@ class OuterOptimizer:
         self._names = {id(tensor): name for name, tensor in anchor.items()}
 
     def field(self) -> Value:
-        """Return the field of the saved state: torch's state dict, and the names of the parameters in each group."""
+        """Return the field of the saved state that contains the optimizer's state dict, and the names of the parameters
+        in each of its groups."""
         return Value(("outer",), dict[str, Any], self._state, self._load, self._check)
 
     @property
@@ -40,8 +42,8 @@ class OuterOptimizer:
         return {"class": type(self.optimizer).__name__, "names": self._groups, **self.optimizer.state_dict()}
 
     def _check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError if the saved state is of another class of optimizers, or if its groups have other parameters
-        than the groups of this optimizer."""
+        """Raise ValueError unless the saved state is of an optimizer of this class, whose groups have the same
+        parameters as the groups of this optimizer."""
         name = type(self.optimizer).__name__
         if saved.get("class") != name:
             raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")

@@ -1,7 +1,8 @@
-"""Paces: the inner steps of each worker in a round, such that workers of different speeds end it together.
+"""Paces: the number of inner steps of each worker in a round, such that workers of different speeds end it together.
 
-The sum of the paces is W `every`, as for equal workers: a round trains on as many examples, and the bytes per example
-do not change. A faster worker makes more than `every` steps, and a slower one fewer.
+The sum of the paces of W workers is W `every`, as if all were equally fast. So a round trains on as many examples as
+with equal paces, and the number of bytes per example does not change. A faster worker makes more than `every` steps,
+and a slower one fewer.
 """
 
 import heapq
@@ -17,7 +18,7 @@ from packsaddle.numerics.transfers import to_host
 # A worker's speed counts as changed if its fraction of the sum of all workers'
 # speeds changed by more than this, relatively.
 _TOLERANCE = 0.1
-_ROUNDS = 2  # number of consecutive rounds with changed speeds after which paces are chosen anew
+_ROUNDS = 2  # number of consecutive rounds with changed speeds after which the numbers of steps are chosen anew
 
 
 def paces(times: Sequence[int], total: int) -> list[int]:
@@ -43,7 +44,7 @@ class Pacing:
     identical on all workers."""
 
     steps: list[int]  # paces in this round
-    following: list[int]  # paces in the next round
+    following: list[int]  # paces in the next round; equal to `steps` unless they were just chosen anew
     times: list[int]  # nanoseconds per step of each worker when the paces were chosen; all 1: not measured
     changed: int = 0  # number of consecutive rounds in which the relative speeds differed from those of `times`
 
@@ -57,8 +58,8 @@ class Pacing:
         return cls(steps, steps, [1] * workers)
 
     def measure(self, times: Sequence[int]) -> None:
-        """Choose the paces of the next round if the workers' speeds have changed in consecutive rounds. `times` are the
-        nanoseconds of each worker's step in this round.
+        """Choose the workers' numbers of steps in the next round, if their speeds have changed in two consecutive
+        rounds. `times` are the mean nanoseconds of each worker's step in this round.
 
         No-op if one of the times is 0, i.e. unknown, or if there are no times.
         """

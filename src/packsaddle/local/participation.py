@@ -41,12 +41,13 @@ class Participation:
         return sorted(chosen.tolist())
 
     def share(self) -> float:
-        """Return the factor of this worker's update in a mean over all workers."""
+        """Return the factor by which this worker's update is multiplied in a mean over all workers, W w_i / sum_j w_j.
+        It is 1 if all workers have equal weights."""
         return share(self.weights, self.rank)
 
     def share_after(self, step: int) -> float:
-        """Return the factor of this worker's update in the exchange after inner step `step`, or 0 if it is not
-        sampled."""
+        """Return the factor by which this worker's update is multiplied in the exchange after inner step `step`. It is
+        0 if this worker is not in the random sample of workers for that exchange."""
         members = self.members(step) if self.samples else range(len(self.weights))
         return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 

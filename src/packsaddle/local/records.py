@@ -22,24 +22,25 @@ from packsaddle.local.options import LocalOptions
 
 
 class Baseline:
-    """The bytes that a ring all-reduce of the gradients of `parameters` in each step would have sent, divided among the
-    `processes` of one worker."""
+    """The bytes that a process would have sent if the gradients of `parameters` were exchanged by a ring all-reduce in
+    each step. A worker of several `processes` divides the gradients among them."""
 
     def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
         self._size = sum(local_part(p).nbytes for p in parameters) // processes
-        self._with_others = Bytes()  # correction for steps that were made with another number of workers
+        self._with_others = Bytes()  # correction for the steps before loading, if the number of workers was different
 
     def bytes(self, steps: int, workers: int) -> Bytes:
         return self._with_others + ring_all_reduce(steps * self._size, workers)
 
     def load(self, saved: Bytes, steps: int, workers: int) -> None:
-        """Restore the bytes of a saved state, which another number of workers may have saved."""
+        """Restore the `saved` bytes after `steps` steps. They may be from a run whose number of workers was not
+        `workers`."""
         self._with_others = Bytes()
         self._with_others = saved - self.bytes(steps, workers)
 
 
 class LocalRecords(Records):
-    """The records of `LocalUpdates`, as properties that change nothing and need no other worker."""
+    """The records of `LocalUpdates`, as properties. Reading one changes nothing and is not collective."""
 
     steps: int
     optimizers: Sequence[Optimizer]

@@ -2,7 +2,8 @@
 
 A round has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
 background of the next steps. `close` reads whether the round is applied, and commits or rolls back the error memory.
-`Fragment.apply_round` applies the mean to the anchor. Elastic workers vote between `exchange` and `close`.
+`Fragment.apply_round` applies the mean to the anchor, the parameters on which all workers last agreed. Workers that
+join and leave during training (elastic workers) vote between `exchange` and `close` to commit or to repeat the round.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class SavedExchange:
     due: int  # the inner step after which the exchange is applied
     applied: bool  # True if the exchange will be applied, False if it was rejected
     invalid: bool  # True if this worker's update was non-finite, or too large to compress
-    reports: list[Report]  # the reports of all workers, by rank; empty if the exchange was valid
+    reports: list[Report]  # each worker's report of its first invalid value, by rank; empty if all values were valid
     start: dict[str, Tensor]  # the parameters at `begin`, by name
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if the exchange was rejected
     frozen: list[str]  # names of the parameters that were frozen at `begin` on this worker
@@ -49,7 +50,7 @@ class LocalRound:
     part: "Fragment"
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
     due: int  # the inner step after which the round is applied
-    exchanged: Round | None  # the exchange, with its error memory; None: the round is closed, or loaded
+    exchanged: Round | None  # the exchange and its error memory; None: the round is closed, or from a saved state
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     # Weight of this worker's update v in the mean. If it is 0, the worker receives the mean but keeps its own update.
     share: float = 1.0
@@ -62,7 +63,7 @@ class LocalRound:
     before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
-    reports: list[Report] = field(default_factory=list)  # reports of all workers, by rank; empty if all are valid
+    reports: list[Report] = field(default_factory=list)  # by rank, each worker's first invalid value; empty: all valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: the ranks are logged
@@ -104,8 +105,8 @@ class LocalRound:
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
-        """Exchange v, weighted by `share` and compressed, and set the error memory to the residual; collective. A
-        worker with `share` 0 sends zeros, and its error memory does not change.
+        """Exchange v, multiplied by this worker's weight `share` and compressed, and set the error memory to the
+        residual; collective. A worker with `share` 0 sends zeros, and its error memory does not change.
 
         This method may run in another thread. If `norms` is given, v is clipped (see `factors_of`): `norms`,
         float32[W], contains the norm of each worker's v, and `standings`, int64[W], contains its `Standing`.
@@ -124,12 +125,13 @@ class LocalRound:
                 residuals = part.by_name(exchanged.v)
                 self.residuals = {name: residuals[name].clone() for name in self.frozen}
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
-        # Write the mean as one vector if it is used later than here. If it need not be a vector, it is subtracted from
-        # the anchor term by term.
+        # Store the mean as one vector if a delay or an option requires a vector. Otherwise the decoded messages are
+        # subtracted from the anchor one after the other.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
-        # Gather reports here, since in `close` the main thread's collective could overtake another fragment's exchange.
+        # Gather reports here if the host waits for collectives anyway. If the main thread gathered them later, in
+        # `close`, its collective could overtake another fragment's exchange in the background.
         if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
 
@@ -146,8 +148,8 @@ class LocalRound:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
         At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
-        of a mean, so it belongs to the updates of all workers and is subtracted. `scale`
-        is the factor by which `v` was scaled.
+        of a mean, so it belongs to the updates of all workers and is subtracted. `scale` is the factor by which `v` was
+        scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -169,7 +171,7 @@ class LocalRound:
 
     @property
     def own_factor(self) -> Tensor | None:
-        """This worker's clipping factor, float64[], or None if its update is not clipped."""
+        """The factor by which clipping scales this worker's update, float64[], or None if updates are not clipped."""
         return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
 
     def _vector(self, g: Averaged) -> Tensor:
@@ -188,7 +190,7 @@ class LocalRound:
         """Gather the reports of all workers if the exchange is invalid on one of them; collective. A report names the
         first invalid parameter or message."""
         assert self.exchanged is not None
-        # The verdict's fraction is above 0 if the v of a worker is invalid, and NaN if a message is invalid.
+        # `verdict.fraction` is the fraction of workers whose v is invalid, or NaN if a message is invalid.
         if self.exchanged.verdict.fraction != 0 and not self.reports:
             report, where = str(self.exchanged.full_report()), self.invalid.device
             texts = self.part.feedback.channel.gather_text(report, where, "guard")
@@ -216,7 +218,8 @@ class LocalRound:
         return self.applied
 
     def _read(self) -> bool:
-        """Read the verdict and the clipping factors of a completed exchange; return True if the round is applied."""
+        """Read the outcome (verdict) and the clipping factors of a completed exchange. Returns True if the round is
+        applied."""
         assert self.exchanged is not None
         verdict = self.exchanged.verdict
         if self.factors is None:
@@ -250,7 +253,7 @@ class LocalRound:
         assert exchanged is not None
         exchanged.close(apply=commit)
         if commit:
-            # `owed` was part of the sent vector v, except for frozen parameters.
+            # The vector v, which was sent, included the part `owed` of the local update, except for frozen parameters.
             part.anchor.clear_owed(self.frozen)
         else:
             for each in part.trained:

@@ -1,4 +1,4 @@
-"""The saved state of local updates: its rules for other numbers of workers, its identity and its fields."""
+"""The saved state of local updates: its fields, and rules for loading it with another number of workers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -59,7 +59,8 @@ def saved_state(
     reactions: Reactions,
     baseline: Baseline,
 ) -> State:
-    """Return the saved state of `local`; `names` are the names of its parameters."""
+    """Return the description of the saved state of `local`: its fields, and rules for loading them. `names` are the
+    names of the parameters."""
     ledger: Ledger = workers.channel.ledger
 
     def identity() -> dict[str, Any]:

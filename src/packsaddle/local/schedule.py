@@ -5,43 +5,45 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Event:
-    """The begin or the end of an exchange of one fragment, after an inner step."""
+    """The beginning or the end of an exchange of one fragment, i.e. of parameters that are exchanged together."""
 
     begins: bool  # True: an exchange begins; False: the running exchange, if any, ends
     fragment: int  # index of the fragment
-    tick: int  # the tick at which the event is due, identical on all workers
+    tick: int  # the time at which the event is due, in ticks (see `Schedule`); identical on all workers
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The inner steps after which each fragment is exchanged. It is immutable; steps are counted from 1.
 
-    Time is counted in ticks, `every` in a round, which are identical on all workers. A worker makes `pace` inner steps
-    in a round, spread evenly over its ticks. An exchange of fragment i begins at each tick n with
-    (n + offsets[i]) % every = 0, and ends `delay` ticks later. It begins or ends after the first inner step that
-    reaches the tick.
-    Workers that join and leave exchange one fragment in each round, in rotation, and a round every `period` steps.
+    Time is counted in ticks, so that it is identical on workers that make different numbers of inner steps. A round has
+    `every` ticks. A worker makes `pace` inner steps in a round, and spreads them evenly over the ticks. An exchange of
+    fragment i begins at each tick n with (n + offsets[i]) % every = 0, and ends `delay` ticks later. It begins or ends
+    after the first inner step that reaches the tick.
+
+    Workers that join and leave have a round every `period` steps. They exchange one fragment in each round, in
+    rotation.
     """
 
     every: int
     delay: int
     offsets: tuple[int, ...]  # offset of each fragment in a round, in ticks, below `every`
     pace: int | None = None  # inner steps of this worker in a round; None: `every`, so each step is a tick
-    since: int = 0  # the inner step after which the pace began
-    origin: int = 0  # the tick that inner step `since` reached
+    since: int = 0  # the inner step from which `pace` is valid
+    origin: int = 0  # the tick that this worker had reached after inner step `since`
 
     def tick(self, step: int) -> int:
-        """Return the tick (see the class) that this worker has reached after its inner step number `step`."""
+        """Return the time after this worker's inner step number `step`, in ticks, of which a round has `every`."""
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
     def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
-        """Return this schedule with another pace, which begins after inner step number `step`. The tick does not
-        advance in the next `idle` steps."""
+        """Return this schedule with `pace` inner steps of this worker in a round, from inner step number `step` on. In
+        the first `idle` of these steps, the schedule does not advance."""
         return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
-        """Return the events after inner step number `step`, in order. Without a delay, each exchange ends before the
-        next one begins."""
+        """Return the exchanges that begin or end after inner step number `step`, in order. Without a delay, each
+        exchange ends before the next one begins."""
         before = max(0, self.tick(step - 1))
         return [event for tick in range(before + 1, self.tick(step) + 1) for event in self._at(tick)]
 
@@ -56,21 +58,23 @@ class Schedule:
         return [i for i, offset in enumerate(self.offsets) if (tick + offset) % self.every == 0]
 
     def next_begin(self, step: int) -> int:
-        """Return the tick of the first exchange that begins after inner step number `step`."""
+        """Return the time, in ticks, of the first exchange that begins after inner step number `step`."""
         tick = self.tick(step)
         return tick + min(self.every - (tick + offset) % self.every for offset in self.offsets)
 
     @property
     def period(self) -> int:
-        """The number of inner steps from one round of elastic workers to the next, at least 1."""
+        """The number of inner steps from one round to the next, at least 1, if workers join and leave during
+        training."""
         return max(1, self.every // len(self.offsets))
 
     def in_rotation(self, rounds: int) -> int:
-        """Return the index of the fragment that elastic workers exchange after `rounds` applied rounds."""
+        """Return the index of the fragment that is exchanged after `rounds` applied rounds, if workers join and leave
+        during training: fragments are then exchanged in rotation."""
         return rounds % len(self.offsets)
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return the offset of each fragment in the schedule of a round, in steps. Consecutive ones of the `parts`
-    fragments are exchanged every / parts steps apart."""
+    """Return the offset of each of `parts` fragments in the schedule of a round of `every` steps, in steps. The
+    exchanges of consecutive fragments are every / parts steps apart."""
     return [i * every // parts for i in range(parts)]

@@ -116,12 +116,12 @@ def check_first_step(
 
 
 class StateDictWarning:
-    """A hook of a model that warns once if its `state_dict` is read while this worker's parameters differ from the
-    anchor, since a script that saves it on rank 0 would save that worker's own model.
+    """A hook of a model that warns once if `model.state_dict()` is called while this worker's parameters differ from
+    the anchor. A script that saves this state dict on rank 0 would save the model of one worker.
 
-    `owner` is the `LocalUpdates` of the model; the hook is removed when it ends. `differs(owner)` returns True if the
-    parameters differ. The hook does not warn within `own_state`, in which checkpoints read each worker's parameters. A
-    copy of the model has no such hook.
+    `owner` is the `LocalUpdates` of the model; after it is garbage-collected, the hook is a no-op. `differs(owner)`
+    returns True if the parameters differ from the anchor. The hook does not warn within `own_state`, in which
+    checkpoints read each worker's parameters. In a copy of the model the hook is a no-op.
     """
 
     def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
@@ -145,7 +145,7 @@ class StateDictWarning:
 
 
 def _no_op(*_: object) -> None:
-    """No-op in place of the warning hook, in a copy of the model."""
+    """Do nothing: this function replaces the hook that warns, in a copy of the model."""
 
 
 class UnsentSteps:
@@ -163,7 +163,7 @@ class UnsentSteps:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record an inner step, the `steps`-th. `exchanged` is True if a round followed this step."""
+        """Record that this worker has made inner step number `steps`. `exchanged` is True if a round followed it."""
         self._steps, self._is_pending = steps, True
         self._exchanged = steps if exchanged else self._exchanged
 

@@ -1,20 +1,22 @@
-"""Frozen and trained parameters, distinguished at the steps of their own optimizers."""
+"""Frozen and trained parameters, distinguished by `requires_grad` at the steps of the optimizers that own them."""
 
 from torch import Tensor
 
 
 class Trained:
-    """A parameter, and whether it counts as frozen in an exchange. It does if it is frozen now, and was frozen at all
-    steps of its optimizer since the last exchange.
+    """A parameter, with a record of when it was frozen (requires_grad=False). A parameter counts as frozen in an
+    exchange if it is frozen now, and was frozen at all steps of its optimizer since the last exchange.
 
-    The current `requires_grad` is not sufficient. An exchange may run in the step of another optimizer, during which
-    GANs freeze the parameters that this optimizer does not train (`set_requires_grad(D, False)`, Lightning's
-    `toggle_optimizer`).
+    The current `requires_grad` is not sufficient. With several optimizers, an exchange may run in a step of an
+    optimizer that does not train this parameter. Scripts for GANs freeze such parameters during that step
+    (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
     """
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._before = parameter.requires_grad  # True if the parameter was trained at a step up to the last exchange
+        # True if the parameter was trained at one of the steps that led to the last exchange. Before the first exchange
+        # it is `requires_grad` at construction.
+        self._before = parameter.requires_grad
         # True if the parameter was trained at a step since the last exchange; None: there was no step.
         self._since: bool | None = None
 
@@ -24,8 +26,8 @@ class Trained:
 
     @property
     def requires_grad_next(self) -> bool:
-        """True if the parameter counts as trained in the next exchange. After `begin_exchange`, the next exchange is
-        the current one."""
+        """True if the parameter counts as trained in the next exchange or, after `begin_exchange`, in the exchange that
+        has begun."""
         return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
@@ -37,8 +39,8 @@ class Trained:
             self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
-        """Count the steps before this exchange as steps before the next one, since this exchange was rejected or did
-        not include this worker."""
+        """Count the steps before the current exchange as steps before the next exchange. Call if the current exchange
+        is rejected, or does not include this worker."""
         if self._before:
             self._since = True
 

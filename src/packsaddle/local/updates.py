@@ -212,8 +212,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
         self.saved_state = saved_state(self, options, *parts)
 
-        # Compare the arguments of all workers, and set the parameters to rank 0's.
-        # With a manager, this happens on joining.
+        # Compare the arguments of all workers, and set the parameters to rank 0's. With a manager, a worker's arguments
+        # are compared when it joins.
         same = equal_arguments(options, self.optimizers, self.outer, device)
         same |= {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(parameters.items())}
         same |= {f"untrained[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(untrained)}
@@ -271,7 +271,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         return ran
 
     def _enter(self) -> bool:
-        """Join elastic workers unless this worker has joined; return True if their parameters were loaded."""
+        """If workers join and leave during training, join the others unless this worker has joined already. Returns
+        True if the other workers' parameters were loaded."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps) if entered else self.steps
         return entered
@@ -490,7 +491,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        # A state of an earlier format, for which `State.split` raises an error, has no share.
+        # A state of an earlier format has no entry "share". `State.split` raises an error for it later.
         return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:

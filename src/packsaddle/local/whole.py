@@ -1,4 +1,4 @@
-"""The anchor of the whole model, which combines the anchors of all fragments."""
+"""The anchor of the whole model, i.e. the parameters on which all workers last agreed, joined from all fragments."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ class WholeAnchor:
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Set the parameters to the anchor within a context."""
+        """Context manager within which the parameters are set to the anchor, on which all workers last agreed."""
         before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
         with torch.no_grad():
             for part in self._fragments:

@@ -1,4 +1,4 @@
-"""Plans for a network link: a model of step time, the compressors that save time on the link, and their measurement.
+"""Plans for a network link: predictions of the time of a training step with each compressor, to find the fastest one.
 
 Start with `step_time` (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
 updates). `coding` measures the speed of compressors, `model` the time of a training step.

@@ -1,4 +1,4 @@
-"""Measurement of the speed of compressors on this machine, and the entries of a table of compressors."""
+"""Measures the speed of compressors on this machine, for plans and for a table that compares compressors."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.timing import side_by_side
 
-_SHORT = 4096  # coordinates; for so short a vector the fixed cost of a call dominates
-LONGEST = 1 << 25  # coordinates; times of longer vectors are extrapolated
+_SHORT = 4096  # number of coordinates of the short test vector, for which the fixed cost of a call dominates
+LONGEST = 1 << 25  # largest number of coordinates that is timed; times of longer vectors are extrapolated
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Pace:
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Time a compressor on two Gaussian vectors on `device`, one of d and one of few coordinates; return its pace.
+    """Return the pace of a compressor, measured on two Gaussian vectors on `device`, of 4,096 and of d coordinates.
 
-    The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each is fitted
-    to the times for the two vectors, which are minima over at least `repeats` calls with torch's threads. Raises
-    ValueError if the compressor does not support d coordinates.
+    The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each function
+    is fitted to the times for the two vectors, which are minima over at least `repeats` calls. The calls use as many
+    threads as torch is set to. Raises ValueError if the compressor does not support d coordinates.
     """
     return measure_with_spread(compressor, d, repeats=repeats, device=device)[0]
 

@@ -28,9 +28,9 @@ _LARGE = 5  # number of all-reduces of the largest message, to measure the rate
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
 
-    The latency is fitted to the median time of small all-reduces, and the rate to that of large ones. Both results are
-    identical on all workers. Raises ValueError for one worker, and RuntimeError if a large message takes no longer than
-    a small one, so that no rate can be computed.
+    The latency is fitted to the median time of small all-reduces, and the rate to the median time of large all-reduces.
+    Both results are identical on all workers. Raises ValueError for one worker, and RuntimeError if a large message
+    takes no longer than a small one, so that no rate can be computed.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -55,7 +55,8 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median time of an all-reduce in seconds, averaged over workers; collective."""
+    """Return the median seconds of `repeats` all-reduces of `elements` float32 numbers on `device`, averaged over
+    workers; collective."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
@@ -65,8 +66,8 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Start `workers` local processes and measure the link between them. They communicate by NCCL if each can have a
-    GPU, else by gloo."""
+    """Start `workers` processes on this machine, and measure the link between them. They communicate by NCCL if the
+    machine has a GPU for each process, and by gloo otherwise."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -85,8 +86,8 @@ _PATTERN = re.compile(
 def parse_rate(text: str) -> float:
     """Parse a rate, such as "100mbit" (also Mbit/s, Mbps) or "12.5MB/s", to bits per second.
 
-    Prefixes k, M, G, T are powers of 1000, in any case. A capital B in B/s or Bps means bytes, a lower-case b bits.
-    Raises ValueError for anything else, such as BPS and B/S, and for a rate of 0.
+    The prefixes k, M, G and T, in upper or lower case, are powers of 1000. A capital B in B/s or Bps means bytes, and a
+    lower-case b means bits. Raises ValueError for other texts, such as "1 BPS" or "1 B/S", and for a rate of 0.
     """
     match = _PATTERN.fullmatch(text)
     number = float(match[1]) if match else 0.0
@@ -115,7 +116,8 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 @dataclass(frozen=True)
 class StepsNeeded:
     """The number of steps with which compressed training reaches the loss of uncompressed training, as a multiple of
-    the steps of uncompressed training. Both have their best learning rate."""
+    the steps of uncompressed training. The learning rate was tuned separately for compressed and uncompressed
+    training."""
 
     factor: float
     at_least: bool = False  # True if `factor` is a lower bound, as the measurement ended before the loss was reached
@@ -160,12 +162,12 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # payload bytes per second below which this is faster than DDP; None: always or never
-    steps: StepsNeeded | None  # steps that make the progress of one uncompressed step; None: not measured
+    break_even: float | None  # link rate, in bytes/s, below which this is faster than DDP; None: always or never faster
+    steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property
     def is_dense(self) -> bool:
-        """True for DistributedDataParallel without compression."""
+        """True if this is the forecast for DistributedDataParallel without compression."""
         return self.compressor == DENSE
 
     @property
@@ -182,7 +184,9 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Forecasts for all compressors on a link, the fastest first; those with an unknown number of steps are last."""
+    """Forecasts for all compressors on a link, and for DistributedDataParallel without compression, the fastest first.
+    Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is known, are
+    last."""
 
     forecasts: tuple[Forecast, ...]  # one for each compressor, and one for DDP without compression
 
@@ -203,8 +207,8 @@ class Verdict:
 
     @property
     def break_even(self) -> float | None:
-        """The rate in payload bytes per second below which some compressor is faster than DDP. It is None if no
-        compressor is ever faster, or if one always is."""
+        """The largest break-even rate of the compressors: the link rate, in payload bytes per second, below which the
+        compressor is faster than DDP. It is None if each compressor is faster at no rate or at every rate."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
@@ -223,13 +227,17 @@ def forecast(
     overlap: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Verdict:
-    """Predict the step time of each of `compressors` in float32, with its fastest exchange, and of DDP.
+    """Predict the step time of each of `compressors` in float32, with its fastest exchange, and of DDP without
+    compression.
 
     `workload` is the size of the model, exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange
-    runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding; `update` is the
-    other time of CompressedSGD's step in seconds (see `plan.update_seconds`). Both count as compression. With an
-    `optimizer`, times are multiplied by the steps measured for each compressor with it (`MEASURED`). Raises ValueError
-    for fewer than two workers, or for a compressor that does not support the model.
+    runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding. `update` is the
+    time in seconds that a step of CompressedSGD needs in addition (see `plan.update_seconds`). Both times count as
+    compression.
+
+    If an `optimizer` is given, compressors are compared by the time of the steps that make the progress of one
+    uncompressed step. The number of these steps was measured for each compressor with the optimizer (`MEASURED`).
+    Raises ValueError for fewer than two workers, or for a compressor that does not support the model.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -240,7 +248,8 @@ def forecast(
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
 
-    # The forecast uses the exchange that is fastest on this link. The break-even rate uses the fastest at each rate.
+    # The forecast uses the exchange that is fastest on this link. The break-even rate compares DDP with the exchange
+    # that is fastest at the rate in question.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds

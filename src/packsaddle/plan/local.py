@@ -66,8 +66,11 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the number of steps of each setting, divided by the steps of uncompressed training. It was measured with
-    this number of workers or the next larger number measured, or with the largest number if none is larger."""
+    """Return the number of steps that local updates with each setting need, divided by that of uncompressed training.
+
+    Steps were measured with a few numbers of workers (`measured_workers`). The result is for the smallest of these
+    numbers that is at least `workers`, or for the largest if all are below `workers`.
+    """
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
     return {setting: steps[w] for setting, steps in _MEASURED[optimizer].items() if w in steps}
@@ -123,9 +126,10 @@ class LocalForecast:
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
     """Predict the inner steps per second of all workers together, for workers of unequal `speeds`.
 
-    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns a dict:
-    "equal" is for equal steps in a round, "paced" for `Workers(weight="steps")`, and "alone" for the fastest worker
-    without an exchange; "steps" are the steps of each worker in a paced round.
+    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns a dict of
+    rates in steps per second: "equal" if all workers make equal numbers of steps in a round, "paced" with
+    `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges. Its entry "steps" is the number of
+    steps of each worker in a round with `Workers(weight="steps")`.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)

@@ -20,11 +20,11 @@ from packsaddle.sgd.optimizer import CompressedSGD
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a model: the coordinates that one step exchanges."""
+    """The size of a model: the numbers of coordinates that one step exchanges, compressed and uncompressed."""
 
     name: str  # name of the model
-    d: int  # compressed coordinates
-    dense: int  # uncompressed coordinates
+    d: int  # number of compressed coordinates
+    dense: int  # number of uncompressed coordinates
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
     tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
 
@@ -55,8 +55,10 @@ class ModelSize:
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a step of CompressedSGD on d coordinates takes longer than a step of torch.optim.SGD,
-    not counting encoding and decoding: the time for the error memory and, with `noise`, for the noise. Times are minima
-    over `repeats` steps, measured on at most 2^25 coordinates."""
+    not counting encoding and decoding. It is the time for the error memory and, with `noise`, for the noise.
+
+    Times are minima over `repeats` steps. They are measured on at most 2^25 coordinates, and scaled in proportion to d.
+    """
     n = min(d, LONGEST)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -87,7 +89,8 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 class TrainingStep:
     """A model and a batch, to time the model's training step.
 
-    The loss is the first scalar that the model returns, or else the mean square of all that it returns.
+    The loss is the first scalar among the tensors that the model returns with a gradient. If there is no scalar, it is
+    the sum of the mean squares of these tensors.
 
     >>> import torch
     >>> from packsaddle.plan import TrainingStep
@@ -134,7 +137,8 @@ class TrainingStep:
         return next((t for t in found if t.numel() == 1), squares)
 
     def time(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Timing:
-        """Time forward pass, backward pass and a step of `optimizers` together, until the minimum time is stable."""
+        """Measure the seconds of a forward pass, a backward pass and a step of each of `optimizers`, in sum. The
+        measurement is repeated until the minimum is reproducible (see `repeated`)."""
 
         def step() -> None:
             self.model.zero_grad()
@@ -146,9 +150,10 @@ class TrainingStep:
 
 
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
+    """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters of `model`.
 
-    AdamW is omitted if it has no parameters. Raises ConfigError if Muon has none.
+    `muon` and `adamw` are the options of the two optimizers. AdamW is omitted if Muon has all parameters. Raises
+    ConfigError if the model has no matrix for Muon.
     """
     hidden = hidden_matrices(model)
     muons = {id(p) for _, p in hidden}

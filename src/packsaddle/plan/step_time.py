@@ -1,8 +1,8 @@
 """A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
 
-A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links; `cost_model` has the
-number of sequential messages and the bytes over the busiest link. This is the time of a step, not of a run: compressors
-need different numbers of steps.
+A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links. Module `cost_model`
+has the number of sequential messages of an exchange, and its bytes over the busiest link. The model predicts the time
+of a step, not of a run, for which different compressors need different numbers of steps.
 """
 
 import math
@@ -23,7 +23,7 @@ _MOST = 1e9  # largest valid time, in seconds, and largest valid spread; squares
 
 @dataclass(frozen=True)
 class Link:
-    """The network link between a worker and the other workers. Times are numbers, or text such as "55ms".
+    """The network link between a worker and the other workers. Times are numbers of seconds, or text such as "55ms".
 
     Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
@@ -47,12 +47,13 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float | str) -> "Link":
-        """Return the link with a nominal rate of `bits` per second, including packet headers, and this `latency`."""
+        """Return the link with this `latency` and with a nominal rate of `bits` per second, which counts packet
+        headers too."""
         return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
-        """The nominal rate in bits per second, including packet headers."""
+        """The nominal rate in bits per second, which counts packet headers too."""
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
@@ -63,7 +64,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers. Their compute times are independent, with mean `compute` and standard deviation spread * compute.
+    """The workers of a run. The times that they compute in a step are independent random numbers, with the mean
+    `compute` and the standard deviation spread * compute.
 
     `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
     are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
@@ -101,8 +103,8 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
     With `tail` "exponential" a time is 1 - spread plus an exponential time of mean `spread`, whose expected maximum is
-    spread * H_W (Renyi 1953). With "lognormal" the maximum is computed by quadrature over the normal score of the
-    slowest worker.
+    spread * H_W (Renyi 1953). H_W is the W-th harmonic number. With "lognormal" the maximum is computed by quadrature
+    over the normal score of the slowest worker.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -136,7 +138,7 @@ class StepTime:
 
     compute: float  # time of the forward and backward pass
     waiting: float  # time of waiting for the slowest worker
-    compression: float  # time of encoding, decoding and the optimizer's other work
+    compression: float  # time of encoding, of decoding, and of the rest of the optimizer's step
     latency: float  # latency of the exchange's sequential messages
     bandwidth: float  # time to transfer the exchange's bytes over the busiest link
 
@@ -155,8 +157,8 @@ class StepTime:
 class Compressed:
     """A step of `CompressedSGD`: compute, coding and exchange, one after the other."""
 
-    cost: Cost  # critical path of the exchange
-    compression: float  # seconds of encoding, decoding and the optimizer's other work
+    cost: Cost  # messages and bytes on the critical path of the exchange
+    compression: float  # seconds of encoding, of decoding, and of the rest of the optimizer's step
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of one step of the workers in `fleet` on `link`."""
@@ -173,9 +175,11 @@ class Dense:
     backward: float = 2 / 3  # time of the backward pass, as a fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict the time of a step whose buckets become ready at even intervals of the backward pass. Buckets are
-        sent sequentially. The last bucket is never sent during the backward pass. On a slow link earlier buckets are
-        also still being sent after it."""
+        """Predict the time of a step on `link`, for the workers of `fleet`.
+
+        Buckets become ready at even intervals of the backward pass, and are sent sequentially. The last bucket is sent
+        after the backward pass. On a slow link, a part of the earlier buckets is also sent after it.
+        """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
         latency *= buckets
@@ -198,8 +202,9 @@ def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take less time
-    than one `dense` step. The latency is that of `link`. Returns None if they never take less time, or always do."""
+    """Return the rate of a link, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take
+    less time than one `dense` step. The latency is that of `link`. Returns None if they take less time at no rate, or
+    at every rate."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
@@ -213,8 +218,8 @@ def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, ste
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the point at which `holds` changes from true, as at `low`, to false, as at `high`. It is found by
-    bisection of logarithms."""
+    """Return the number between `low` and `high` at which `holds` changes from true to false, by bisection of
+    logarithms. `holds(low)` must be true and `holds(high)` false."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

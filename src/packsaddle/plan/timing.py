@@ -35,8 +35,9 @@ def side_by_side(
 ) -> dict[str, Timing]:
     """Time each function in `works` `repeats` times, alternating: the first, the second, ..., the first again.
 
-    `prepare` runs before each call and is not timed. With `within`, calls continue until the three fastest times of
-    each function are within this fraction of each other, or for `limit` seconds.
+    `prepare` runs before each call and is not timed. The first `warm_up` calls of each function do not count. With
+    `within`, further calls are made until the three fastest times of each function differ by at most this fraction, or
+    the timed calls have taken `limit` seconds in total.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     fastest: dict[str, list[float]] = {name: [] for name in works}  # the three shortest times of each function
@@ -56,8 +57,11 @@ def side_by_side(
 
 
 def repeated(work: Callable[[], object], *, least: int = 5, limit: float = 20.0) -> Timing:
-    """Time `work` at least `least` times after two warm-up calls, until its three fastest times are within 2% of each
-    other, or for `limit` seconds. Other programs on the machine only lengthen a call: the minimum is reproducible."""
+    """Time `work` at least `least` times after two warm-up calls. Calls end when the three fastest times are within 2%
+    of each other, or when `limit` seconds have passed.
+
+    Other programs on the machine can only lengthen a call, so the minimum is reproducible.
+    """
     for _ in range(2):
         work()
     return side_by_side({"work": work}, repeats=least, warm_up=0, within=0.02, limit=limit)["work"]

@@ -1,6 +1,6 @@
-"""CompressedSGD, the paper's optimizer. Start with `optimizer`, which is Algorithm 1 with its line numbers.
+"""CompressedSGD, the optimizer of the paper. Start with `optimizer`, which quotes the line numbers of Algorithm 1.
 
-- `gradient`: the update of a step: gradient, momentum or STORM, weight decay, noise
-- `memories`: the choice of the error memory, and EF21's estimates in its place
-- `lazy_noise`: noise drawn only for the coordinates that a step sends
+- `gradient`: computes the update of a step from the gradient, momentum or STORM, weight decay and noise
+- `memories`: selects the error memory, or EF21's estimates of the gradient, which replace the error memory
+- `lazy_noise`: draws noise only for the coordinates that a step sends
 """

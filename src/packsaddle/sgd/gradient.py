@@ -24,7 +24,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Extras:
     """Terms added to the gradients: weight decay of each parameter group, and noise xi on all coordinates from
-    `noisy_from` on. `scale` is the GradScaler's factor, which the gradients contain and the terms do not."""
+    `noisy_from` on. `scale` is the factor by which a GradScaler has multiplied the gradients, but not these terms."""
 
     decays: Sequence[float]
     noise: GaussianNoise | None = None
@@ -62,8 +62,9 @@ class Gradient:
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.candidates = Candidates(flat.compressed_d)  # for the largest coordinates of base + scale * u
-        self.norm: Tensor | None = None  # upper bound on the norm of base + scale * u; None: unknown
+        # Candidates for the largest coordinates of the sum base + scale * u that was computed last.
+        self.candidates = Candidates(flat.compressed_d)
+        self.norm: Tensor | None = None  # upper bound on the norm of the last base + scale * u; None: unknown
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -89,8 +90,8 @@ class Gradient:
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
         """Add scale * u to out, float[d], in place, where u is the direction. If the sum is not finite, the addition is
         undone up to rounding, and the method returns False."""
-        # Collect candidates only if the sums below are final: noise, weight decay
-        # and frozen parameters change out later.
+        # Collect candidates for the largest coordinates only if the sums below are final. Noise, weight decay and
+        # frozen parameters would change `out` afterwards.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
         squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
@@ -162,8 +163,8 @@ class Gradient:
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
-        """Return the views of the vectors kept between steps, one per parameter, by name of the vector. A step may swap
-        the buffers of these vectors."""
+        """Return the views of the vectors kept between steps, one per parameter, by name of the vector. Call after each
+        step, which may swap the buffers of these vectors."""
         return {}
 
     def reset(self) -> None:
@@ -214,10 +215,10 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e is SGD with momentum
-    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). With `averaging`,
-    m <- beta m + (1 - beta) g, and m = g in the first step; with memory="ef21" this is EF21-SGDM (Fatkhullin, Tyurin
-    and Richtarik 2023).
+    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback and any compressor, y = x - eta e
+    moves as in SGD with momentum on the mean gradient; e is the workers' mean error memory (dist-EF-SGDM; Zheng, Huang
+    and Kwok 2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this
+    is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
     """
 
     kind = "momentum"
@@ -238,10 +239,11 @@ class Momentum(_StatefulGradient):
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g on the same examples.
+    """STORM (Cutkosky and Orabona 2019): the direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
 
-    A step needs a closure that computes loss and gradients, and calls it twice: at x_t and at x_{t-1}. The gradient g
-    includes weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
+    Both gradients g are computed on the examples of step t. So a step needs a closure that computes the loss and the
+    gradients on these examples, and calls the closure at x_t and at x_{t-1}. The gradient g includes
+    weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" this is EF21-STORM
     (Fatkhullin et al. 2023).
     """
 
@@ -265,7 +267,7 @@ class StormGradient(_StatefulGradient):
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                # A closure that does not clear gradients would add to the old ones.
+                # A closure that does not clear gradients would add its gradients to those at x_t.
                 p.grad = None
             try:
                 super().evaluate(closure, decays)
@@ -301,12 +303,13 @@ class StormGradient(_StatefulGradient):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale * u, float[d], computed when it is added. Each parameter group has a scale."""
+    """The update of one step, scale * u, float[d], where u is the direction. It is computed when it is added to the
+    error memory. Each parameter group has its own scale."""
 
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
-    is_known_invalid: bool = False  # True if a GradScaler found an Inf
+    is_known_invalid: bool = False  # True if a GradScaler found an Inf or NaN in the gradients
     x_is_large: bool = False  # True if weight decay may overflow, so that finite gradients do not imply a finite u
 
     @property

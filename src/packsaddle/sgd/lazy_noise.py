@@ -1,4 +1,7 @@
-"""Lazy noise: the noise of a coordinate is drawn when a step sends it, instead of passing through the error memory."""
+"""Lazy noise: the noise of a coordinate is drawn only in the steps that send the coordinate.
+
+Without lazy noise, every step draws noise for all coordinates, and adds it to the error memory.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,22 +18,25 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# By dtype of a sum: a term below this fraction of the sum loses too many digits when it is added.
+# For each dtype of a sum, the fraction of the sum below which an added term loses too many digits.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
 class OutstandingNoise:
-    """The noise that is not applied to x yet, represented by its variance: one number per cell, a block of coordinates.
+    """The noise that is not applied to x yet, represented by its variance: one number per cell (block of coordinates).
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
-    sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
-    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and the
-    iterates x_t have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a separate
-    draw, exact in distribution at that step, but not jointly with other draws or with later x.
+    sum_s eta_s xi_s to x, where s runs over the steps since the cell was last sent, eta_s is the learning rate and xi_s
+    the noise of standard deviation r_s. This sum is Gaussian with variance sum_s (eta_s r_s)^2, and independent of the
+    noise of earlier sends. So one Gaussian per coordinate is drawn when the cell is sent, and the iterates x_t have the
+    joint distribution of Algorithm 1.
+
+    To read the error memory e or y = x - eta e, the outstanding noise is drawn separately. Such a draw has the exact
+    distribution at its step, but not the exact joint distribution with other draws or with later iterates x_t.
     """
 
-    total: float  # the variance of a coordinate that was never sent
+    total: float  # the variance of the outstanding noise of a coordinate that was never sent
     kept: Tensor  # float64[cells] (float32 on MPS), the value of `total` when each cell was last sent
     size: int  # coordinates per cell
 
@@ -39,8 +45,8 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        # If the rounding error of the sum would lose the variance, subtract the
-        # smallest kept value from all values first.
+        # If `total` is so large that adding the variance would lose it to rounding, subtract the smallest value in
+        # `kept` from `total` and `kept` first. Only their differences matter.
         if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:
             least = float(self.kept.min())
             self.kept -= least
@@ -48,8 +54,8 @@ class OutstandingNoise:
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the outstanding noise of these m cells of b coordinates, and add it to out, float[m b]. The variance of
-        these cells then becomes 0."""
+        """Draw the outstanding noise of the `cells` that are sent, m cells of b coordinates each, and add it to out,
+        float[m b]. These cells then have no outstanding noise."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
@@ -74,12 +80,12 @@ class OutstandingNoise:
 
 
 class Perturber:
-    """The noise of CompressedSGD (line 9 of Algorithm 1). With lazy noise, it includes the outstanding noise, which is
-    drawn later.
+    """The noise of CompressedSGD (line 9 of Algorithm 1). If noise is lazy, this object also keeps the record of the
+    noise that is not applied yet (`outstanding`).
 
-    Lazy noise needs an aggregator with which all workers send the same coordinates (an all-reduce of `shared_cells`, as
-    of RandomK), `plain` error feedback (no EF21, no momentum) and no `escape` check. Raises ValueError if `noise.lazy`
-    is True without these.
+    Noise can be lazy only if three conditions hold. All workers send the same coordinates, as in an all-reduce with
+    RandomK (see `Compressor.shared_cells`). Error feedback is `plain`, i.e. without EF21 and without momentum. There is
+    no `escape` check. Raises ValueError if `noise.lazy` is True and a condition does not hold.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class Perturber:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
-        self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
+        self.grown = 0.0  # std of the last step's lazy noise, in units of x; 0: that step had no lazy noise
         # The grid is (number of cells, size of a cell) if all workers send the
         # same cells in each step, and None otherwise.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
@@ -111,8 +117,8 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of this step, or None if it is 0, and a number n. The noise of the first n coordinates
-        is lazy, so the update of the step must not include it."""
+        """Return the noise xi_t of a step, or None if it is 0, and a number n. The noise of the first n coordinates is
+        lazy, so the update of the step must not include it. `lrs` has the learning rate of each parameter group."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
@@ -120,7 +126,8 @@ class Perturber:
         if len(set(lrs)) == 1 and not self._memory.slice.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
-        # A cell may span several learning rates or frozen parameters, so move the outstanding noise to the memory.
+        # A cell may contain coordinates of different learning rates, or of frozen parameters. Its noise cannot be drawn
+        # as a whole then, so draw all outstanding noise now and add it to the error memory.
         self._settle(self.outstanding, step)
         return xi, 0
 
@@ -130,8 +137,8 @@ class Perturber:
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged) -> None:
-        """Add the outstanding noise of the exchanged cells, including the noise of this step, to the mean g, in
-        place."""
+        """Draw the noise that is not applied yet, including that of this step, for the cells (blocks of coordinates)
+        that this step sends, and add it to the mean update g, in place. No-op if noise is not lazy."""
         if self.outstanding is None:
             return
         self.outstanding.grow(self.grown)
@@ -147,15 +154,16 @@ class Perturber:
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
-        """Return the unsent update `pending`, float[d], plus a draw of the outstanding noise, which is not cleared."""
+        """Return the unsent update `pending`, float[d], plus a draw of the noise that is not applied yet. The record of
+        that noise does not change."""
         if self.outstanding is None or not self.outstanding.anything:
             return pending
         noise = self.outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def load(self, saved: OutstandingNoise | None, step: int) -> None:
-        """Restore the outstanding noise of a saved state. If noise is not lazy here, or the cells differ, the saved
-        noise is drawn and added to the error memory."""
+        """Restore the outstanding noise of a saved state. If noise is not lazy in this run, or if the saved number or
+        size of the cells differs, the saved noise is drawn and added to the error memory."""
         here = self.outstanding
         if here is not None:
             here.clear()

@@ -13,8 +13,8 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-# The error memory of a vector with at least this number of coordinates may be updated in place. A smaller vector has a
-# spare vector, which fits a cache and makes rollback exact.
+# Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a spare
+# copy instead, which fits a cache and makes rollback exact.
 _LARGE = 1 << 20
 
 
@@ -22,8 +22,9 @@ class EstimateMemory(ErrorMemory):
     """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
     The method is from Richtarik, Sokolov and Fatkhullin 2021. With its update u and estimate g^(i), a worker sends
-    C(u - g^(i)) and adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: e = 0 and y = x. EF21's
-    proof does not assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit parameters.
+    C(u - g^(i)) and adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: the error e is 0. EF21's
+    proof does not assume bounded gradients. With small batches the method needs momentum. Raises ValueError for 16-bit
+    parameters.
     """
 
     kind = "ef21"
@@ -41,8 +42,11 @@ class EstimateMemory(ErrorMemory):
         self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of x by the mean estimate, after a mean update of this
-        magnitude. The mean estimate is measured at the first call. Later calls add the magnitude to the bound."""
+        """Return an upper bound on the change of any coordinate of x in a step. `magnitude` is the largest absolute
+        value of the mean update that the step adds to the mean estimate.
+
+        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to it.
+        """
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude
@@ -100,8 +104,12 @@ class EstimateMemory(ErrorMemory):
 def make_memory(
     kind: Memory, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, spare: bool, revocable: bool
 ) -> ErrorMemory:
-    """Return the error memory of this kind. With `spare`, a step of the memory can be rolled back. A large memory on a
-    CPU can do that without a spare vector if updates are `revocable`, i.e. can be subtracted."""
+    """Return the error memory of this `kind` for the parameters `flat`. `rates` returns the learning rate of each
+    parameter group.
+
+    With `spare`, the memory can be rolled back to its value before the current step. A large memory on a CPU needs no
+    second vector for that if updates are `revocable`, i.e. can be computed again and subtracted.
+    """
     if kind == "ef21":
         return EstimateMemory(flat, rates)
     in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"

@@ -1,7 +1,8 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Start with `CompressedSGD.step`. `gradient` computes the update u, `feedback.round` averages v = e + u, with the error
-memory e, over workers as a transaction, and `FlatTarget` applies the mean to the parameters x.
+Start with `CompressedSGD.step`. Module `gradient` computes the update u. `feedback.round` adds it to the error memory
+e, compresses the sum v = e + u, and averages the messages over workers. All workers apply the mean, or none does.
+`FlatTarget` applies the mean to the parameters x.
 """
 
 import math
@@ -75,12 +76,15 @@ class FlatTarget:
         self.x_was_large = False  # True once an update was so large that it could have overflowed x
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Subtract the mean update g from x (line 11). If the result would overflow, x is unchanged."""
+        """Subtract the mean update g from x (Algorithm 1, line 11). If the result would overflow, x is unchanged.
+
+        `magnitude` is the approximate maximum of the absolute values of g.
+        """
         # A sufficiently small step cannot overflow any x.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # x may overflow: apply the mean, check, and restore x if it did.
+        # x may overflow: apply the mean, check x, and restore it if it has overflowed.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
@@ -93,7 +97,10 @@ class FlatTarget:
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
-        """Subtract the mean update g and outstanding noise from x; return the rounding error of x, float[d] or None."""
+        """Subtract the mean update g from x, after adding to g the lazy noise of the coordinates that were sent.
+
+        Returns the rounding error of x, float[d], or None if x is at least float32.
+        """
         self._noise.add_outstanding(g)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
@@ -108,8 +115,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         lr: the step size eta.
         compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
             uncompressed, where the error is kept and which checks are made. A function of the step is not supported.
-        noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
-            returns it (see `Ramp`); or a `Noise`.
+        noise: r, the standard deviation of each coordinate of the noise xi_t, in units of a gradient; a function of the
+            step that returns r (see `Ramp`); or a `Noise`.
         escape: the escape check of Algorithm 1, lines 4-8, or None for no check.
         momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`); or a `Storm`.
         nesterov: use Nesterov's form of the momentum.
@@ -120,12 +127,13 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, TypeError for one of another type, and RuntimeError if a launcher has set
+    range or differs between workers, TypeError for an argument of a wrong type, and RuntimeError if a launcher has set
     WORLD_SIZE above 1 and there is no process group. The first `step` raises RuntimeError if a DistributedDataParallel
     exchanges the same gradients.
 
     Attributes: `choice`, how messages are averaged and why; `monitor`, the measured contraction; `skips`, the skipped
-    steps, which change neither parameters nor memories; `drifts`, the comparisons that found workers to differ.
+    steps, which change neither parameters nor memories; `drifts`, the comparisons in which parameters differed between
+    workers.
 
     A parameter without a gradient has gradient zero: noise and weight decay still apply. A frozen parameter does not
     move, and its error memory and momentum are discarded.
@@ -168,7 +176,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._check_rates()
         self._step = 0
         self._is_busy = False  # True while the user's closure or objective runs
-        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip steps
+        # With this attribute, a GradScaler also calls `step` if a gradient is Inf, and `step` itself skips the update.
+        self._step_supports_amp_scaling = True
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
 
@@ -178,7 +187,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 
-        # Make the update, the error memory, the exchange, and the target of its mean.
+        # Make the objects of a step: the update, the error memory, the exchange, and the target that applies the mean.
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
@@ -234,7 +243,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError for a `param_group` after construction: the flat vector and its memory are fixed then."""
+        """Raise RuntimeError if a `param_group` is added after construction, when the flat vector of all parameters and
+        the error memory have their final size."""
         if hasattr(self, "_flat"):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
@@ -273,7 +283,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return loss
 
     def _check_rates(self) -> None:
-        """Raise TypeError or ValueError for an invalid rate or weight decay, which a script may set at any time."""
+        """Raise TypeError or ValueError if a learning rate or a weight decay is invalid. They are checked in every
+        step, since a script may set them at any time."""
         for name in ("lr", "weight_decay"):
             for i, value in enumerate(group[name] for group in self.param_groups):
                 if not isinstance(value, Real | Tensor) or isinstance(value, bool):
@@ -285,7 +296,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Guard against re-entry: the closure and the objective must not call step()."""
+        """Context manager in which user code runs: the closure of a step, or the objective of the escape check. Raises
+        RuntimeError if that code calls `step`."""
         if self._is_busy:
             raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
         self._is_busy = True
@@ -316,7 +328,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
-        # Attributes that a GradScaler sets: the factor of the gradients, and a flag for an Inf in them.
+        # Attributes that a GradScaler sets: the factor by which the gradients were scaled, and a flag that is nonzero
+        # if a gradient is Inf or NaN.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
         scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
@@ -324,9 +337,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return the factors that this worker applies to the update, float[0 or more], to compare between workers: the
-        learning rates with memory="ef21", or the std of lazy noise. On a GPU the std is omitted, since a step would
-        wait for the device."""
+        """Return the factors of this worker's step that must be equal on all workers, so that they can be compared.
+
+        They are the learning rates with memory="ef21", or the standard deviation of lazy noise. The result is a
+        float[n] like `like`; it is empty if there are no such factors, or only one worker. On a GPU the standard
+        deviation is omitted, since comparing it would make the host wait for the device in every step.
+        """
         if self.channel.group.size == 1:
             return like[:0]
         is_lazy = self._noise.outstanding is not None and like.device.type == "cpu"
@@ -340,8 +356,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """Commit or roll back the direction, count the step as applied or
-        skipped, and compare workers if due; collective.
+        """End a step: commit or roll back the state of momentum or STORM, count the step as applied or skipped, and
+        compare the workers' parameters if a comparison is due; collective.
 
         Raises NonFiniteError after too many skipped steps.
         """
@@ -376,8 +392,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _check_escape(self) -> None:
-        """Run the escape check (lines 4-8). If it fires, clear the error memory; if it rolls x back, also clear the
-        vectors that the direction keeps."""
+        """Run the escape check (Algorithm 1, lines 4-8). If the check fires, clear the error memory. If the check also
+        rolls x back, clear the state of momentum or STORM too."""
         if self._escape is None:
             return
         with self._busy():
@@ -395,14 +411,16 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the vectors that exist only to roll back a step; with `max_skipped=None` there are none."""
+        """Bytes of the vectors that exist only to roll back a step. It is 0 with `max_skipped=None`."""
         return self._memory.spare_bytes + self._direction.spare_bytes
 
     @property
     def mu(self) -> float:
-        """The contraction 1 - E||v - C(v)||^2 / ||v||^2, if the coordinates of v, float[d], have equal mean squares.
+        """The contraction 1 - E||v - C(v)||^2 / ||v||^2 of a step with the vector v, float[d], under the assumption
+        that all coordinates of v have equal mean squares.
 
-        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`, which is valid for every v.
+        It exceeds `compressor.mu` if some coordinates are sent uncompressed, and so exactly. `compressor.mu` is a lower
+        bound that holds for every v.
         """
         d, compressed = self._flat.d, self._flat.compressed_d
         kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
@@ -445,13 +463,14 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def corrected(self) -> Tensor:
         """Return x_t minus the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
 
-        With lazy noise only the marginal distributions of this and of `error` are exact, since outstanding noise is
-        drawn separately for each t.
+        With lazy noise, the results of `corrected` and `error` have the exact distribution at each step t, but not the
+        exact joint distribution over steps, since every call draws the noise that was not applied yet anew.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """Return this worker's unsent update, float[d]: error memory and outstanding noise."""
+        """Return this worker's unsent update, float[d]: the error memory, plus a draw of the lazy noise that was not
+        applied yet."""
         return self._noise.pending(self._memory.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
@@ -476,8 +495,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the state of this worker as tensors and plain types. It differs between workers.
 
         Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
-        "start" (its start point), as views. Each group has format, step t, start step t', seed, rank and number of
-        workers. Further entries are the aggregator, outstanding noise, skips, ledger totals, resets and drifts.
+        "start" (its start point), as views. Each group has format, step t, start step t' of the escape check, seed,
+        rank and number of workers. Further entries are the aggregator, outstanding noise, skips, ledger totals, resets
+        and drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -511,7 +531,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
         for group in groups:
-            if "format" in group:  # `validate` reports a missing one
+            if "format" in group:  # `validate` reports a missing format
                 check_format(group["format"], "the state")
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:
@@ -552,7 +572,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         ]
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values that must be equal at saving and loading."""
+        """Return the values by name that a saved state must have in common with the optimizer that loads it."""
         return {
             "seed": self.seed,
             "rank": self.channel.group.rank,

@@ -1,8 +1,8 @@
 """Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
 The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them with those that Jin et al. (JACM
-2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` with values derived for one saddle at a time. So the
-results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
+2021, Eq. (8)) prove for uncompressed SGD. `Constants.practical` replaces them with values that are derived for one
+saddle at a time. So the results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
 """
 
 import math
@@ -13,12 +13,13 @@ from packsaddle.errors import check_positive
 
 Mode = Literal["practical", "theory"]
 _MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
-_RANGE = (1e-20, 1e20)  # valid constants of a problem, so that products of their powers are within float64
+# The smallest and the largest valid constant of a problem. Products of powers of such constants are within float64.
+_RANGE = (1e-20, 1e20)
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The constants of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given.
+    """The constants of the problem in the paper's Assumptions A and B, and in C if `lipschitz_gradient` is given.
 
     Raises ValueError for a constant that is out of range, and unless L >= sqrt(rho epsilon).
 
@@ -69,8 +70,8 @@ class Assumptions:
 
     @property
     def noise_ratio(self) -> float:
-        """Gradient noise ratio N of Jin et al., Eq. (8): about sigma^2 / epsilon^2, or d times this without Assumption
-        C."""
+        """The gradient noise ratio N of Jin et al., Eq. (8). It is about sigma^2 / epsilon^2 under Assumption C, and d
+        times this number without Assumption C."""
         relative = (self.sigma / self.epsilon) ** 2
         if self.lipschitz_gradient is None:
             return 1 + relative * self.d
@@ -82,10 +83,10 @@ class Assumptions:
 class Constants:
     """The constants that the theorems hide in O-tilde, which are powers of the logarithm iota, and factors.
 
-    The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). That Algorithm 1 shares them up to
-    logarithms is an assumption; the factors 1 of the second and third bound on eta are guesses. `practical` has no
-    proof and no failure probability, but needs feasible numbers of steps. Raises ValueError unless all are positive and
-    finite.
+    The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). It is an assumption that they are
+    also valid, up to logarithms, for Algorithm 1. The factors 1 of the second and the third bound on eta are guesses.
+    The constants `practical` have no proof and no failure probability, but lead to feasible numbers of steps. Raises
+    ValueError unless all constants are positive and finite.
 
     >>> from packsaddle.theory import Assumptions, Constants
     >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
@@ -100,15 +101,15 @@ class Constants:
     gradient_noise_factor: float = 1.0  # factor of the first bound on eta
     first_order_factor: float = 1.0  # factor of the second bound on eta
     second_order_factor: float = 1.0  # factor of the third bound on eta
-    noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
-    interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
-    patience: float | None = None  # I in predicted median escape times at curvature -sqrt(rho epsilon); None: not used
-    radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
-    radius_factor: float = 2.0  # factor of R
-    decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
-    decrease_factor: float = 1.0  # factor of F
-    escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0  # factor of the second term of T, 100 / (eta epsilon^2)
+    noise_power: float = 1.0  # power of iota in the norm of the noise, iota^1 epsilon sqrt(N)
+    interval_power: float = 1.0  # power of iota in I = iota^1 / (eta sqrt(rho epsilon)); not used with `patience`
+    patience: float | None = None  # escape interval I as a multiple of the median escape time; None: `interval_power`
+    radius_power: float = 2.0  # power of 1 / iota in the radius R = 2 iota^-2 sqrt(epsilon / rho)
+    radius_factor: float = 2.0  # factor 2 in the radius R = 2 iota^-2 sqrt(epsilon / rho)
+    decrease_power: float = 5.0  # power of 1 / iota in the decrease F = 1 iota^-5 sqrt(epsilon^3 / rho)
+    decrease_factor: float = 1.0  # factor 1 in the decrease F = 1 iota^-5 sqrt(epsilon^3 / rho)
+    escape_factor: float = 100.0  # factor of I / F in the steps T = f_max max(100 I / F, 100 / (eta epsilon^2))
+    descent_factor: float = 100.0  # factor of 1 / (eta epsilon^2) in T = f_max max(100 I / F, 100 / (eta epsilon^2))
 
     def __post_init__(self) -> None:
         check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
@@ -136,12 +137,15 @@ class Constants:
     def practical(cls) -> "Constants":
         """Return constants for which half of the iterates are epsilon-SOSPs, if escapes take the predicted time.
 
-        At most a quarter of the gradients are too large: the first two bounds on eta are below `first_order_plan`'s for
-        epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), for which
-        T = 32 f_max / (eta epsilon^2) provably suffices. At most a quarter of the iterates are near saddles: an escape
-        takes I steps, twice the predicted median (see `interval_and_steps`), and decreases f by F, at
-        least 2/3 sqrt(epsilon^3 / rho) at distance R if the Hessian is rho-Lipschitz; so T = 4 f_max I / F. The factor
-        1 of the third bound on eta remains a guess. The logarithm iota is 1.
+        At no more than a quarter of the iterates the gradient is too large. This holds because the first two bounds on
+        eta are below the bounds of `first_order_plan` for the target epsilon / 2, since chi^2 <= 2 epsilon^2 N. For
+        that target, T = 32 f_max / (eta epsilon^2) steps provably suffice.
+
+        No more than a quarter of the iterates are near saddles. An escape takes I steps, which is twice the predicted
+        median (see `interval_and_steps`), and decreases f by F. If the Hessian is rho-Lipschitz, f decreases by at
+        least 2/3 sqrt(epsilon^3 / rho) over the distance R. So T = 4 f_max I / F steps suffice.
+
+        The factor 1 of the third bound on eta remains a guess. The logarithm iota is 1.
         """
         return cls(
             "practical",
@@ -162,8 +166,8 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
     """Return the three bounds on the step size eta in Theorems 3.1 and 3.2, by name; eta is their minimum.
 
     With units restored, they are iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and
-    mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times its factor in `c`. `mu` is the contraction, D is 1 if `linear`
-    and d otherwise, chi^2 = sigma^2 + ||xi||^2.
+    mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times its factor in `c`. Here `mu` is the contraction of the
+    compressor, D is 1 for a compressor that is `linear` and d for others, and chi^2 = sigma^2 + ||xi||^2.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
@@ -187,8 +191,9 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
-        # Along the escape direction y is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, where gamma is
-        # the curvature. So the median time to distance R is the t at which 0.6745 times this std is R.
+        # Along the escape direction, the iterate y = x - eta e is Gaussian after t steps, with the standard deviation
+        # r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, where gamma is the magnitude of the negative curvature. So the
+        # median time to distance R is the t at which 0.6745 times this standard deviation is R.
         noise, gamma = noise_norm(a, c) / math.sqrt(a.d), a.curvature
         growth = radius(a, c) * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
         # The median time is 0 if the noise alone already exceeds R.
@@ -199,7 +204,7 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
 
 
 def radius(a: Assumptions, c: Constants) -> float:
-    """Return the radius R of the escape check, i.e. the distance from the saddle at which a segment ends."""
+    """Return the radius R of the escape check, i.e. the distance from the saddle at which an escape is complete."""
     return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 
@@ -212,12 +217,13 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
     """Return the contraction mu, in (0, 1), for which the first and third bound on the step size are equal (Cor. 3.3).
 
     It solves mu^2 / (1 - mu) = q, where q is the first bound divided by the factors of the third bound that do not
-    contain mu. If q is small, mu is about sqrt(q). This is epsilon^(3/4) / sqrt(alpha) if `linear`, and sqrt(d) times
-    as much if not, where alpha is 1 under Assumption C and d without it.
+    contain mu. If q is small, mu is about sqrt(q). For a compressor that is `linear`, sqrt(q) is
+    epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For other compressors it is
+    sqrt(d) times this number.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
-    # This is the positive root of the quadratic equation, without cancellation.
+    # This is the positive root of mu^2 + q mu - q = 0, in a form without cancellation.
     return 2 / (1 + math.sqrt(1 + 4 / q))
 
 
@@ -240,12 +246,12 @@ def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0)
     """Return a plan for first-order stationarity only, without resets; it is proved with its constants under
     Assumptions A and B.
 
-    With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t and E||e_t||^2 (as in Lemma A.5 of the paper) give, for
-    eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
-    mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
-    The choice of T bounds the first term by epsilon^2 / 2, and that of eta each of the other two by epsilon^2 / 4. The
-    compressor C must act on the mean over workers. rho and l-tilde in `assumptions` are not used; `mu` is the
-    contraction of C, in (0, 1].
+    With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t = x_t - eta e_t and the bound on E||e_t||^2 (as in Lemma
+    A.5 of the paper) give, for eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
+    mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2).
+    T is chosen so that the first term is at most epsilon^2 / 2, and eta so that each of the other two terms is at most
+    epsilon^2 / 4. The compressor C must act on the mean over workers. rho and l-tilde in `assumptions` are not used;
+    `mu` is the contraction of C, in (0, 1].
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)

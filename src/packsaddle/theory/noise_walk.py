@@ -1,10 +1,11 @@
 """The random walk of the parameters x under artificial noise of standard deviation r, and a suggestion for r.
 
-Noise xi_t moves x by eta xi_t per step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
-eta r sqrt(d T). The ratio of this length to ||x_0|| predicts the effect of the noise: three autoencoders left their
-plateaus at ratios from 2.4 to 5.4, at learning rates from 0.1 to 1. For the one trained with several r, a ratio of 1
-gained less, 0.3 gained nothing, and 10 prevented learning (experiments/noise-rule). The ratio of r to mini-batch noise
-does not predict it: the same effect needed ratios of 104 and 3,400.
+The noise xi_t moves x by eta xi_t in each step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
+eta r sqrt(d T), in root mean square. The ratio of this length to the norm ||x_0|| of the initial parameters predicts
+the effect of the noise. Three autoencoders left their plateaus at ratios from 2.4 to 5.4. One of them was trained with
+several r: a ratio of 0.3 had almost no effect, and a ratio of 10 prevented learning (experiments/noise-rule). The ratio
+of r to the mini-batch noise does not predict the effect: it differed by a factor of 30 between two runs with the same
+effect.
 """
 
 import math
@@ -44,7 +45,7 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
 
     r = times ||x_0|| / (lr sqrt(d steps)), for d trainable coordinates with initial values x_0. If r decreases
     (`Ramp`), `steps` is sum_t (r_t / r)^2, about the steps before the decrease plus a third of the steps during it.
-    Momentum m accumulates noise too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
+    Momentum m accumulates noise too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m) as `lr`.
 
     Without gradients the noise would move the parameters by `times` ||x_0|| in root mean square. Raises ValueError if
     lr, steps or times are not positive and finite, or if all parameters are zero.

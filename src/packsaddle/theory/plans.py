@@ -41,9 +41,9 @@ FAMILIES: Mapping[str, Family] = {
 class Plan:
     """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and their cost.
 
-    The values are orders of magnitude (see `packsaddle.theory.bounds`), except mu, k and `sent` (exact up to coded
-    indices). Bytes are those that one worker sends, without the escape check and its resets (an uncompressed all-reduce
-    per commit, so at most d / interval values per step).
+    The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are mu and k, which are exact, and
+    `sent`, which is exact except for the size of coded indices. Bytes are those that one worker sends. They do not
+    include the escape check, which all-reduces d uncompressed values at most once in `interval` steps.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -59,10 +59,10 @@ class Plan:
     constants: Constants  # constants that replace O-tilde in the theorems
     workers: int  # number of workers W
     compressor: Compressor  # compressor C
-    theorem: str  # "3.2" for a linear compressor, else "3.1"
+    theorem: str  # number of the theorem in the paper: "3.2" for a linear compressor, else "3.1"
     protocol: str  # the exchange: "all-reduce", "all-gather", ...
     mu: float  # contraction of C on d coordinates
-    k: int | None  # coordinates (or counters) sent; None: not defined for this compressor
+    k: int | None  # number of coordinates sent, or of a sketch's counters; None: not defined for this compressor
     eta: float  # step size
     bound_by: str  # bound that limits eta: "gradient noise", "first-order" or "second-order"
     steps: int  # number of steps T
@@ -81,19 +81,19 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """The norm of the noise, r sqrt(d). Compression errors stay below the noise only if this norm is about sigma or
-        larger."""
+        """The norm of the artificial noise, r sqrt(d). Compression errors stay below the noise only if this norm is at
+        least about sigma, the standard deviation of the stochastic gradient."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property
     def noise_suffices(self) -> bool:
-        """True if the norm of the artificial noise is at least the gradient noise sigma."""
+        """True if the norm of the artificial noise is at least sigma, the standard deviation of the gradient."""
         return self.noise_norm >= self.assumptions.sigma
 
     @property
     def proved_for_workers(self) -> bool:
-        """True if C acts on the workers' mean, as the proofs assume. It is False for an all-gather, which averages each
-        worker's C(v)."""
+        """True if the exchange computes C of the workers' mean vector, as the proofs assume. It is False for an
+        all-gather, which instead averages C(v) of every worker's vector v."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def plan(
 ) -> Plan:
     """Plan a run of Algorithm 1 with this compressor: by Theorem 3.2 if it is linear, else by Theorem 3.1.
 
-    `assumptions` are those of the problem, `constants` replace O-tilde. The compressor acts on all d coordinates, in
-    float32, with the direct exchange. Raises ValueError if it does not support that, or for fewer than two workers,
-    since one worker sends nothing.
+    `assumptions` are the constants of the problem, and `constants` replace those that O-tilde hides. The compressor
+    acts on all d coordinates, in float32, with the direct exchange. Raises ValueError if the compressor does not
+    support d coordinates, or for fewer than two workers, since one worker sends nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -190,14 +190,17 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
 
 
 def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL, workers: int = 4) -> Plan:
-    """Return the plan for the k with the fewest total bytes, about the smallest k that needs no more steps than k = d.
+    """Return the plan with the fewest total bytes over all k, where `family(k)` is the compressor that sends k
+    coordinates.
 
-    `family(k)` is the compressor that sends k coordinates; `assumptions`, `constants`, `workers` and ValueError are as
-    in `plan`. For smaller k, compression limits eta, and k T grows as k falls; for larger k, T is constant and each
-    step costs more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is
-    `balanced_k`, up to rounding, unless the first-order bound, which Corollary 3.3 ignores, limits eta. (LinearSketch
-    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at
-    d = 7.)
+    `assumptions`, `constants` and `workers` are as in `plan`. Raises ValueError as `plan` does.
+
+    Let k* be the smallest k for which the number of steps T is no larger than without compression, i.e. for k = d. For
+    k below k*, compression limits eta, and the product k T grows as k decreases. For k above k*, T is constant and each
+    step sends more. So the minimum is at k*, at the next smaller contraction mu, or at k = d, which sends no indices.
+    k* equals `balanced_k`, up to rounding, unless the first-order bound limits eta, which Corollary 3.3 ignores. For
+    LinearSketch, mu = 1 / ceil(d / k) is rounded, so that the search can miss a k with typically a few percent fewer
+    bytes.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -221,17 +224,17 @@ def _first(holds: Callable[[int], bool], d: int) -> int:
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
-MOST_STEPS = 10**9  # maximum number of steps of a feasible run, twelve days at a thousand steps per second
+MOST_STEPS = 10**9  # maximum number of steps of a feasible run; it takes twelve days at a thousand steps per second
 _HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92 long
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The number of steps of Algorithm 1 without compression, for the given assumptions and for easier ones. No
-    compressor reduces this number."""
+    """The number of steps of Algorithm 1 without compression, for the given assumptions and for assumptions that need
+    fewer steps. No compressor reduces these numbers."""
 
     steps: int  # steps T without compression
-    # Steps for 2 epsilon; None: for 2 epsilon every first-order stationary point is second-order stationary.
+    # Steps for the target 2 epsilon; None: every first-order stationary point is then also second-order stationary.
     at_twice_epsilon: int | None
     epsilon: float | None  # smallest target epsilon with at most MOST_STEPS steps; None: there is none
     with_lipschitz_gradient: int | None  # steps under Assumption C with l-tilde = L; None: already assumed

@@ -1,7 +1,7 @@
-"""Table 1 of the paper (Corollary 3.4): costs of methods as powers of d and epsilon, exact, as text, and evaluated.
+"""Table 1 of the paper (Corollary 3.4): the costs of methods as sums of powers of d and epsilon with exact exponents.
 
-The costs are orders of magnitude: every constant is 1 and logarithms are omitted. A row's `improvement` is computed
-from the communication columns; `printed` is the paper's entry.
+The costs are orders of magnitude: every constant is 1 and logarithms are omitted. The improvement over uncompressed
+training is computed from the communication costs (`Row.improvement`); `Row.printed` is the improvement in the paper.
 """
 
 from collections.abc import Iterable
@@ -28,8 +28,8 @@ class Order:
         return f"min({', '.join(terms)})" if self.least and len(terms) > 1 else " + ".join(terms)
 
     def per(self, other: "Order") -> "Order":
-        """Return the order of magnitude of this monomial divided by the sum `other`. It is the minimum of the quotients
-        of this monomial and each term of `other`."""
+        """Return the order of magnitude of this monomial divided by the sum `other`. It is the minimum over the terms
+        of `other` of this monomial divided by the term."""
         ((a, b),) = self.terms
         return Order(frozenset((a - c, b - e) for c, e in other.terms), least=len(other.terms) > 1)
 
@@ -59,7 +59,7 @@ class Row:
     iterations: Order
     communication: Order  # numbers sent per worker
     baseline: Order  # numbers sent per worker without compression
-    printed: Order | None  # the improvement that the paper prints
+    printed: Order | None  # the improvement that the paper prints; None: the paper prints none
 
     @property
     def improvement(self) -> Order:

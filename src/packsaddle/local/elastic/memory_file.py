@@ -3,8 +3,8 @@
 A memory may be used only once: updates that were sent after the file was written must not be sent again. So the file
 names its worker, the run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records
 that all workers share (`Roster`). In a round the file is written before other workers may commit the round, with the
-memories for both outcomes, so that a worker that is killed at that time loses none. The file is written atomically, and
-read with weights_only=True.
+memories for both outcomes, so that a worker that is killed at that time loses no update. The file is written
+atomically, and read with weights_only=True.
 """
 
 import logging
@@ -52,7 +52,8 @@ class MemoryFile:
 
     @classmethod
     def read(cls, path: Path, shapes: Mapping[str, torch.Size]) -> "MemoryFile":
-        """Read an error memory. Raises ConfigError, in one line, if it is unreadable or has other parameter shapes."""
+        """Read an error memory from a file. Raises ConfigError, with a message of one line, if the file is unreadable,
+        or if its tensors do not have the `shapes`, given by parameter name."""
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling may raise any type

@@ -16,7 +16,7 @@ _LONGEST = 1e9  # maximum duration of a timer, in seconds
 
 class LeavingError(BaseException):
     """Raised after SIGTERM, within a wait for other workers, if this worker may leave or its grace period is over.
-    It is no Exception, so that the wait's error handlers do not catch it."""
+    It is not a subclass of Exception, so that error handlers in the wait do not catch it."""
 
 
 class Sigterm:
@@ -76,7 +76,8 @@ class Sigterm:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit with SystemExit, or forcibly after 3 s, since interpreter exit may wait for torchft's thread."""
+    """Raise SystemExit with the exit code `code`. If the process has not ended after 3 s, it is ended forcibly, since
+    the exit of the interpreter may wait for torchft's thread."""
     end = threading.Timer(_MOMENT, os._exit, (code,))
     end.daemon = True
     end.start()
