@@ -1,6 +1,7 @@
 """Mistakes of a first script that are warned of, and when nothing is said. Errors are in test_refusals.py."""
 
 import copy
+import gc
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,6 +99,15 @@ def test_states_of_one_model_are_silent(way: str) -> None:
         SILENT[way](*stepped(worker, steps, **options.get(way, {})))
 
     simulate(body, 2)
+
+
+def test_no_hook_is_left_in_the_model() -> None:
+    def body(worker: int) -> int:
+        model = stepped(worker, 4)[0]
+        gc.collect()
+        return len(model._state_dict_pre_hooks)
+
+    assert simulate(body, 2) == [0, 0]
 
 
 def checkpointed(folder: str) -> None:

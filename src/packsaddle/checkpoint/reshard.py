@@ -129,11 +129,11 @@ def resharded(
     splits = {}
     for name, part in parts.items():
         try:
-            splits[name] = _split(part, template["parts"][name], workers)
+            splits[name] = _split(part, template["parts"][name])
         except ValueError as error:  # raised on all workers, since all have the template
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
-        mine = [_split(part, content["parts"][name], workers) for content in contents]
+        mine = [_split(part, content["parts"][name]) for content in contents]
         if (missing := _missing(splits[name], mine, collectives)) is not None:
             raise CheckpointError(
                 f"{name}: {'.'.join(map(str, missing))} is missing, or has another shape, in the state of "
@@ -315,9 +315,9 @@ def _different(template: Split, mine: Sequence[Split], collectives: ObjectCollec
     return [paths[i] for i in sorted({i for found in collectives.gather(sorted(here)) for i in found})]
 
 
-def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:
+def _split(part: Any, state: Mapping[str, Any]) -> Split:
     if isinstance(part, Exchanging):
-        return Split(*part.saved_state.split(_leaves(state), workers))
+        return Split(*part.saved_state.split(_leaves(state)))
     return Split(equal=_leaves(state))
 
 

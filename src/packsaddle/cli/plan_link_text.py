@@ -141,7 +141,6 @@ def print_json(plan: LinkPlan) -> None:
         "coding_spread": plan.coding_spread,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
-        "break_even": verdict.break_even,
         "forecasts": verdict.plain(),
         "local": [f.plain() for f in plan.local],
         "use": best.name,

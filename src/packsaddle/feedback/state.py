@@ -189,8 +189,8 @@ class State:
                 return rule
         raise ValueError(f"{dotted(path)} is in the state, and {self._owner} has no rule for it")
 
-    def split(self, leaves: Mapping[Path, Any], workers: int) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
-        """Return the tensors to average over workers, and the shared entries, of a state saved by `workers` workers.
+    def split(self, leaves: Mapping[Path, Any]) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
+        """Return the tensors to average over workers, and the shared entries, of a saved state.
 
         `leaves` are the tensors and plain values of one worker's state by path; so are the results. Raises ValueError
         if the state has another format or cannot be split.

@@ -119,14 +119,15 @@ class StateDictWarning:
     """A hook of a model that warns once if `model.state_dict()` is called while this worker's parameters differ from
     the anchor. A script that saves this state dict on rank 0 would save the model of one worker.
 
-    `owner` is the `LocalUpdates` of the model; after it is garbage-collected, the hook is a no-op. `differs(owner)`
+    `owner` is the `LocalUpdates` of the model; the hook is removed when it is garbage-collected. `differs(owner)`
     returns True if the parameters differ from the anchor. The hook does not warn within `own_state`, in which
     checkpoints read each worker's parameters. In a copy of the model the hook is a no-op.
     """
 
     def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
         self._differs, self._owner, self._has_warned = differs, weakref.ref(owner), False
-        model.register_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        hook = model.register_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        weakref.finalize(owner, hook.remove)
 
     def __call__(self, *_: object) -> None:
         owner = self._owner()

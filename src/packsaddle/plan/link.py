@@ -205,12 +205,6 @@ class Verdict:
         """True if a compressor is faster than DistributedDataParallel without compression."""
         return not self.best.is_dense
 
-    @property
-    def break_even(self) -> float | None:
-        """The largest break-even rate of the compressors: the link rate, in payload bytes per second, below which the
-        compressor is faster than DDP. It is None if each compressor is faster at no rate or at every rate."""
-        return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
-
     def plain(self) -> list[dict[str, Any]]:
         """Return the forecasts as plain types for JSON, with the total seconds of a step."""
         return [{**asdict(f), "seconds": f.time.total, "seconds_for_a_dense_step": f.seconds} for f in self.forecasts]
