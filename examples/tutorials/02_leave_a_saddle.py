@@ -78,8 +78,8 @@ print(before)
 #
 # ## Train without noise and with noise
 #
-# `CompressedSGD` is Algorithm 1 of the paper, i.e. SGD that sends compressed gradients and optionally adds noise, with
-# the given standard deviation in each coordinate. Three runs start at the saddle. The first has neither noise nor
+# `CompressedSGD`, Algorithm 1 of the paper, is SGD that sends compressed gradients and optionally adds noise, with the
+# given standard deviation in each coordinate. Three runs start at the saddle. The first has neither noise nor
 # compression (`Identity`). The second has noise, and the third has noise and sends 5% of the coordinates in each step
 # (`TopK`). With `dense_below=0` the biases are compressed too. `Ramp` lowers the noise to zero between steps 500 and
 # 600, so that the gradient can become small.
@@ -144,7 +144,7 @@ for name in ("no noise", "noise, TopK 5%"):
 
 # %% [markdown]
 # Both gradients pass the test. The point reached without noise is a saddle. The point reached with noise is
-# second-order stationary, i.e. no curvature lies below the threshold, as the paper promises for SGD with noise.
+# second-order stationary, since no curvature lies below the threshold, as the paper promises for SGD with noise.
 #
 # ## Next
 #

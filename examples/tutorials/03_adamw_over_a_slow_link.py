@@ -86,8 +86,8 @@ def every_step(rank: int) -> list[tuple[float, float]]:
 # ## Local updates
 #
 # With `LocalUpdates` the loop contains no exchange, because with `every=8` every 8th call of `optimizer.step()` also
-# makes an exchange. Between exchanges the workers have different parameters. Their common model is the anchor, i.e. the
-# parameters on which all workers last agreed, and `at_anchor()` sets the model to it.
+# makes an exchange. Between exchanges the workers have different parameters. The parameters on which all workers last
+# agreed are the anchor, to which `at_anchor()` sets the model.
 
 
 # %%

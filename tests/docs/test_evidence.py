@@ -133,12 +133,12 @@ def losses(race: Race) -> Iterator[str]:
     one, two_bits = (trained("gpt-2", f"Muon, local 8, {c}")[0] - muon for c in ("Sign", "TopK 1/2 int2"))
     default = "AdamW, local 8, Sign, mean momentum 0.5"
     alone, more = (trained(f"gpt-{n}", default)[0] - trained(f"gpt-{n}", "AdamW, dense, beta1 0.8")[0] for n in (2, 4))
-    yield f"is {one:.3f} higher with one bit, and {two_bits:.3f} higher with two bits"
-    yield f"one bit it is {alone:.3f} higher, and with four workers {more:.3f}"
+    yield f"lose {one:.3f} with one bit, and {two_bits:.3f} with two bits"
+    yield f"one bit loses {alone:.3f} with two workers, and {more:.3f} with four"
     names = "TopK(0.1) hook=bucket", "powersgd-4"
     topk, low_rank = (f"{race.loss(name):.3f}" for name in names)
     assert race.sent(names[1]) < race.sent(names[0]) / 2
-    yield f"Its loss is {topk} after 600 steps"
+    yield f"The loss after 600 steps is {topk}"
     yield f"PowerSGD of rank 4 reaches {low_rank} with less than half of the bytes"
     hook = "QSGD(127) hook=bucket"
     assert race.loss(hook) / dense < 1.01
@@ -177,7 +177,9 @@ def clock() -> Iterator[str]:
         key: sorted(fmean(ours) / limit for ours, _, limit in (best_at(*key[:1], rate, key[1]) for rate in RATES))
         for key in (("Muon", 2), ("AdamW", 2))
     }
-    yield "With AdamW alone it takes {:.2f} to {:.2f} times as long".format(*(over["AdamW", 2][i] for i in (0, -1)))
+    yield "With AdamW alone training takes {:.2f} to {:.2f} times as long".format(
+        *(over["AdamW", 2][i] for i in (0, -1))
+    )
     yield "training takes {:.2f} to {:.2f} times as long as dense".format(*(over["Muon", 2][i] for i in (0, -1)))
     (ours, peer, _), (more_ours, more_peer, _) = best_at("Muon", "1000"), best_at("Muon", "1000", 4)
     assert max(ours) > min(peer)  # the ranges overlap
@@ -318,7 +320,7 @@ def nano_gpt() -> Iterator[str]:
     hidden, shown = at[2, "local, overlap"], at[2, "local"]
     assert f"{hidden(10):.2f}" == f"{hidden(1000):.2f}"
     yield f"with `overlap=2` need {hidden(10):.2f} times less time"
-    yield f"Without overlap they need {shown(10):.2f} times less time at 10 Mbit/s"
+    yield f"Without overlap two workers need {shown(10):.2f} times less time at 10 Mbit/s"
 
 
 def other_tasks() -> Iterator[str]:
@@ -372,7 +374,7 @@ def plan() -> Iterator[str]:
     assert len(all_errors) == 60
     low, *_, high = sorted((a, b, c, d), key=int)
     yield f"is {low} to {high}%, depending on the link"
-    yield f"its largest errors are {min(all_errors)} and +{max(all_errors)}%"
+    yield f"the largest errors are {min(all_errors)} and +{max(all_errors)}%"
     regrets = re.findall(r"^\| \d+ Mbit/s \| .* \| \d+ \| .* \| \d+ \| ([\d.]+) \|$", text, re.M)
     assert len(regrets) == 8
     yield f"at most {max(regrets)} times as long to reach the target loss"
@@ -461,23 +463,23 @@ def front() -> Iterator[str]:
     """The README's measurements."""
     names = "Muon, local 8, Sign", "Muon, dense"
     (loss, sent), (muon, whole) = (trained("char-4", name) for name in names)
-    yield f"`LocalUpdates` is {loss - muon:.3f} higher than DDP's, at a {whole / sent:.0f}th of its bytes"
+    yield f"`LocalUpdates` is {loss - muon:.3f} higher than DDP's at a {whole / sent:.0f}th of DDP's bytes"
     (loss, sent), (muon, whole) = (trained("gpt-2", name) for name in names)
-    yield f"send a {whole / sent:.0f}rd of DDP's bytes (start and end not counted) at a loss {loss - muon:.2f} higher"
+    yield f"send a {whole / sent:.0f}rd of DDP's bytes (without start and end), and their loss is {loss - muon:.2f} higher"
     alone, adamw = (
         trained("char-4", f"AdamW, {how}")[0] for how in ("local 8, Sign, mean momentum 0.5", "dense, beta1 0.8")
     )
-    yield f"With AdamW alone the loss is {alone - adamw:.3f} higher than DDP's"
+    yield f"With AdamW alone it is {alone - adamw:.3f} higher than DDP's"
     ours, peer, _ = best_at("Muon", "10")
-    seconds = f"{fmean(ours):.0f} s, and local SGD in 16 bits in {fmean(peer):.0f} s"
-    yield f"`LocalUpdates` reach a validation loss of 1.6 in {seconds}"
+    seconds = f"{fmean(ours):.0f} s at 10 Mbit/s, and local SGD in 16 bits in {fmean(peer):.0f} s"
+    yield f"`LocalUpdates` reach a loss of 1.6 in {seconds}"
     ours, peer, _ = best_at("Muon", "1000")
     assert fmean(ours) == pytest.approx(fmean(peer), rel=0.015)  # the times are equal
 
     reached = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.rows(nanogpt.ROWS))}
     soon, most = reached[2, "local, overlap"].speed_up(10), nanogpt.STEPS / reached[2, "dense"].steps
     yield f"with `overlap=2` reach the loss of one machine {soon:.2f} times as soon"
-    yield f"DDP would reach it {most:.2f} times as soon"
+    yield f"DDP would reach this loss {most:.2f} times as soon"
 
     # The bytes of Figure 2.
     found = summary("figure2")
