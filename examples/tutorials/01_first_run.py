@@ -106,8 +106,8 @@ show_ledger("runs/dense")
 
 # %% [markdown]
 # The compressed run sent 33 times fewer bytes than the uncompressed run, and half of its bytes were for the biases.
-# After the same number of steps its loss is a little higher. The difference depends on the network, the compressor and
-# the learning rate ([choosing](docs/choosing.md)).
+# After the same number of steps the loss of the compressed run is a little higher. The difference in loss depends on
+# the network, the compressor and the learning rate ([choosing](docs/choosing.md)).
 #
 # ## A page of both
 #

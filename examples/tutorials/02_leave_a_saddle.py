@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Leave a saddle, and prove it
 #
-# If a training loss stands still, the run is either at a minimum or at a saddle. The gradient is small at both, but the
-# curvature differs. Here a small network starts on a saddle, as `packsaddle.certify` proves, and leaves the saddle with
-# noise.
+# If a training loss stands still, the run is either at a minimum or at a saddle. At both points the gradient is small,
+# but the curvature differs. Here a small network starts on a saddle, as `packsaddle.certify` proves, and leaves the
+# saddle with noise.
 #
 # You need packsaddle and matplotlib. Run this page with `python examples/tutorials/02_leave_a_saddle.py`. It takes some
 # seconds.
@@ -79,10 +79,10 @@ print(before)
 # ## Train without noise and with noise
 #
 # `CompressedSGD`, Algorithm 1 of the paper, is SGD that sends compressed gradients and optionally adds noise, with the
-# given standard deviation in each coordinate. Three runs start at the saddle. The first has neither noise nor
-# compression (`Identity`). The second has noise, and the third has noise and sends 5% of the coordinates in each step
-# (`TopK`). With `dense_below=0` the biases are compressed too. `Ramp` lowers the noise to zero between steps 500 and
-# 600, so that the gradient can become small.
+# given standard deviation in each coordinate. Three runs start at the saddle. The first run has neither noise nor
+# compression (`Identity`), the second run has noise, and the third run has noise and sends 5% of the coordinates in
+# each step (`TopK`). With `dense_below=0` the biases are compressed too. `Ramp` lowers the noise to zero between steps
+# 500 and 600, so that the gradient can become small.
 
 # %%
 STEPS, LR = 800, 0.5

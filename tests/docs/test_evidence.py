@@ -133,8 +133,8 @@ def losses(race: Race) -> Iterator[str]:
     one, two_bits = (trained("gpt-2", f"Muon, local 8, {c}")[0] - muon for c in ("Sign", "TopK 1/2 int2"))
     default = "AdamW, local 8, Sign, mean momentum 0.5"
     alone, more = (trained(f"gpt-{n}", default)[0] - trained(f"gpt-{n}", "AdamW, dense, beta1 0.8")[0] for n in (2, 4))
-    yield f"lose {one:.3f} with one bit, and {two_bits:.3f} with two bits"
-    yield f"one bit loses {alone:.3f} with two workers, and {more:.3f} with four"
+    yield f"by {one:.3f} with one bit, and by {two_bits:.3f} with two bits"
+    yield f"one bit, the loss is higher by {alone:.3f} with two workers, and by {more:.3f} with four"
     names = "TopK(0.1) hook=bucket", "powersgd-4"
     topk, low_rank = (f"{race.loss(name):.3f}" for name in names)
     assert race.sent(names[1]) < race.sent(names[0]) / 2
@@ -177,9 +177,7 @@ def clock() -> Iterator[str]:
         key: sorted(fmean(ours) / limit for ours, _, limit in (best_at(*key[:1], rate, key[1]) for rate in RATES))
         for key in (("Muon", 2), ("AdamW", 2))
     }
-    yield "With AdamW alone training takes {:.2f} to {:.2f} times as long".format(
-        *(over["AdamW", 2][i] for i in (0, -1))
-    )
+    yield "with AdamW alone {:.2f} to {:.2f} times as long".format(*(over["AdamW", 2][i] for i in (0, -1)))
     yield "training takes {:.2f} to {:.2f} times as long as dense".format(*(over["Muon", 2][i] for i in (0, -1)))
     (ours, peer, _), (more_ours, more_peer, _) = best_at("Muon", "1000"), best_at("Muon", "1000", 4)
     assert max(ours) > min(peer)  # the ranges overlap
@@ -470,7 +468,7 @@ def front() -> Iterator[str]:
     alone, adamw = (
         trained("char-4", f"AdamW, {how}")[0] for how in ("local 8, Sign, mean momentum 0.5", "dense, beta1 0.8")
     )
-    yield f"With AdamW alone it is {alone - adamw:.3f} higher than DDP's"
+    yield f"with AdamW alone {alone - adamw:.3f} higher than DDP's"
     ours, peer, _ = best_at("Muon", "10")
     seconds = f"{fmean(ours):.0f} s at 10 Mbit/s, and local SGD in 16 bits in {fmean(peer):.0f} s"
     yield f"`LocalUpdates` reach a loss of 1.6 in {seconds}"
