@@ -1,12 +1,11 @@
 # %% [markdown]
 # # A first run
 #
-# Train a small network on two worker processes from a configuration file, read the ledger, which counts the bytes that
-# each worker sent, and compare with a run without compression. To use packsaddle in your own training loop, see
-# [start](docs/start.md).
+# Train a small network on two worker processes from a configuration file, and compare the bytes and the loss with those
+# of a run without compression. To use packsaddle in your own training loop, see [start](docs/start.md).
 #
 # You need a clone of the repository and `pip install '.[plot,digits]'` in it. Run this page with
-# `python examples/tutorials/01_first_run.py`; it takes less than a minute and writes to `runs/tutorial-1`.
+# `python examples/tutorials/01_first_run.py`. It takes less than a minute and writes to `runs/tutorial-1`.
 
 # %%
 import json
@@ -34,11 +33,11 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# An autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs them. With the table
-# `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It keeps
-# the rest in its error memory, and adds it to the next gradient.
+# An autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs them. The table `[compressor]`
+# makes each worker send the largest 1% of the coordinates of its gradient in each step. The worker keeps the rest of
+# the gradient in its error memory, and adds it to the next gradient.
 #
-# In the second file, for comparison, `Identity` sends everything.
+# In the second file, for comparison, the compressor `Identity` sends all coordinates.
 
 # %%
 CONFIG = """
@@ -71,13 +70,13 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 shell("python -m lab run topk.toml --out runs/topk")
 
 # %% [markdown]
-# `MB per worker` are the megabytes that one worker sent in the whole run, and `compression` is the number of bytes of
-# uncompressed gradients over this number.
+# `MB per worker` are the megabytes that one worker sent, and `compression` is the number of bytes of uncompressed
+# gradients divided by the number of bytes sent.
 #
 # ## The ledger
 #
-# packsaddle counts the bytes of every exchange by [purpose](docs/metrics.md#names); in your own script
-# `print(optimizer.ledger)` prints them.
+# packsaddle counts the bytes of every exchange by [purpose](docs/metrics.md#names). In a script of your own
+# `print(optimizer.ledger)` prints these counts.
 
 
 # %%
@@ -93,8 +92,9 @@ def show_ledger(folder: str) -> None:
 show_ledger("runs/topk")
 
 # %% [markdown]
-# `values` are the numbers that TopK kept, and `indices` their positions in the gradient. `dense` counts the biases:
-# vectors are sent uncompressed. `start` is the model, sent once, so that both workers start with the same one.
+# `values` are the numbers that TopK kept, and `indices` their positions in the gradient. `dense` counts the biases,
+# because vectors are sent uncompressed. `start` is the model, which is sent once so that both workers start with the
+# same parameters.
 #
 # ## The same without compression
 
@@ -105,8 +105,9 @@ shell("python -m lab run dense.toml --out runs/dense")
 show_ledger("runs/dense")
 
 # %% [markdown]
-# The compressed run sent 33 times fewer bytes, half of them for the biases. Its loss is a little higher after the same
-# number of steps; how much depends on the network, the compressor and the learning rate ([choosing](docs/choosing.md)).
+# The compressed run sent 33 times fewer bytes than the uncompressed run, and half of its bytes were for the biases.
+# After the same number of steps the loss of the compressed run is a little higher. The difference in loss depends on
+# the network, the compressor and the learning rate ([choosing](docs/choosing.md)).
 #
 # ## A page of both
 #
@@ -120,14 +121,15 @@ shutil.copy("report/figure.svg", "01_first_run.svg")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
-# The figure in `runs/tutorial-1/report/index.html`:
+# The page `runs/tutorial-1/report/index.html` shows this figure:
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.svg)
 #
-# Against epochs the compressed run is about an epoch behind. Against megabytes, on a logarithmic axis, the uncompressed
-# run has sent about 30 times as much.
+# Plotted against epochs, the compressed run is about an epoch behind the uncompressed run. Plotted against megabytes,
+# on a logarithmic axis, the uncompressed run has sent about 30 times as much as the compressed run.
 #
 # ## Next
 #
-# - AdamW, and an exchange every 8 steps: [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
-# - Every key of the file, which `python -m lab init` writes: [configuration](docs/configuration.md).
+# - Train with AdamW and an exchange every 8 steps: [AdamW over a slow
+#   link](docs/tutorials/03_adamw_over_a_slow_link.md).
+# - Read about every key of the file that `python -m lab init` writes: [configuration](docs/configuration.md).

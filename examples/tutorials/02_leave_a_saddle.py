@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Leave a saddle, and prove it
 #
-# A training loss that stands still has two explanations: the run has reached a minimum, or it is at a saddle. The
-# gradient is small at both, but the curvature differs. Here a small network starts on a saddle, which
-# `packsaddle.certify` proves, and leaves it with noise.
+# If a training loss stands still, the run is either at a minimum or at a saddle. At both points the gradient is small,
+# but the curvature differs. Here a small network starts on a saddle, as `packsaddle.certify` proves, and leaves the
+# saddle with noise.
 #
-# You need packsaddle and matplotlib. Run it with `python examples/tutorials/02_leave_a_saddle.py`; it takes some
+# You need packsaddle and matplotlib. Run this page with `python examples/tutorials/02_leave_a_saddle.py`. It takes some
 # seconds.
 
 # %%
@@ -20,11 +20,11 @@ import packsaddle
 # %% [markdown]
 # ## A network on a saddle
 #
-# The network is a linear autoencoder: 64 numbers in, 4 in the middle, 64 out. The best possible loss is that of the
+# The network is a linear autoencoder, which encodes 64 numbers in 4 numbers. The best possible loss is that of the
 # first four principal components of the data.
 #
 # With all weights zero and the last bias at the mean of the data, the network always returns the mean. The gradient of
-# each layer is a multiple of the other layer's weights or output, which are zero. So SGD cannot move.
+# each layer is a multiple of the other layer's weights or output, which are zero. So SGD without noise cannot move.
 
 # %%
 rng = torch.Generator().manual_seed(0)
@@ -50,9 +50,9 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 # %% [markdown]
 # ## Certify it
 #
-# Two numbers define the test. `epsilon` is the largest norm of the gradient. `hessian_lipschitz`, the paper's rho,
-# bounds how fast the curvature changes: the smallest eigenvalue of the Hessian must be at least -sqrt(rho epsilon),
-# here -0.1.
+# Two numbers define the test. `epsilon` is the largest norm of the gradient that passes. `hessian_lipschitz`, the
+# paper's rho, bounds how fast the curvature changes. The smallest eigenvalue of the Hessian passes if it is at least
+# -sqrt(rho epsilon), here -0.1.
 
 # %%
 EPSILON, RHO = 0.02, 0.5
@@ -68,19 +68,21 @@ before = certify(network_on_a_saddle())
 print(before)
 
 # %% [markdown]
-# A test of the gradient alone, whose norm is zero up to rounding, would report convergence. But the smallest eigenvalue
-# of the Hessian, `lambda_min`, lies in an interval far below the threshold. Its upper end is the curvature along a
-# direction v that was found (`before.escape_direction`), so it is a proof, and a step along v lowers the loss.
+# The norm of the gradient is zero up to rounding, so a test of the gradient alone would report convergence. But the
+# smallest eigenvalue of the Hessian, `lambda_min`, lies in an interval far below the threshold. The upper end of this
+# interval is the curvature along a direction v (`before.escape_direction`), which proves that the point is a saddle,
+# and a step along v lowers the loss.
 #
-# The Hessian is never computed, so this also works for millions of parameters.
+# `certify` computes products of the Hessian with vectors, never the Hessian itself, so it also works for millions of
+# parameters.
 #
 # ## Train without noise and with noise
 #
-# `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients and optionally adds noise, with the
-# given standard deviation in each coordinate. Three runs start at the saddle: without noise; with noise, uncompressed
-# (`Identity`); with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below
-# 1,024 elements; this network has no others. `Ramp` lowers the noise to zero between steps 500 and 600, so that the
-# gradient can become small.
+# `CompressedSGD`, Algorithm 1 of the paper, is SGD that sends compressed gradients and optionally adds noise, with the
+# given standard deviation in each coordinate. Three runs start at the saddle. The first run has neither noise nor
+# compression (`Identity`), the second run has noise, and the third run has noise and sends 5% of the coordinates in
+# each step (`TopK`). With `dense_below=0` the biases are compressed too. `Ramp` lowers the noise to zero between steps
+# 500 and 600, so that the gradient can become small.
 
 # %%
 STEPS, LR = 800, 0.5
@@ -126,9 +128,10 @@ figure.savefig("runs/02_leave_a_saddle.svg")
 # %% [markdown]
 # ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.svg)
 #
-# With noise the weights move a little at random, and the negative curvature amplifies this at every step. Both runs
-# with noise end at the best loss of this network. The compressed run does so with a 14th of the bytes, but takes
-# longer: the two plateaus in its curve are further saddles, at which the network has found some of the four directions.
+# With noise the weights move a little at random, and the negative curvature amplifies this movement at every step. Both
+# runs with noise end at the best loss of this network. The compressed run sends a 14th of the bytes of the uncompressed
+# run, but needs more steps. The two plateaus in its curve are further saddles, at which the network has found some of
+# the four directions.
 #
 # ## Certify the end
 
@@ -140,10 +143,11 @@ for name in ("no noise", "noise, TopK 5%"):
     print(f"  lambda_min in [{certificate.lambda_min_lower:.3f}, {certificate.lambda_min_upper:.3f}]")
 
 # %% [markdown]
-# Both gradients pass. The first point is a saddle, the second is second-order stationary, as the paper promises for SGD
-# with noise: no curvature lies below the threshold.
+# Both gradients pass the test. The point reached without noise is a saddle. The point reached with noise is
+# second-order stationary, since no curvature lies below the threshold, as the paper promises for SGD with noise.
 #
 # ## Next
 #
-# - The lines of a certificate, and how to choose rho: [certificates](docs/certificates.md).
-# - How much noise: [choosing](docs/choosing.md). This effect on MNIST: [Figure 2](experiments/figure2/README.md).
+# - Learn what each line of a certificate means, and how to choose rho: [certificates](docs/certificates.md).
+# - Choose the standard deviation of the noise: [choosing](docs/choosing.md#how-much-noise).
+# - See the effect of noise on MNIST: [Figure 2](experiments/figure2/README.md).

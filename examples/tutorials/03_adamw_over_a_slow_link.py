@@ -1,13 +1,13 @@
 # %% [markdown]
 # # AdamW over a slow link
 #
-# Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of them, and a
-# link of 50 Mbit/s carries 6 MB in a second, so the workers wait for the network. With `LocalUpdates` each worker steps
-# alone. After some steps the workers exchange their changes, compressed. Here four simulated workers train the
-# same model by both methods.
+# Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of gradients, and a
+# link of 50 Mbit/s carries 6 MB in a second, so the workers wait for the network. With `LocalUpdates` each worker makes
+# several steps alone, and then the workers exchange the compressed changes of their parameters. Here four simulated
+# workers train the same model by both methods.
 #
-# You need packsaddle with `pip install '.[plot,digits]'`. Run it with
-# `python examples/tutorials/03_adamw_over_a_slow_link.py`; it takes less than a minute.
+# You need packsaddle with `pip install '.[plot,digits]'`. Run this page with
+# `python examples/tutorials/03_adamw_over_a_slow_link.py`. It takes less than a minute.
 
 # %%
 import os
@@ -58,7 +58,7 @@ print(f"{sum(p.numel() for p in new_model().parameters()):,} parameters")
 # ## Gradients at every step
 #
 # `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. The workers exchange the
-# same messages and bytes as four processes. The first worker function averages the gradients at every step, as
+# same messages as four processes would. The first worker function averages the gradients at every step, as
 # DistributedDataParallel does.
 
 
@@ -85,8 +85,9 @@ def every_step(rank: int) -> list[tuple[float, float]]:
 # %% [markdown]
 # ## Local updates
 #
-# With `LocalUpdates` the loop contains no exchange: every `every`-th call of `optimizer.step()` also exchanges. Between
-# exchanges the workers have different parameters. Their common model is the anchor, which `at_anchor()` evaluates.
+# With `LocalUpdates` the loop contains no exchange, because with `every=8` every 8th call of `optimizer.step()` also
+# makes an exchange. Between exchanges the workers have different parameters. The parameters on which all workers last
+# agreed are the anchor, to which `at_anchor()` sets the model.
 
 
 # %%
@@ -144,11 +145,11 @@ figure.savefig("runs/03_adamw_over_a_slow_link.svg")
 # %% [markdown]
 # ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.svg)
 #
-# Both axes are logarithmic. Compressed local updates reach a loss of 0.02 with some 90 times fewer bytes than
-# gradients at every step, but after almost four times as many steps (each dot is 24). With an exchange every 24 steps
-# 0.02 is not reached in this short training.
+# Both axes are logarithmic. Compressed local updates every 8 steps reach a loss of 0.02 with some 90 times fewer bytes
+# than gradients at every step, but after almost four times as many steps (a dot for every 24 steps). With an exchange
+# every 24 steps this short training does not reach 0.02.
 #
-# So compression trades steps for bytes, also [on a transformer](docs/local-updates.md#what-was-measured).
+# So compression saves bytes and costs steps, also [on a transformer](docs/local-updates.md#what-was-measured).
 #
 # ## The same with Muon
 #
@@ -170,7 +171,8 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# Here both reach the same loss; on transformers Muon needs [far fewer steps](experiments/muon/README.md).
+# Here both methods reach about the same loss. On transformers Muon needs [far fewer steps](experiments/muon/README.md)
+# than AdamW.
 #
 # ## The time on a link of 50 Mbit/s
 #
@@ -183,12 +185,13 @@ command = "packsaddle plan link 50mbit --d 10000000 --compute 0.1 --workers 4"
 print(subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout)
 
 # %% [markdown]
-# The comparison counts the steps that each method needs, as measured on one small language model: a rough guide. A
-# dense step takes about 10 seconds on this link, nearly all of it waiting. Local SGD without compression avoids most of
-# that, and compression most of the rest. `--table` prints the forecast of every compressor and period.
+# The comparison uses the number of steps that each method needed on one small language model, so it is a rough guide. A
+# dense step takes about 10 seconds on this link, and the workers wait during nearly all of this time. Local SGD without
+# compression avoids most of the waiting, and compression avoids most of the rest. `--table` prints the forecast of
+# every compressor and period.
 #
 # ## Next
 #
-# - All settings of `LocalUpdates`, and how to save and resume: [local updates](docs/local-updates.md).
-# - When compression does not pay: [slow links](docs/slow-links.md#when-it-does-not-pay).
-# - The same on real machines: [from one machine to four hosts](docs/tutorials/04_one_machine_to_four_hosts.md).
+# - Read about the settings of `LocalUpdates`, and how to save and resume: [local updates](docs/local-updates.md).
+# - Learn when compression does not pay: [slow links](docs/slow-links.md#when-it-does-not-pay).
+# - Train on real machines: [from one machine to four hosts](docs/tutorials/04_one_machine_to_four_hosts.md).

@@ -2,11 +2,11 @@
 # # From one machine to four hosts
 #
 # One training script runs on one process, on several processes of a machine, and on several machines. Only the command
-# that starts it changes. Here such a script runs with four workers on this machine, then on four hosts, simulated on
-# this machine, one of which dies.
+# that starts it changes. Here such a script runs with four workers on this machine, and then on four simulated hosts,
+# one of which dies.
 #
 # You need a clone of the repository and `pip install .` in it. Run this page with
-# `python examples/tutorials/04_one_machine_to_four_hosts.py`; it takes one to two minutes and writes to
+# `python examples/tutorials/04_one_machine_to_four_hosts.py`. It takes one to two minutes and writes to
 # `runs/tutorial-4`.
 
 # %%
@@ -36,15 +36,15 @@ def start(command: str, **variables: str) -> subprocess.Popen[str]:
 # %% [markdown]
 # ## The script
 #
-# `train.py` is an ordinary loop with AdamW, in which
+# `train.py` is an ordinary loop with AdamW:
 #
-# - `init_process_group("gloo")` joins the workers;
-# - each worker uses its own part of the data, by `rank`;
-# - `LocalUpdates` exchanges the changes of the workers every 10 steps;
-# - all workers call `load_checkpoint`, which returns None without a checkpoint, and `save_checkpoint`. Each writes its
-#   own file, with its optimizer state and its error memory (the unsent part of its changes).
+# - `init_process_group("gloo")` joins the workers.
+# - Each worker uses its own part of the data, which depends on `rank`.
+# - `LocalUpdates` exchanges the changes of the workers' parameters every 10 steps.
+# - All workers call `save_checkpoint`, and `load_checkpoint`, which returns None if there is no checkpoint. Each worker
+#   writes its own file, with its optimizer state and its error memory (the unsent part of its changes).
 #
-# The variable `DIE_AT` makes the last worker kill itself at a step, like a machine that fails.
+# The environment variable `DIE_AT` makes the last worker kill itself at the given step, like a machine that fails.
 
 # %%
 Path("train.py").write_text("""\
@@ -92,7 +92,8 @@ torch.distributed.destroy_process_group()
 # %% [markdown]
 # ## Four workers on this machine
 #
-# `--standalone` means that no other machine takes part. The line printed has a digest of the weights, for comparison.
+# `--standalone` means that no other machine takes part. The script prints a digest of the weights, to compare it with
+# that of a later run.
 
 # %% tags=["varies"]
 whole, errors = start("torchrun --standalone --nproc-per-node 4 train.py checkpoints/one").communicate()
@@ -101,8 +102,8 @@ print(whole or errors)
 # %% [markdown]
 # ## Check the network
 #
-# On several machines most first runs fail because each gloo worker announces the address of the machine's own name, on
-# many systems 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows it:
+# On several machines most first runs fail because each gloo worker announces the address of its machine's name. On many
+# systems this is 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows the address:
 
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
@@ -111,12 +112,12 @@ first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w))
 print("\n".join(lines[first:last]))
 
 # %% [markdown]
-# After a `!` before `gloo`, set `GLOO_SOCKET_IFNAME` on each machine to the name of the network card to use.
+# If there is a `!` before `gloo`, set `GLOO_SOCKET_IFNAME` on each machine to the name of the network card to use.
 #
 # ## Four hosts, on one machine
 #
-# With several machines you start torchrun once on each, with its own `--node-rank` and the address of the first machine
-# as `--master-addr`. The function below does this on one machine, with its loopback card `lo`.
+# With several machines you start torchrun once on each machine, with its own `--node-rank` and the address of the first
+# machine as `--master-addr`. The function below does this on one machine, with its loopback card `lo`.
 
 
 # %%
@@ -144,8 +145,8 @@ for folder in sorted(Path("checkpoints/four").iterdir()):
     print(folder, *sorted(path.name for path in folder.glob("*.pt")))
 
 # %% [markdown]
-# At their next exchange the others get no answer, and end within seconds. The checkpoint of step 50 is complete, with
-# one file for each worker.
+# At their next exchange the other hosts get no answer from the dead host, and end within seconds. The checkpoint of
+# step 50 is complete, with one file for each worker.
 #
 # ## Start again
 #
@@ -161,13 +162,14 @@ digests = [re.findall(r"weights (\w+)", text) for text in (whole, resumed[0][0])
 print("the weights are those of the run on one machine:", digests[0] == digests[1] != [])
 
 # %% [markdown]
-# The weights are those of the run without a failure, bit for bit. With `--max-restarts 3` torchrun restarts the workers
-# automatically ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
+# The weights equal those of the run without a failure, bit for bit. With `--max-restarts 3` torchrun restarts the
+# workers automatically ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
 #
 # ## Four machines
 #
-# Here 10.0.0.1 is the first machine's address and `eth0` the card. Each machine has the script, and the same versions
-# of Python, torch and packsaddle. Check the network first, on all four with `--node-rank` 0 to 3:
+# In these commands 10.0.0.1 is the first machine's address, and `eth0` is the network card. Each machine has the
+# script, and the same versions of Python, torch and packsaddle. Check the network first, on all four machines with
+# `--node-rank` 0 to 3:
 #
 #     export GLOO_SOCKET_IFNAME=eth0
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 -m packsaddle.cli doctor
@@ -176,13 +178,14 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 #
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 train.py checkpoints/four
 #
-# If it waits forever at the start, a firewall may be between the machines: try `nc -vz 10.0.0.1 29500` on the second
-# machine. The machines must trust each other: whoever can reach these ports can join ([ports, and who may
-# connect](docs/multi-node.md#ports-and-who-may-connect)). The checkpoint folder need not be shared, unless you continue
-# with fewer machines.
+# If the training waits forever at the start, a firewall may be between the machines. To find out, try
+# `nc -vz 10.0.0.1 29500` on the second machine. Use a network that you trust, since whoever can reach these ports can
+# join the run ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)). The checkpoint folder need
+# not be shared, unless you continue with fewer machines.
 #
 # ## Next
 #
-# - Cards, ports, timeouts and rendezvous in full: [several machines](docs/multi-node.md).
-# - Machines that join and leave while the others train: [elastic workers](docs/elastic.md).
-# - Does it pay on your link? [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
+# - Read about network cards, ports, timeouts and rendezvous: [several machines](docs/multi-node.md).
+# - Let machines join and leave during training: [elastic workers](docs/elastic.md).
+# - Find out whether compression pays on your link: [AdamW over a slow
+#   link](docs/tutorials/03_adamw_over_a_slow_link.md).

@@ -60,7 +60,7 @@ def entropy(d: int, k: int) -> float:
 
 
 def stated(d: int, k: int) -> float:
-    """The share of log2 C(d, k) that docs/compressors.md says a random support exceeds it by at most."""
+    """The largest excess over log2 C(d, k), as a fraction of it; docs/compressors.md has the first and the last."""
     return 0.041 if k <= 0.01 * d else 0.066 if k <= 0.1 * d else 0.075
 
 
