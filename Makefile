@@ -1,8 +1,9 @@
 # Everything a checkout needs, made on demand: python3 3.11 or newer and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles the modules that it imports, a quarter of those that are installed, and so must be allowed to keep them.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-COMPILE = @$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures shape figures race gpu audit clean
 
@@ -94,12 +95,10 @@ audit: .venv/.installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) -e '.[fast,lab]'
-	$(COMPILE)
 	touch $@
 
 .venv/.installed: .venv/.demo
 	$(INSTALL) -e '.[dev]'
-	$(COMPILE)
 	touch $@
 
 clean:

@@ -79,13 +79,25 @@ def carried(front: str, way: str, folder: Path) -> tuple[Tensor, ...]:
     return *found, later, flushed
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint of step 7 was saved by")
-@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3)])
+OTHERS_SAVED = pytest.mark.filterwarnings("ignore:the checkpoint of step 7 was saved by")
+
+
+@OTHERS_SAVED
 @parameters_of(WAYS)
-def test_y_stays(front: str, way: str, old: int, new: int, on_workers: Callable[..., Any], tmp_path: Path) -> None:
-    (x, y, others), *_ = on_workers(saved, front, way, tmp_path, workers=old)
+def test_y_stays_with_a_worker_less(front: str, way: str, on_workers: Callable[..., Any], tmp_path: Path) -> None:
+    check(front, way, on_workers, tmp_path, 3, 2)
+
+
+@OTHERS_SAVED
+@parameters_of({"CompressedSGD": COMMON, "DDP by buckets": {"TopK": {}}, "local overlapped": COMMON})
+def test_y_stays_with_a_worker_more(front: str, way: str, on_workers: Callable[..., Any], tmp_path: Path) -> None:
+    check(front, way, on_workers, tmp_path, 2, 3)
+
+
+def check(front: str, way: str, on_workers: Callable[..., Any], folder: Path, old: int, new: int) -> None:
+    (x, y, others), *_ = on_workers(saved, front, way, folder, workers=old)
     assert (x - y).abs().max() > 1e-6
-    found = on_workers(carried, front, way, tmp_path, workers=new)
+    found = on_workers(carried, front, way, folder, workers=new)
     for here, corrected, of_this, later, flushed in found:
         torch.testing.assert_close(here, x, rtol=0, atol=1e-12)
         torch.testing.assert_close(corrected, y, rtol=0, atol=1e-12)
