@@ -24,6 +24,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,20 @@ class Text:
         return self.held_out[starts[:, None] + torch.arange(BLOCK + 1)]
 
 
-def rate_at(step: int, warm_up: int, steps: int) -> float:
-    """Return the learning rate of a step by nanoGPT's schedule: a linear warm-up, then a cosine to a tenth."""
-    if step < warm_up:
-        return RATE * (step + 1) / (warm_up + 1)
-    return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+@dataclass(frozen=True)
+class Recipe:
+    """The length of a training, and its learning rate by nanoGPT's schedule: a linear warm-up, a cosine to a tenth."""
+
+    steps: int = STEPS
+    rate: float = RATE  # the highest learning rate
+    warm_up: int = WARM_UP  # steps
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warm_up:
+            return self.rate * (step + 1) / (self.warm_up + 1)
+        after = (step - self.warm_up) / (self.steps - self.warm_up)
+        return 0.1 * self.rate + 0.45 * self.rate * (1 + math.cos(math.pi * after))
 
 
 class AveragedGradients:
@@ -161,14 +171,14 @@ class AveragedGradients:
         return self._sgd.ledger.total.sent
 
 
-def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
+def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> tuple[float, int]:
     """Train as one of the workers. Returns the held-out loss of the final common model, and the bytes that this worker
     has sent."""
     # Make the recipe's network and optimizer. Only matrices have weight decay.
     rank, net = resolve(None).rank, GPT(text.characters, seed)
     matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
     hook = AveragedGradients(net.parameters(), how) if isinstance(how, packsaddle.Compressor) else None
     local = packsaddle.LocalUpdates(optimizer, model=net, **how) if isinstance(how, Mapping) else None
 
@@ -176,9 +186,9 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     mine = range(workers) if how is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
     step = 0
-    while step < steps:
+    while step < recipe.steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, WARM_UP, steps)
+            group["lr"] = recipe.rate_at(step)
         starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
@@ -199,25 +209,33 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     elif local is not None:
         sent = local.ledger.total.sent
     else:
-        sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # ring all-reduce
+        sent = (
+            2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * recipe.steps // workers
+        )  # ring all-reduce
     return total / len(text.last), sent
 
 
-def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int = STEPS) -> None:
+def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
     """Train one model and add its row to a file, unless the file already has this row."""
-    here = name, workers, seed, steps
-    if any((row["method"], int(row["workers"]), int(row["seed"]), int(row["steps"])) == here for row in rows(path)):
+    setting = {"method": name, "workers": workers, "seed": seed} | asdict(recipe)
+    if any(all(row[key] == str(value) for key, value in setting.items()) for row in rows(path)):
         return
     torch.set_num_threads(1)
     how = METHODS[name]
     processes = 1 if how is None else workers
-    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed, steps), processes)[0]
-    row = {"method": name, "workers": workers, "seed": seed, "steps": steps, "loss": round(loss, 4), "sent": sent}
-    add_rows(path, [row | asdict(Origin.here(text=SHA256[:12]))])
+    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed, recipe), processes)[0]
+    add_rows(path, [setting | {"loss": round(loss, 4), "sent": sent} | asdict(Origin.here(text=SHA256[:12]))])
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    return read_rows(path, lambda row: {**row, "steps": row.get("steps") or str(STEPS)}, "row")
+    """Read the rows of a file. Rows of earlier versions, which lack the length, rate or warm-up, had the recipe's."""
+    usual = {key: str(value) for key, value in asdict(Recipe()).items()}
+    return read_rows(path, lambda row: row | {key: row.get(key) or value for key, value in usual.items()}, "row")
+
+
+def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WARM_UP) -> list[Mapping[str, str]]:
+    """Return the rows of one learning rate and one length of the warm-up."""
+    return [row for row in found if (float(row["rate"]), int(row["warm_up"])) == (rate, warm_up)]
 
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
@@ -312,21 +330,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
+    parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
+    parser.add_argument("--warm-ups", type=int, nargs="+", default=[WARM_UP])
     parser.add_argument("--out", type=Path, default=ROWS)
     options = parser.parse_args()
     if options.command == "table":
-        found = rows(options.out)
+        found = at(rows(options.out))
         print(f"{table(found)}\n\n{speed_ups(found)}\n\n{table(found, STEPS // 2)}")
         return
     if options.text is None:
         parser.error("run needs --text")
     text = Text.read(options.text)
+    recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups)]
     for seed in options.seeds:
         for workers in options.workers:
             for name in options.methods:
                 if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
-                    for steps in options.steps:
-                        make(options.out, text, name, workers, seed, steps)
+                    for recipe in recipes:
+                        make(options.out, text, name, workers, seed, recipe)
 
 
 if __name__ == "__main__":
