@@ -42,15 +42,15 @@ def test_the_recipe() -> None:
 
 
 def test_one_worker_with_local_updates_is_one_without() -> None:
-    dense, _ = train(text(), METHODS["dense"], 1, 0, Recipe(3))
-    local, sent = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(3))
+    dense, *_ = train(text(), METHODS["dense"], 1, 0, Recipe(3))
+    local, sent, _ = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(3))
     assert local == pytest.approx(dense, rel=1e-5)
     assert sent == 0
 
 
 def test_gradients_averaged_uncompressed_are_those_of_all_windows() -> None:
-    dense, _ = train(text(), METHODS["dense"], 2, 0, Recipe(3))
-    averaged, sent = simulate(lambda _: train(text(), Identity(), 2, 0, Recipe(3)), 2)[0]
+    dense, *_ = train(text(), METHODS["dense"], 2, 0, Recipe(3))
+    averaged, sent, _ = simulate(lambda _: train(text(), Identity(), 2, 0, Recipe(3)), 2)[0]
     assert averaged == pytest.approx(dense, rel=1e-5)
     assert sent > 3 * 4 * 795_904
 
@@ -63,7 +63,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr("lab.bench.nanogpt.train", lambda *given: (made.append(given), (1.5, 2_000_000))[1])
+    monkeypatch.setattr("lab.bench.nanogpt.train", lambda *given: (made.append(given), (1.5, 2_000_000, 1.0))[1])
     for seed, recipe in ((0, Recipe()), (1, Recipe()), (0, Recipe()), (0, Recipe(rate=0.002)), (0, Recipe(rate=0.002))):
         make(tmp_path / "runs.csv", text(), "local", 2, seed, recipe)
     assert len(made) == 3 * 2  # on two workers
