@@ -15,29 +15,43 @@ process. The loss is over all windows of the last tenth of the text.
 of one machine alone after 2,000 steps, interpolated in the logarithm of the steps, and the time of that many steps and
 bytes over that of one machine.
 
+    python -m lab.bench.nanogpt clock --text FOLDER/tinyshakespeare/input.txt \\
+        --methods dense "local, overlap" --steps 2000 1429 --mbit 10
+
+`clock` measures what the third table computes: workers are processes on hosts with a slow link between them (root on
+Linux, see `lab.bench.hosts`). One machine alone is timed while the other host is equally busy, with another seed, since
+the hosts share this machine's processor.
+
 The text is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt (1.1 MB).
 """
 
 import argparse
 import hashlib
+import json
 import math
 import statistics
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import packsaddle
+from lab.bench.hosts import Hosts
 from lab.bench.origin import Origin
 from lab.bench.rows_file import add_rows, read_rows
-from packsaddle.comm import resolve
+from packsaddle.comm import process_group, resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
+FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"
+ROWS, CLOCKED = FOLDER / "runs.csv", FOLDER / "clock.csv"
 BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
 WIDTH, HEADS, LAYERS = 128, 4, 4
 EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpdates`
@@ -129,11 +143,20 @@ class Text:
         return self.held_out[starts[:, None] + torch.arange(BLOCK + 1)]
 
 
-def rate_at(step: int, warm_up: int, steps: int) -> float:
-    """Return the learning rate of a step by nanoGPT's schedule: a linear warm-up, then a cosine to a tenth."""
-    if step < warm_up:
-        return RATE * (step + 1) / (warm_up + 1)
-    return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+@dataclass(frozen=True)
+class Recipe:
+    """The length of a training, and its learning rate by nanoGPT's schedule: a linear warm-up, a cosine to a tenth."""
+
+    steps: int = STEPS
+    rate: float = RATE  # the highest learning rate
+    warm_up: int = WARM_UP  # steps
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warm_up:
+            return self.rate * (step + 1) / (self.warm_up + 1)
+        after = (step - self.warm_up) / (self.steps - self.warm_up)
+        return 0.1 * self.rate + 0.45 * self.rate * (1 + math.cos(math.pi * after))
 
 
 class AveragedGradients:
@@ -161,14 +184,21 @@ class AveragedGradients:
         return self._sgd.ledger.total.sent
 
 
-def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
-    """Train as one of the workers. Returns the held-out loss of the final common model, and the bytes that this worker
-    has sent."""
+class Trained(NamedTuple):
+    """The result of a training, for one of its workers."""
+
+    loss: float  # held-out loss of the final common model
+    sent: int  # bytes that the worker sent
+    seconds: float  # time of the training, without that of the held-out loss
+
+
+def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> Trained:
+    """Train as one of the workers."""
     # Make the recipe's network and optimizer. Only matrices have weight decay.
-    rank, net = resolve(None).rank, GPT(text.characters, seed)
+    rank, net, begin = resolve(None).rank, GPT(text.characters, seed), time.monotonic()
     matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
     hook = AveragedGradients(net.parameters(), how) if isinstance(how, packsaddle.Compressor) else None
     local = packsaddle.LocalUpdates(optimizer, model=net, **how) if isinstance(how, Mapping) else None
 
@@ -176,9 +206,9 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     mine = range(workers) if how is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
     step = 0
-    while step < steps:
+    while step < recipe.steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, WARM_UP, steps)
+            group["lr"] = recipe.rate_at(step)
         starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
@@ -191,6 +221,7 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
 
     if local is not None:
         local.flush()
+    seconds = time.monotonic() - begin
     with torch.no_grad():
         pieces = text.last.split(128)
         total = sum(float(net(w[:, :-1], w[:, 1:])) * len(w) for w in pieces)
@@ -199,25 +230,57 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     elif local is not None:
         sent = local.ledger.total.sent
     else:
-        sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # ring all-reduce
-    return total / len(text.last), sent
+        sent = (
+            2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * recipe.steps // workers
+        )  # ring all-reduce
+    return Trained(total / len(text.last), sent, seconds)
 
 
-def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int = STEPS) -> None:
+def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
     """Train one model and add its row to a file, unless the file already has this row."""
-    here = name, workers, seed, steps
-    if any((row["method"], int(row["workers"]), int(row["seed"]), int(row["steps"])) == here for row in rows(path)):
+    setting = {"method": name, "workers": workers, "seed": seed} | asdict(recipe)
+    if any(all(row[key] == str(value) for key, value in setting.items()) for row in rows(path)):
         return
     torch.set_num_threads(1)
     how = METHODS[name]
     processes = 1 if how is None else workers
-    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed, steps), processes)[0]
-    row = {"method": name, "workers": workers, "seed": seed, "steps": steps, "loss": round(loss, 4), "sent": sent}
-    add_rows(path, [row | asdict(Origin.here(text=SHA256[:12]))])
+    loss, sent, _ = packsaddle.simulate(lambda _: train(text, how, workers, seed, recipe), processes)[0]
+    add_rows(path, [setting | {"loss": round(loss, 4), "sent": sent} | asdict(Origin.here(text=SHA256[:12]))])
+
+
+def race(path: Path, source: Path, name: str, recipe: Recipe, seed: int, mbit: int) -> None:
+    """Time a training by two workers, which are processes on two hosts, and add its row to a file.
+
+    One machine alone is timed beside another training of one machine, with the next seed, on the other host.
+    """
+    workers = 1 if METHODS[name] is None else 2
+    words = ["-m", "lab.bench.nanogpt", "worker", "--text", str(source), "--methods", name]
+    words += ["--steps", str(recipe.steps), "--workers", str(workers), "--seeds"]
+    with Hosts(2, mbit) as hosts:
+        if workers == 1:
+            outputs = hosts.run([[sys.executable, *words, str(seed + host)] for host in range(2)])
+        else:
+            outputs = hosts.torchrun([*words, str(seed)])
+    row = {"method": name, "workers": workers, "seed": seed, "steps": recipe.steps, "mbit": mbit}
+    add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=SHA256[:12]))])
+
+
+def race_as_worker(text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
+    """Train as one of the processes of `race`, and print the result as JSON."""
+    torch.set_num_threads(1)
+    with process_group() if workers > 1 else nullcontext():
+        print(json.dumps(train(text, METHODS[name], workers, seed, recipe)._asdict()))
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    return read_rows(path, lambda row: {**row, "steps": row.get("steps") or str(STEPS)}, "row")
+    """Read the rows of a file. Rows of earlier versions, which lack the length, rate or warm-up, had the recipe's."""
+    usual = {key: str(value) for key, value in asdict(Recipe()).items()}
+    return read_rows(path, lambda row: row | {key: row.get(key) or value for key, value in usual.items()}, "row")
+
+
+def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WARM_UP) -> list[Mapping[str, str]]:
+    """Return the rows of one learning rate and one length of the warm-up."""
+    return [row for row in found if (float(row["rate"]), int(row["warm_up"])) == (rate, warm_up)]
 
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
@@ -306,27 +369,38 @@ def _settings(found: Sequence[Mapping[str, str]], steps: int) -> list[tuple[int,
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "clock", "worker", "table"))
     parser.add_argument("--text", type=Path, help="nanoGPT's input.txt")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
-    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
+    parser.add_argument("--warm-ups", type=int, nargs="+", default=[WARM_UP])
+    parser.add_argument("--mbit", type=int, default=10, help="rate of the link for `clock`, in Mbit/s")
+    parser.add_argument("--out", type=Path, help="the file of the rows")
     options = parser.parse_args()
     if options.command == "table":
-        found = rows(options.out)
+        found = at(rows(options.out or ROWS))
         print(f"{table(found)}\n\n{speed_ups(found)}\n\n{table(found, STEPS // 2)}")
         return
     if options.text is None:
         parser.error("run needs --text")
     text = Text.read(options.text)
+    recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups)]
+    if options.command == "worker":
+        race_as_worker(text, options.methods[0], options.workers[0], options.seeds[0], recipes[0])
+        return
     for seed in options.seeds:
+        if options.command == "clock":
+            for name, recipe in zip(options.methods, recipes, strict=True):
+                race(options.out or CLOCKED, options.text, name, recipe, seed, options.mbit)
+            continue
         for workers in options.workers:
             for name in options.methods:
                 if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
-                    for steps in options.steps:
-                        make(options.out, text, name, workers, seed, steps)
+                    for recipe in recipes:
+                        make(options.out or ROWS, text, name, workers, seed, recipe)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from lab.bench.nanogpt import (
     ROWS,
     STEP_TIME,
     Reached,
+    Recipe,
     Text,
+    at,
     make,
-    rate_at,
     reached,
     rows,
     speed_ups,
@@ -34,22 +35,22 @@ def test_the_recipe() -> None:
     """0.80 million parameters without the positions, as nanoGPT prints; a tenth of the rate at the end."""
     net = GPT(65, 0)
     assert sum(p.numel() for p in net.parameters()) - net.places.weight.numel() == 795_904
-    assert rate_at(0, 100, 2000) == pytest.approx(RATE / 101)
-    assert rate_at(100, 100, 2000) == pytest.approx(RATE)
-    assert rate_at(2000, 100, 2000) == pytest.approx(RATE / 10)
+    rates = [Recipe().rate_at(step) for step in (0, 100, 2000)]
+    assert rates == pytest.approx([RATE / 101, RATE, RATE / 10])
+    assert Recipe(rate=0.004, warm_up=1).rate_at(0) == pytest.approx(0.002)
     assert len(text().last) == 3
 
 
 def test_one_worker_with_local_updates_is_one_without() -> None:
-    dense, _ = train(text(), METHODS["dense"], 1, 0, steps=3)
-    local, sent = train(text(), METHODS["local, no mean momentum"], 1, 0, steps=3)
+    dense, *_ = train(text(), METHODS["dense"], 1, 0, Recipe(3))
+    local, sent, _ = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(3))
     assert local == pytest.approx(dense, rel=1e-5)
     assert sent == 0
 
 
 def test_gradients_averaged_uncompressed_are_those_of_all_windows() -> None:
-    dense, _ = train(text(), METHODS["dense"], 2, 0, steps=3)
-    averaged, sent = simulate(lambda _: train(text(), Identity(), 2, 0, steps=3), 2)[0]
+    dense, *_ = train(text(), METHODS["dense"], 2, 0, Recipe(3))
+    averaged, sent, _ = simulate(lambda _: train(text(), Identity(), 2, 0, Recipe(3)), 2)[0]
     assert averaged == pytest.approx(dense, rel=1e-5)
     assert sent > 3 * 4 * 795_904
 
@@ -62,15 +63,15 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_row_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr("lab.bench.nanogpt.train", lambda *given: (made.append(given), (1.5, 2_000_000))[1])
-    for seed in (0, 1, 0):
-        make(tmp_path / "runs.csv", text(), "local", 2, seed)
-    assert len(made) == 2 * 2  # on two workers
-    assert table(rows(tmp_path / "runs.csv")).endswith("| 2 | local | 1.500 | 1.500 to 1.500, 2 | 2 |")
+    monkeypatch.setattr("lab.bench.nanogpt.train", lambda *given: (made.append(given), (1.5, 2_000_000, 1.0))[1])
+    for seed, recipe in ((0, Recipe()), (1, Recipe()), (0, Recipe()), (0, Recipe(rate=0.002)), (0, Recipe(rate=0.002))):
+        make(tmp_path / "runs.csv", text(), "local", 2, seed, recipe)
+    assert len(made) == 3 * 2  # on two workers
+    assert table(at(rows(tmp_path / "runs.csv"))).endswith("| 2 | local | 1.500 | 1.500 to 1.500, 2 | 2 |")
 
 
 def test_the_card_has_the_tables_of_the_rows() -> None:
-    card, found = (ROWS.parent / "README.md").read_text(), rows(ROWS)
+    card, found = (ROWS.parent / "README.md").read_text(), at(rows(ROWS))
     assert table(found) in card
     assert speed_ups(found) in card
     assert table(found, 1000) in card
