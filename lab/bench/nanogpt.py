@@ -255,13 +255,14 @@ def race(path: Path, source: Path, name: str, recipe: Recipe, seed: int, mbit: i
     """
     workers = 1 if METHODS[name] is None else 2
     words = ["-m", "lab.bench.nanogpt", "worker", "--text", str(source), "--methods", name]
-    words += ["--steps", str(recipe.steps), "--workers", str(workers), "--seeds"]
+    words += ["--steps", str(recipe.steps), "--rates", str(recipe.rate), "--warm-ups", str(recipe.warm_up)]
+    words += ["--workers", str(workers), "--seeds"]
     with Hosts(2, mbit) as hosts:
         if workers == 1:
             outputs = hosts.run([[sys.executable, *words, str(seed + host)] for host in range(2)])
         else:
             outputs = hosts.torchrun([*words, str(seed)])
-    row = {"method": name, "workers": workers, "seed": seed, "steps": recipe.steps, "mbit": mbit}
+    row = {"method": name, "workers": workers, "seed": seed, "mbit": mbit} | asdict(recipe)
     add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=SHA256[:12]))])
 
 
@@ -281,6 +282,14 @@ def rows(path: Path) -> list[dict[str, str]]:
 def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WARM_UP) -> list[Mapping[str, str]]:
     """Return the rows of one learning rate and one length of the warm-up."""
     return [row for row in found if (float(row["rate"]), int(row["warm_up"])) == (rate, warm_up)]
+
+
+def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Return the row of each method, number of workers, length and seed at the rate with the lowest loss."""
+    best: dict[tuple[str, ...], Mapping[str, str]] = {}
+    for row in sorted(found, key=lambda row: -float(row["loss"])):
+        best[row["method"], row["workers"], row["steps"], row["seed"]] = row
+    return list(best.values())
 
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
@@ -304,6 +313,7 @@ class Reached:
 
     workers: int
     method: str
+    rate: float  # the highest learning rate
     steps: float
     sent: float
 
@@ -324,11 +334,11 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50
 
     `links` are the rates of the links in Mbit/s.
     """
-    heads = ["workers", "method", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
+    heads = ["workers", "method", "rate", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for one in reached(found):
         ratios = [f"{one.speed_up(mbit):.2f}" for mbit in links]
-        lines.append(f"| {' | '.join([str(one.workers), one.method, f'{one.steps:,.0f}', *ratios])} |")
+        lines.append(f"| {' | '.join([str(one.workers), one.method, f'{one.rate:g}', f'{one.steps:,.0f}', *ratios])} |")
     return "\n".join(lines)
 
 
@@ -346,7 +356,7 @@ def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
             low, high = max(n for n in seen if n < longer[0]), longer[0]
             above, below = (float(seen[n]["loss"]) - target for n in (low, high))
             steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
-            yield Reached(workers, name, steps, int(seen[high]["sent"]) * steps / high)
+            yield Reached(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
 
 
 def _of(
@@ -381,8 +391,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the file of the rows")
     options = parser.parse_args()
     if options.command == "table":
-        found = at(rows(options.out or ROWS))
-        print(f"{table(found)}\n\n{speed_ups(found)}\n\n{table(found, STEPS // 2)}")
+        every = rows(options.out or ROWS)
+        found = at(every)
+        print("\n\n".join([table(found), speed_ups(found), speed_ups(searched(every)), table(found, STEPS // 2)]))
         return
     if options.text is None:
         parser.error("run needs --text")

@@ -123,7 +123,7 @@ def speed_ups(canvas: Canvas) -> None:
     """
     plot, theme = Plot(canvas, LINKS, (0, 0.5, 1, 1.5, 2)), canvas.theme
     plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "Mbit/s in each direction")
-    found = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.rows(nanogpt.ROWS))}
+    found = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.at(nanogpt.rows(nanogpt.ROWS)))}
     for key, words, at, color, style in (
         ((4, "local, agreement"), "LocalUpdates, 4 workers", (45, 1.76), theme.first, "-"),
         ((2, "local, overlap"), "2 workers, overlap=2", (100, 1.24), theme.second, "-"),

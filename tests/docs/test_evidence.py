@@ -302,7 +302,7 @@ def _range(found: list[float]) -> str:
 
 def nano_gpt() -> Iterator[str]:
     """nanoGPT's recipe: losses at its length, and the speed-up over one machine alone."""
-    rows = nanogpt.rows(nanogpt.ROWS)
+    rows = nanogpt.at(nanogpt.rows(nanogpt.ROWS))
 
     def loss(workers: int, method: str, seeds: int = 3) -> float:
         key = str(workers), method, str(nanogpt.STEPS)
@@ -474,7 +474,7 @@ def front() -> Iterator[str]:
     ours, peer, _ = best_at("Muon", "1000")
     assert fmean(ours) == pytest.approx(fmean(peer), rel=0.015)  # the times are equal
 
-    reached = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.rows(nanogpt.ROWS))}
+    reached = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.at(nanogpt.rows(nanogpt.ROWS)))}
     soon, most = reached[2, "local, overlap"].speed_up(10), nanogpt.STEPS / reached[2, "dense"].steps
     yield f"with `overlap=2` reach the loss of one machine {soon:.2f} times as soon"
     yield f"DDP would reach this loss {most:.2f} times as soon"

@@ -19,6 +19,7 @@ from lab.bench.nanogpt import (
     make,
     reached,
     rows,
+    searched,
     speed_ups,
     table,
     train,
@@ -101,17 +102,23 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
 
 def test_a_speed_up_is_interpolated() -> None:
     """The middle of two lengths is their geometric mean; and a link that takes as long as the steps halves it."""
-    row = {"method": "local", "seed": "0", "workers": "2"}
-    alone = {"method": "dense", "seed": "0", "workers": "1", "steps": "2000", "loss": "1.5", "sent": "0"}
+    row = {"method": "local", "seed": "0", "workers": "2", "rate": "0.001"}
+    alone = {**row, "method": "dense", "workers": "1", "steps": "2000", "loss": "1.5", "sent": "0"}
     found = [
         alone,
         {**row, "steps": "500", "loss": "2.0", "sent": "10"},
         {**row, "steps": "2000", "loss": "1.0", "sent": "40"},
     ]
-    assert list(reached(found)) == [Reached(2, "local", pytest.approx(1000), pytest.approx(20))]
-    assert Reached(2, "local", 1000, 0).speed_up(10) == pytest.approx(2)
+    assert list(reached(found)) == [Reached(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))]
+    # At a better rate a shorter training has one machine's loss.
+    better = [*found, {**row, "steps": "500", "loss": "1.5", "sent": "10", "rate": "0.002"}]
+    assert list(reached(searched(better))) == []  # no training is shorter, so no two lengths have the loss between them
+    assert [one.rate for one in reached(searched([*better, {**row, "steps": "250", "loss": "2", "sent": "5"}]))] == [
+        0.002
+    ]
+    assert Reached(2, "local", 0.001, 1000, 0).speed_up(10) == pytest.approx(2)
     as_long = 1000 * STEP_TIME * 10e6 / 8
-    assert Reached(2, "local", 1000, as_long).speed_up(10) == pytest.approx(1)
+    assert Reached(2, "local", 0.001, 1000, as_long).speed_up(10) == pytest.approx(1)
     # Two of eight steps overlap with the exchange: a quarter of the training's time is hidden.
-    assert Reached(2, "local, overlap", 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
-    assert Reached(2, "local, overlap", 1000, as_long / 5).speed_up(10) == pytest.approx(2)
+    assert Reached(2, "local, overlap", 0.001, 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
+    assert Reached(2, "local, overlap", 0.001, 1000, as_long / 5).speed_up(10) == pytest.approx(2)
