@@ -52,7 +52,7 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
         if 0 < len(missing) < len(optimizers):
             raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
-    # If a part is a `LocalUpdates`, compare the calls of all workers.
+    # If a part is a `LocalUpdates`, check that all workers make the same call to save or load a checkpoint.
     for part in parts.values():
         if isinstance(part, Exchanging):
             part.check_call(call)

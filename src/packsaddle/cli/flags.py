@@ -63,8 +63,11 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the values of a command's flags to its arguments, which are option classes or plain values.
-    Raises ConfigError, naming the flag, for a value outside its range."""
+    """Convert `values`, the values of a command's flags by name, to the keyword arguments of the command.
+
+    An argument is the value of one flag, or an object of an option class (a dataclass of settings), whose fields are
+    flags. Raises ConfigError, naming the flag, for a value outside its range.
+    """
     arguments = dict(values)
     for name, hint in get_type_hints(command).items():
         cls = option_class(hint)

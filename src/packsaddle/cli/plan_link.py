@@ -75,7 +75,8 @@ class LinkOptions:
 
     @property
     def of_workers(self) -> list[float]:
-        """The numbers in `speeds`. Raises ConfigError if one is invalid."""
+        """The relative speeds of the workers, parsed from the text `speeds`, such as "1,0.33"; empty if it is None.
+        Raises ConfigError unless all are numbers above 0."""
         texts = self.speeds.split(",") if self.speeds is not None else []
         if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
             raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")

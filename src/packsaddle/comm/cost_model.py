@@ -35,7 +35,8 @@ class Collective(ABC):
 
     @abstractmethod
     def wire(self, rank: int, workers: int) -> Bytes:
-        """Return the bytes that worker `rank` sends and receives, as the ledger records them."""
+        """Return the number of bytes that worker `rank` sends in this collective, and the number that it receives, as
+        they are counted in the worker's `Ledger`."""
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:

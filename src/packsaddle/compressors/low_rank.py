@@ -1,4 +1,5 @@
-"""LowRank: the low-rank factors of PowerSGD (Vogels et al. 2019), for comparison."""
+"""LowRank, the compressor of PowerSGD (Vogels et al. 2019), which sends low-rank factors of each tensor. It is here so
+that the other compressors can be compared with PowerSGD."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -46,7 +46,8 @@ MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number o
 
 @dataclass(frozen=True)
 class PopulationCertificate:
-    """Bounds for the population loss; all hold together with probability 1 - `failure_probability`."""
+    """Bounds on the gradient's norm and on the Hessian's smallest eigenvalue for the population loss, and a verdict.
+    All bounds hold together with probability 1 - `failure_probability`."""
 
     verdict: Verdict
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone

@@ -186,8 +186,9 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Copy the largest norm of a product, and skip the test for a random loss if `other` has passed it. The test
-        computes the first product twice."""
+        """Use the largest norm of a Hessian-vector product that `other` has computed, if it is larger than the largest
+        norm here. If `other` has passed the test for a random loss, which computes the first product twice, skip that
+        test."""
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 

@@ -75,7 +75,8 @@ class Escape(EscapeRule):
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8)."""
+    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8 of Algorithm
+    1)."""
 
     step: int  # step t at which the check fired, and at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
@@ -106,7 +107,7 @@ class EscapeCheck:
         self.start.copy_(self._x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
-        """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
+        """Run the check at step t (lines 5-7 of Algorithm 1). `pending` is this worker's unsent update, float[d].
 
         Returns a pair. The first item is a `Reset`, or None if the check does not fire. The second is the rounding
         error of x, float[d], or None if it is zero; only 16-bit parameters have one. If the check fires, x is replaced,
@@ -123,8 +124,8 @@ class EscapeCheck:
         return Reset(step, "interval" if late else "radius", distance, candidate, start_loss, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
-        """Return the distance from the start point to y_t = x_t - eta e_t. With several workers, the distance is
-        estimated by sketches."""
+        """Return the distance from the start point to y_t = x_t - eta e_t, where eta e_t is the mean over workers of
+        their unsent updates `pending`. With several workers, the distance is estimated by sketches."""
         moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=wide(moved.device)))
@@ -134,7 +135,8 @@ class EscapeCheck:
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
         """Accept the current point if its loss is below the loss at the start point x_t', and roll back to x_t'
-        otherwise (line 6). If it is accepted, x is set to y_t = x_t - eta e_t.
+        otherwise (line 6 of Algorithm 1). If it is accepted, x is set to y_t = x_t - eta e_t, where x_t is the current
+        point and eta e_t is the mean over workers of their unsent updates `pending`.
 
         Returns both losses, and y_t, float[d], or None if the point was not accepted. If the objective raises an
         exception, x is unchanged.
@@ -160,7 +162,8 @@ class EscapeCheck:
         return candidate, start_loss, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d], by an uncompressed all-reduce, since e_t is a mean over workers."""
+        """Return y_t = x_t - eta e_t, float[d]. `x` is x_t, and eta e_t is the mean over workers of their unsent
+        updates `pending`, computed by an uncompressed all-reduce."""
         y, n = x.to(pending.dtype, copy=True), self._averaged
         y[:n].sub_(self._channel.mean(pending[:n].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))

@@ -31,11 +31,13 @@ class Update:
         raise NotImplementedError
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add u to out, float[n], in place. Return False, with out unchanged, if the sum may be non-finite."""
+        """Add this update, the vector u, to out, float[n], in place. Return False, with out unchanged, if the sum may
+        be non-finite."""
         raise NotImplementedError
 
     def subtract(self, out: Shaped) -> None:
-        """Subtract u from out, float[n], to undo `add_if_finite` in the same step, up to rounding."""
+        """Subtract this update, the vector u, from out, float[n], in place. This undoes `add_if_finite` in the same
+        step, up to rounding."""
         raise NotImplementedError
 
 
@@ -78,20 +80,22 @@ class ErrorMemory:
     # Methods called during an exchange.
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n], with zeros for frozen parameters (line 10)."""
+        """Return the vector to send, v = e + u, float[n], with zeros for frozen parameters (line 10 of Algorithm 1).
+        Here e is this memory and u is the update."""
         update.add(self._now, self._next)
         self._clear_frozen(self._next.flat)
         return self._next.flat
 
     def apply_mean(self, x: Tensor, g: Averaged) -> None:
-        """Subtract the mean update g from x, float[n], in place; x is in at least float32 (line 11)."""
+        """Subtract the mean update g from x, float[n], in place (line 11 of Algorithm 1); x is in at least float32."""
         for term in g.mean:
             term.add_to(x[: self.compressed_d], -1.0)
         x[self.compressed_d :].sub_(g.dense)
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
-        """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
-        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory."""
+        """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12 of
+        Algorithm 1). `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the
+        memory."""
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)
@@ -131,7 +135,8 @@ class ErrorMemory:
         self.vector[: len(update)].add_(update)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Set the error memory to zero (line 7), or to the rounding error of x, float[n]."""
+        """Set the error memory to zero (line 7 of Algorithm 1). If `rounding`, float[n], is given, i.e. the rounding
+        error of x, the error memory becomes `rounding` instead."""
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)

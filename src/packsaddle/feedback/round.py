@@ -51,7 +51,7 @@ class Applied:
 
 
 class Target(Protocol):
-    """The parameters or gradients to which a mean update is applied (line 11)."""
+    """The parameters or gradients to which a mean update is applied (line 11 of Algorithm 1)."""
 
     defers: bool  # True if the target is written before the verdict is read
 
@@ -148,7 +148,8 @@ class ErrorFeedback:
         return Round(self, step)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Clear the error memory (line 7), or set it to the rounding error of x, float[n]."""
+        """Clear the error memory (line 7 of Algorithm 1), and reset the aggregator. If `rounding`, float[n], is given,
+        i.e. the rounding error of x, the error memory becomes `rounding` instead."""
         self.memory.reset(rounding)
         if self._choice is not None:
             self._choice.aggregator.reset()
@@ -184,7 +185,8 @@ class Round:
         self._unsent: Tensor | None = None  # the part of the uncompressed coordinates that clipping removed; None: 0
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros."""
+        """Return the vector to send, v = e + u, float[n], for the error memory e and the update u (line 10 of Algorithm
+        1). If v is invalid, return zeros."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.report = f.guard.validate(v, update, f.slice)
@@ -199,7 +201,8 @@ class Round:
         clip: Tensor | None = None,
         measure: Callable[[Tensor], Tensor] | None = None,
     ) -> Averaged:
-        """Average C(v) and v's uncompressed part over workers, and return the means; collective (line 10).
+        """Average C(v) and v's uncompressed part over workers, and return the means (line 10 of Algorithm 1);
+        collective.
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
         collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
@@ -245,8 +248,8 @@ class Round:
         return self.report if error is None else Report.of_message(error)
 
     def apply(self, target: Target) -> None:
-        """Apply the mean update to the target (line 11), and store the residual in the error memory. No-op for a
-        rejected exchange, unless the target defers."""
+        """Apply the mean update to the target (line 11 of Algorithm 1), and store the residual in the error memory.
+        No-op for a rejected exchange, unless the target defers."""
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers
@@ -256,7 +259,8 @@ class Round:
             self.absorb(done.rounding)
 
     def absorb(self, rounding: Tensor | None = None) -> None:
-        """Set the new error memory to the residual v - C(v), plus the target's rounding error, float[n] (line 12)."""
+        """Set the new error memory to the residual v - C(v), float[n] (line 12 of Algorithm 1). `rounding`, float[n],
+        is added to it: the error of rounding the updated parameters or gradients to 16 bits."""
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)

@@ -1,8 +1,9 @@
 """Parameters as one vector, float[d], in which compressed tensors precede uncompressed tensors.
 
-A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
-vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all
-parameters of an optimizer, which become views of one tensor x, so that an update of k coordinates costs O(k).
+A `Place` is a parameter and its position in the vector of all parameters. A `Slice` is a set of parameters that are
+exchanged together, as one vector: a bucket of DistributedDataParallel, or with local updates a fragment of the model.
+`FlatParameters` is the slice of all parameters of an optimizer. These parameters become views of one tensor x, so that
+an update of k coordinates costs O(k).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,8 @@ class Place:
 class Slice:
     """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
 
-    `views` are in the order of `places`. Vectors from `zeros` are in at least float32.
+    `places` has the `Place` of each parameter, and `views` are in the order of `places`. Vectors from `zeros` are in at
+    least float32.
     """
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
@@ -140,7 +142,10 @@ class GroupRange:
 
 
 class FlatParameters(Slice):
-    """The flat vector x, float[d], of an optimizer's parameters; places and views are in the user's order.
+    """The parameters of an optimizer as one flat vector x, float[d].
+
+    In x the tensors that are sent compressed come first. `places` and `views` are in the order of the parameters in
+    the optimizer.
 
     `groups` are the optimizer's parameter groups. A tensor is sent uncompressed if it has fewer than `dense_below`
     elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises ValueError for

@@ -91,7 +91,9 @@ class BucketUpdate(Update):
 
 @dataclass(frozen=True)
 class BucketTarget:
-    """Writes the mean update of an exchange to a slice's gradients, which the user's optimizer applies (line 11).
+    """Writes the mean update of an exchange to the gradients of a slice, i.e. of parameters exchanged together. The
+    user's optimizer then applies these gradients to the parameters (line 11 of Algorithm 1).
+
     `used`, bool[p], is False for parameters whose mean update is replaced with zeros; if it is None, none is replaced.
     """
 
@@ -146,7 +148,7 @@ class GradientHook(Records, ABC):
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # State of the running backward pass, or of the last one.
-        self._noise: GaussianNoise | None = None  # noise xi of the next exchange (line 9); None: 0
+        self._noise: GaussianNoise | None = None  # noise xi of the next exchange; None: 0
         self._scale = 1.0  # the factor by which a GradScaler has multiplied the gradients
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
@@ -239,7 +241,8 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of a slice in this step. Returns the compressor of the whole model."""
+        """Set the compressor of a slice to that of this step, with the slice's part of the number of coordinates to
+        send. Returns the compressor of this step, whose number of coordinates is for the whole model."""
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)

@@ -174,8 +174,9 @@ class LocalUpdatesCallback(_Attached):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Context manager within which the model has this worker's own parameters even during validation, when
-        checkpoints may be saved."""
+        """Context manager that gives the model this worker's own parameters, to save this worker's state. During
+        validation, when Lightning may save a checkpoint, the model otherwise has the parameters of the anchor, which
+        are identical on all workers. No-op outside validation."""
         self._evaluation.close()
         yield
         if self._evaluating:

@@ -106,7 +106,8 @@ class MeanMomentum:
                 norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
-        # Mix the directions into the moments, without waiting for a GPU.
+        # Scale each direction d to the norm of its first moment m, and mix it into m. If the scale is not finite, m is
+        # unchanged. The host reads no scale, so it does not wait for a GPU.
         scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
         for found, scale in zip(moments, scales, strict=True):
             if found is not None:

@@ -386,10 +386,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             yield
 
     def state_dict_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return a copy of the model's `state_dict` at the anchor: one model for all workers, to save on rank 0.
+        """Return a copy of the model's `state_dict` with the anchor's parameters, on which all workers last agreed.
 
-        `model.state_dict()` has this worker's own parameters instead. Tensors that `LocalUpdates` does not exchange,
-        such as buffers, are this worker's. Not collective.
+        It is one model for all workers, to save on rank 0, while `model.state_dict()` has this worker's own parameters.
+        Tensors that `LocalUpdates` does not exchange, such as buffers, are this worker's. Not collective.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates

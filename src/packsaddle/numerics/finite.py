@@ -124,7 +124,7 @@ def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, in
             o, m = out[start : start + _PART], more[start : start + _PART]
             norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
             squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
-            if not squares <= torch.finfo(out.dtype).max:  # False for a NaN
+            if not squares <= torch.finfo(out.dtype).max:  # `<=` is False if `squares` is NaN
                 return added, math.inf, []
             o.add_(m, alpha=alpha)
             added.append((i, start, start + len(o)))

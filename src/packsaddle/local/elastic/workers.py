@@ -139,7 +139,9 @@ class ElasticWorkers:
         self._energy = 0.0  # ||v||^2 in the uncommitted round, where v is local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
         self._handed = False  # True after SIGTERM if the error memory is in its file, or is zero
-        self._sends_all = False  # True if this worker leaves without a file, so the next round sends all updates
+        # True if this worker leaves and its error memory is not in its file, so that it sends all pending updates
+        # uncompressed in the next round.
+        self._sends_all = False
 
         self.roster = Roster()  # identical on all workers after a round
         same = {"fragments": len(fragments), "outer": outer is not None}
@@ -592,8 +594,9 @@ class ElasticWorkers:
         return [*found, *outer, *self.roster.fields(("roster",))]
 
     def _receive(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead. In a site, only keep the state: it is loaded once all processes of
-        the site have received one. torchft calls this method at a quorum."""
+        """Load the state of a worker that is ahead of this one. In a site, i.e. a worker of several processes, only
+        keep the state: it is loaded once all processes of the site have received one. torchft calls this method at a
+        quorum."""
         if self._site.size > 1:
             self._received = state
         else:
@@ -602,9 +605,9 @@ class ElasticWorkers:
     def _load_received(self) -> None:
         """Load the received state, if there is one.
 
-        The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
-        differ. So all processes use the number of steps that process 0 received, or its whole state if each process has
-        the whole model.
+        The processes of a site, i.e. of a worker of several processes, may have received it from different workers,
+        whose numbers of steps and inner optimizers differ. So all processes use the number of steps that process 0
+        received, or its whole state if each process has the whole model.
         """
         if (state := self._received) is not None:
             self._received = None
@@ -775,7 +778,7 @@ class ElasticWorkers:
             if self._file is not None:
                 self._file.remove()
             return True
-        # Count the error memory as lost unless it is in the file.
+        # Count the error memory as lost unless it is in this worker's memory file.
         own, kept = self.account, self._keeps
         self.roster.gone += 0.0 if kept else own.norm
         memory = "waits in its file" if kept else "is lost"
