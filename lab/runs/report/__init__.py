@@ -26,7 +26,6 @@ __all__ = [
     "plateau",
     "read_curves",
     "row",
-    "save",
     "settings",
     "write_curves",
     "write_report",
