@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
     from lab.runs.job import How, Job
+    from lab.runs.report.tables import Row
 
 
 # Limits of --timeout, seconds. torch counts whole milliseconds, and 0 would mean that it does not wait at all.
@@ -53,7 +54,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         seed: Seed of all random numbers.
     """
     from lab.runs.job import Job
-    from lab.runs.report import write_report
+    from lab.runs.report import row, write_report
 
     require_plots("the demo's report")
     with config_errors():
@@ -67,7 +68,23 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     job.run(workers, "serial" if serial else "processes")
     runs = [run for name in configs for run in read_runs([folder / name])]
     print_runs(runs)
-    print(f"report: {write_report(runs, folder / 'report')}")
+    conclusion = demo_conclusion([row(run) for run in runs])
+    print(f"report: {write_report(runs, folder / 'report', lead=conclusion)}")
+    if conclusion:
+        print(conclusion)
+
+
+def demo_conclusion(rows: Sequence["Row"]) -> str:
+    """Return a sentence on the demo's runs, of which the first has no noise; "" if they do not show the escape."""
+    without, *noisy = rows
+    if without.left_plateau is not False or not all(run.left_plateau for run in noisy):
+        return ""
+    epochs = [run.plateau_epochs or 0.0 for run in noisy]
+    compression = min(run.compression or 1.0 for run in noisy[1:])
+    return (
+        f"Without noise SGD stays at the saddle to the end. With noise it leaves after {min(epochs):.0f} to "
+        f"{max(epochs):.0f} epochs, also with RandomK and TopK, whose messages have 1/{compression:.0f} of the bytes."
+    )
 
 
 @grouped(

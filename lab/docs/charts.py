@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 
-def save(figure: Any, path: Path) -> list[Path]:
-    """Write a matplotlib figure as path-light.svg and path-dark.svg, and return both paths. Text remains text."""
-    return write(svg_of(figure), path)
+def save(figure: Any, path: Path, source: str | None = None) -> list[Path]:
+    """Write a matplotlib figure as path-light.svg and path-dark.svg, and return both paths. Text remains text.
+
+    Positions are rounded to a tenth of a point. `source` is stored in the metadata.
+    """
+
+    def rounded(path: re.Match[str]) -> str:
+        return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path[0]).replace(" \nL ", " ")
+
+    return write(re.sub(r' d="[^"]*"', rounded, svg_of(figure, source)), path)
 
 
-def svg_of(figure: Any, **options: Any) -> str:
+def svg_of(figure: Any, source: str | None = None, **options: Any) -> str:
     """Return a matplotlib figure as SVG, identical in every run. Text is not converted to outlines."""
     import matplotlib as mpl
 
     out = StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packsaddle"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, **options)
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Source": source}, **options)
     return out.getvalue()
 
 

@@ -7,13 +7,14 @@ import tyro
 from rich.table import Table
 
 from lab.cli.console import dated, require_plots
+from lab.paper import drawing
 from lab.paper.results import print_settings, save_figure, summarise, write_results
 from lab.paper.runner import Means, check_study, run_study
 from lab.paper.studies import REPRODUCTIONS
 from lab.paper.study import Data, Scale, Study, StudyFolder
 from lab.paper.table1 import tabulate
 from lab.runs import check_free, locked, read_runs
-from lab.runs.report import figures, read_curves, settings, write_report
+from lab.runs.report import read_curves, settings, write_report
 from packsaddle import __version__
 from packsaddle.cli import print_table, serve
 from packsaddle.errors import ConfigError
@@ -105,8 +106,8 @@ def _write(study: Study, folder: StudyFolder, what: str, *, whole: bool) -> None
     curves = read_curves(folder.path / "curves.csv")
     for line in made.findings(summary, curves) if made.findings and whole else []:
         print(line)
-    save_figure(made.draw(curves) if made.draw and whole else figures.draw(found, curves), folder.path)
-    print(f"figure: {folder.path / 'figure.png'}")
+    save_figure(made.draw(curves) if whole else drawing.grid(curves), folder.path)
+    print(f"figure: {folder.path / 'figure-light.svg'}")
     print(f"report: {write_report(runs, folder.path / 'report', overwrite=(folder.path / 'report').exists())}")
 
 
@@ -124,9 +125,8 @@ def _table1(scale: Scale, folder: Path, resume: bool, jobs: int | None) -> None:
         "slopes in log-log on known saddles; planned is the slope of the planned T over the same epsilon or d"
     )
     print_table(table)
-    print(
-        f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan table); figure: {folder / 'figure.png'}"
-    )
+    print(f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan table)")
+    print(f"figure: {folder / 'figure-light.svg'}")
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from operator import sub
 from typing import Any, Literal
 
-from lab.paper import drawing
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.study import Data, Scale, Study
 from lab.runs import AnyCompressor, Config, DataConfig, ModelConfig
@@ -93,11 +92,3 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
             f"against 100%, with {share:.1%} of its bytes"
         )
     return lines
-
-
-def draw(curves: Sequence[Curve]) -> Any:
-    """Return the figure of training loss and test accuracy, against epochs and against megabytes.
-
-    Raises ConfigError if a setting of the study is missing.
-    """
-    return drawing.grid(drawing.pick(curves, (label for label, _ in COMPRESSORS.values())))

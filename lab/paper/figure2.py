@@ -88,14 +88,14 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
 
 
 def draw(curves: Sequence[Curve]) -> Any:
-    """Return the paper's figure: a row of losses above a row of gradient norms.
+    """Return the paper's figure: losses at the left and gradient norms at the right.
 
-    It has one column per compressor against epochs, and a last column against megabytes. `curves` has the study's six
-    settings. Raises ConfigError if one is missing.
+    It has one row per compressor against epochs, and a last row against megabytes. `curves` has the study's six
+    settings.
     """
     noises = [noise for noise, _ in NOISES.values()]
-    columns = [
+    rows = [
         (label, list(zip(drawing.pick(curves, (f"{label}, {noise}" for noise in noises)), noises, strict=True)))
         for label, _ in COMPRESSORS.values()
     ]
-    return drawing.panels(columns, PLATEAU)
+    return drawing.panels(rows, PLATEAU)

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from lab.docs import charts
 from lab.paper.study import Study
 from lab.runs import RunFolder
-from lab.runs.report import Estimate, Setting, curve, estimate, plateau, save, write_curves
+from lab.runs.report import Estimate, Setting, curve, estimate, plateau, write_curves
 from packsaddle.cli import plain_text, print_table
 
 Json = Mapping[str, Any]
@@ -93,8 +94,8 @@ def write_results(summary: Json, found: Sequence[Setting], folder: Path) -> None
 
 
 def save_figure(figure: Any, folder: Path) -> None:
-    """Write figure.png and figure.svg. Their metadata contain the hash of the curves from which they were drawn."""
-    save(figure, folder, dpi=130, source=digest(folder / "curves.csv"))
+    """Write figure-light.svg and figure-dark.svg, whose metadata contain the hash of the curves in the figure."""
+    charts.save(figure, folder / "figure", source=digest(folder / "curves.csv"))
 
 
 def digest(path: Path) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from lab.docs import charts
+from lab.paper import drawing
 from lab.paper.progress import StudyProgress
 from lab.paper.runner import default_jobs, in_parallel
 from lab.paper.study import Scale, check_folder, make_folder
@@ -175,9 +177,6 @@ def fit(rows: list[Run], variable: str, quantity: str) -> float:
     return float(np.polyfit(np.log([r[variable] for r in rows]), np.log([r[quantity] for r in rows]), 1)[0])
 
 
-STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-
-
 def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
     """Return a figure of steps against epsilon and d, and of bytes against epsilon. `rows` are those of `steps`."""
     require("matplotlib", "lab", "drawing figures")
@@ -185,14 +184,14 @@ def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
     from matplotlib.figure import Figure
 
     colours = dict(zip(compressors, COLOURS, strict=False))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-        axes = figure.subplots(1, 3)
+    with mpl.rc_context(drawing.STYLE):
+        figure = Figure(figsize=(drawing.WIDTH, 9.5), layout="constrained")
+        axes = figure.subplots(3, 1)
         lipschitz = [row for row in rows if row["lipschitz"]]
         panels = (
             (axes[0], "epsilon", ("planned", "measured", "best"), "steps per unit of f"),
             (axes[1], "d", ("planned", "measured", "best"), "steps per unit of f"),
-            (axes[2], "epsilon", ("planned_bytes", "best_bytes"), "bytes sent per worker and unit of f"),
+            (axes[2], "epsilon", ("planned_bytes", "best_bytes"), "bytes per unit of f"),
         )
         styles = {"planned": ":", "measured": "--", "best": "-", "planned_bytes": "--", "best_bytes": "-"}
         for axis, variable, quantities, label in panels:
@@ -214,7 +213,7 @@ def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
             mpl.lines.Line2D([], [], color="grey", linestyle="--", label="measured, planned step size"),
             mpl.lines.Line2D([], [], color="grey", linestyle="-", label="measured, best step size"),
         ]
-        figure.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=11)
         return figure
 
 
@@ -252,7 +251,7 @@ def _tabulated(
         ("exponents", exponents(rows)),
     ):
         _write(content, folder / f"{name}.csv")
-    draw(rows, list(COMPRESSORS)).savefig(folder / "figure.png", dpi=130)
+    charts.save(draw(rows, list(COMPRESSORS)), folder / "figure")
     return exponents(rows)
 
 

@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         own: "--model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute",
         (*own, *tokens, "--compute", 1): "--model MODULE:FUNCTION needs one of --data",
         (*own, "--input", "3x"): "--input must be a shape such as 3x224x224, or int64:1024 for tokens, got '3x'",
-        (*own, "--input", "7"): "script_to_plan:make_model failed on its batch: ",
+        (*own, "--input", "7"): "script_to_plan:make_model failed on its batch, float32 of shape (32, 7): ",
         (*own, *tokens, "--batch", 0): "batch must be at least 1, got 0",
         (*own, "--data", "script_to_plan:broken"): "script_to_plan:broken failed: KeyError: 'no data'",
         (*own, "--data", "make_batch"): "the function must be given as module:function, got 'make_batch'",

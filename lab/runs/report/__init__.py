@@ -26,15 +26,16 @@ __all__ = [
     "plateau",
     "read_curves",
     "row",
-    "save",
     "settings",
     "write_curves",
     "write_report",
 ]
 
 
-def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
+def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False, lead: str = "") -> Path:
     """Write an HTML page, figures and CSV tables to a new folder, and return the path of index.html.
+
+    The page begins with the sentence `lead`.
 
     Raises ConfigError if the folder exists and `overwrite` is False, or if it cannot be written. Raises
     MissingExtraError without the plot extra.
@@ -43,7 +44,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)
     curves = [curve(setting) for setting in found]
-    page, figure = render(found, curves), figures.draw(found, curves)
+    page, figure = render(found, curves, lead), figures.draw(found, curves)
     if not folder.is_dir():
         make_new(folder)
     with written(folder):

@@ -20,8 +20,11 @@ from packsaddle.messages import printable
 _DASHES = {"-": "", "--": "6 4", ":": "2 3"}  # matplotlib's line styles in SVG
 
 
-def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return the report on `settings` and their `curves` as HTML. Raises MissingExtraError without the plot extra."""
+def render(settings: Sequence[Setting], curves: Sequence[Curve], lead: str = "") -> str:
+    """Return the report on `settings` and their `curves` as HTML, with the sentence `lead` at its beginning.
+
+    Raises MissingExtraError without the plot extra.
+    """
     jinja2 = require("jinja2", "lab", "writing the report")
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = files("lab.runs.report").joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -35,6 +38,7 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
     }
     page: str = templates.from_string(template).render(
         title=title(runs),
+        lead=lead,
         axes=axes,
         against=[*axes][1:],
         charts=charts,

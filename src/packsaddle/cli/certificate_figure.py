@@ -143,9 +143,8 @@ def _legend(axis: Any) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
 
 
-def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
-    said = {"Source": source} if source else {}
-    figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
+def save(figure: Any, folder: Path, name: str = "figure") -> None:
+    figure.savefig(folder / f"{name}.png", dpi=150)
     # Keep the layout, since computing it again takes as long as drawing the figure.
     figure.set_layout_engine("none")
-    figure.savefig(folder / f"{name}.svg", metadata={**NO_METADATA, **said})
+    figure.savefig(folder / f"{name}.svg", metadata=NO_METADATA)

@@ -214,14 +214,18 @@ def _plan(
             device = next(step.model.parameters()).device
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure the compute time unless it is given, the time of an update, and the coding speed of each compressor.
-        total = len(candidates) + len({s.compressor for s in settings}) + 1
-        with countdown("plan", total, quiet=not is_first()) as report:
+        # Measure the compute time unless it is given, and the time of an update.
+        timing = None
+        with countdown("plan", 1, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
-            timing = None
             if options.compute is None and step is not None:
                 timing = _timed(step.to(device), optimizer, str(options.model))
-            update, pace = update_seconds(workload.d, noise=options.noise, device=device), _Paces(report, device)
+            update = update_seconds(workload.d, noise=options.noise, device=device)
+
+        # Measure the coding speed of each compressor.
+        total = len(candidates) + len({s.compressor for s in settings})
+        with countdown("plan", total, quiet=not is_first()) as report:
+            pace = _Paces(report, device)
 
             def plan(compute: float) -> LinkPlan:
                 fleet = Fleet(workers, compute, options.spread)
@@ -267,7 +271,7 @@ class _Paces:
 
     def __call__(self, compressor: Compressor, d: int) -> Pace:
         if (compressor, d) not in self._found:
-            self._report(len(self._found) + 1, f"timing {brief(describe(compressor))}")
+            self._report(len(self._found), f"timing {brief(describe(compressor))}")
             pace, spread = measure_with_spread(compressor, d, repeats=3, device=self._device)
             self._found[compressor, d], self.spread = pace, max(self.spread, spread)
         return self._found[compressor, d]
@@ -277,7 +281,10 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
     try:
         return step.time(_optimizers(step.model, optimizer))
     except Exception as error:  # a user's model can raise anything
-        raise ConfigError(f"{name} failed on its batch: {first_line(error)}") from None
+        batch = step.batch
+        is_tensor = isinstance(batch, torch.Tensor)
+        kind = f", {str(batch.dtype).removeprefix('torch.')} of shape {tuple(batch.shape)}" if is_tensor else ""
+        raise ConfigError(f"{name} failed on its batch{kind}: {first_line(error)}") from None
 
 
 def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Optimizer]:

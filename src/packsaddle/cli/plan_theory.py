@@ -237,7 +237,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
     print(
         f"d = {d:,}, eps = {epsilon:g}. Orders of magnitude, with every constant 1. Communication: numbers per worker."
     )
-    print("Improvement: the communication of the first row over that of this row.")
+    print("Improvement: the communication of the first row over that of this row. [19], [25]: the paper's references.")
     for row in TABLE_1:
         if row.printed is not None and not row.follows:
             setting = f"{row.compressor}, {'with' if row.lipschitz else 'without'} Assumption C"

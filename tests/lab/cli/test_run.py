@@ -14,7 +14,9 @@ from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
 
+from lab.cli.run import demo_conclusion
 from lab.runs import run_folder
+from lab.runs.report.tables import Row
 from lab.runs.tasks import images
 
 CONFIG = (
@@ -195,6 +197,21 @@ def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert summaries["dense"]["compression"] == 1.0
     assert summaries["randomk-noise"]["compression"] > 40
     assert summaries["topk-noise"]["compression"] > 25
+
+
+def test_the_demo_ends_with_its_meaning() -> None:
+    """From its table's rows; if the runs were too short to leave the saddle, it claims nothing."""
+
+    def demo_row(compression: float, epochs: float, *, left: bool) -> Row:
+        return Row("", 0, True, None, None, None, epochs, left, None, 1.0, compression, 1.0)
+
+    stalled = demo_row(1.0, 57.5, left=False)
+    noisy = [demo_row(1.0, 18.5, left=True), demo_row(54.0, 25.0, left=True), demo_row(47.3, 20.0, left=True)]
+    sentence = demo_conclusion([stalled, *noisy])
+    assert "after 18 to 25 epochs" in sentence
+    assert "1/47 of the bytes" in sentence
+    assert demo_conclusion([stalled, *noisy[:2], stalled]) == ""
+    assert demo_conclusion([noisy[0], *noisy]) == ""
 
 
 def test_demo_plateau_is_the_best_constant() -> None:
