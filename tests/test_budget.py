@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = {
     "": (6, 305),
     "checkpoint": (8, 830),
-    "cli": (17, 1775),
+    "cli": (17, 1776),
     "comm": (17, 1875),
     "compressors": (17, 2035),
     "curvature": (15, 1925),

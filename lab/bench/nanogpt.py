@@ -32,7 +32,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -58,14 +58,11 @@ EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpd
 STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
 
 
-# A method is None for dense training; a compressor for gradients that are averaged in every step, as by DDP's hook; or
-# further arguments of `LocalUpdates` for local updates of one bit per coordinate, every 8 steps.
-Method = Mapping[str, Any] | packsaddle.Compressor | None
+# A method is None for dense training, or further arguments of `LocalUpdates`, which send one bit per coordinate every 8
+# steps.
+Method = Mapping[str, Any] | None
 METHODS: dict[str, Method] = {
     "dense": None,
-    "hook, QSGD(127)": packsaddle.QSGD(127),
-    "hook, four bits": packsaddle.Rounded("int4"),
-    "hook, three bits": packsaddle.Rounded("int3"),
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
@@ -159,31 +156,6 @@ class Recipe:
         return 0.1 * self.rate + 0.45 * self.rate * (1 + math.cos(math.pi * after))
 
 
-class AveragedGradients:
-    """Replaces gradients by their compressed mean over workers, as the hook of DistributedDataParallel does.
-
-    It corresponds to the hook's scope="model", with an error memory. Workers simulated in one process cannot use
-    DistributedDataParallel, so the mean is obtained as the step of CompressedSGD with rate 1 from parameters 0.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], compressor: packsaddle.Compressor) -> None:
-        self._parameters = list(parameters)
-        self._zeros = [nn.Parameter(torch.zeros_like(p)) for p in self._parameters]
-        self._sgd = packsaddle.CompressedSGD(self._zeros, lr=1.0, compressor=compressor)
-
-    def exchange(self) -> None:
-        for zero, p in zip(self._zeros, self._parameters, strict=True):
-            zero.data.zero_()
-            zero.grad = p.grad
-        self._sgd.step()
-        for zero, p in zip(self._zeros, self._parameters, strict=True):
-            p.grad = -zero.data
-
-    @property
-    def sent(self) -> int:
-        return self._sgd.ledger.total.sent
-
-
 class Trained(NamedTuple):
     """The result of a training, for one of its workers."""
 
@@ -199,8 +171,7 @@ def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> T
     matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
-    hook = AveragedGradients(net.parameters(), how) if isinstance(how, packsaddle.Compressor) else None
-    local = packsaddle.LocalUpdates(optimizer, model=net, **how) if isinstance(how, Mapping) else None
+    local = None if how is None else packsaddle.LocalUpdates(optimizer, model=net, **how)
 
     # Each worker draws its own windows. Dense training, which is one process, draws the windows of all workers.
     mine = range(workers) if how is None else [rank]
@@ -213,8 +184,6 @@ def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> T
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
         net(windows[:, :-1], windows[:, 1:]).backward()
-        if hook is not None:
-            hook.exchange()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         step = local.position // workers if local is not None and local.paces[0] > EVERY else step + 1
@@ -225,9 +194,7 @@ def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> T
     with torch.no_grad():
         pieces = text.last.split(128)
         total = sum(float(net(w[:, :-1], w[:, 1:])) * len(w) for w in pieces)
-    if hook is not None:
-        sent = hook.sent
-    elif local is not None:
+    if local is not None:
         sent = local.ledger.total.sent
     else:
         sent = (
@@ -286,10 +253,8 @@ def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WA
 
 def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Return the row of each method, number of workers, length and seed at the rate with the lowest loss."""
-    best: dict[tuple[str, ...], Mapping[str, str]] = {}
-    for row in sorted(found, key=lambda row: -float(row["loss"])):
-        best[row["method"], row["workers"], row["steps"], row["seed"]] = row
-    return list(best.values())
+    by_loss = sorted(found, key=lambda row: -float(row["loss"]))
+    return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
 
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
@@ -323,7 +288,7 @@ class Reached:
         The time of an exchange counts only as far as it exceeds the time of the steps that overlap with it.
         """
         how = METHODS[self.method]
-        overlap = how.get("overlap", 0) if isinstance(how, Mapping) else 0
+        overlap = how.get("overlap", 0) if how else 0
         hidden = overlap * STEP_TIME * self.steps / EVERY
         exchanges = 8 * self.sent / (mbit * 1e6)
         return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
@@ -371,9 +336,7 @@ def _of(
 
 
 def _settings(found: Sequence[Mapping[str, str]], steps: int) -> list[tuple[int, str]]:
-    names = list(METHODS)
-    keys = {(int(row["workers"]), names.index(row["method"])) for row in found if int(row["steps"]) == steps}
-    return [(workers, names[index]) for workers, index in sorted(keys)]
+    return sorted({(int(row["workers"]), row["method"]) for row in found if int(row["steps"]) == steps})
 
 
 def main() -> None:

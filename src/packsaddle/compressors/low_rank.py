@@ -88,7 +88,7 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message with P, float[n, rank], and P^T M for each matrix M. `ps` contains the P of each matrix.
+        """Return the message with P, float[n, rank], and P^T M for each M of `matrices`. `ps` contains the P of each matrix.
         If `rank` is 0 for a matrix, the message has M itself instead of P and P^T M."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
