@@ -36,7 +36,8 @@ class Term:
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
-        """Return the approximate largest absolute value of this term, float64[]; finite if the message is finite."""
+        """Return the approximate largest absolute value of this term, i.e. of a decoded message times its weight, as
+        float64[]. It is finite if the message is finite."""
         parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
         return torch.stack(parts).sum() * self.weight
 
@@ -162,7 +163,8 @@ class Aggregator(ABC):
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
-        """Return the range of coordinates for which worker `rank` keeps the residual of the mean (see `Owners`)."""
+        """Return the range of coordinates for which worker `rank` keeps the residual of the mean, i.e. the part of the
+        mean that is lost when the worker compresses it (see `Owners`). By default this range is empty."""
         return slice(0, 0)
 
     def mu(self, d: int, workers: int) -> float:
@@ -176,16 +178,19 @@ class Aggregator(ABC):
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Discard the state that is kept between exchanges, such as the low-rank warm start."""
+        """Discard the state that is kept between exchanges, such as the matrices from which low-rank compression
+        starts."""
 
     def snapshot(self) -> Any:
         return None
 
     def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators have no state
-        """Roll the state back to `snapshot`, and discard the exchanges since then."""
+        """Roll the state back to `snapshot`, a result of the method `snapshot`, as if the exchanges since then had not
+        happened."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, such as the low-rank warm start, as tensors and plain types."""
+        """Return the state that is kept between exchanges, such as the matrices from which low-rank compression starts,
+        as tensors and plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
@@ -341,8 +346,10 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the next warm start: (P^T M)^T of each matrix M, divided by its largest magnitude. Returns None if one
-        of them is zero or non-finite, or if the compressor has no matrix shapes."""
+        """Return the matrices from which the next exchange starts: for each matrix M, (P^T M)^T divided by its largest
+        magnitude, where P and P^T M are the low-rank factors of M in `message`. `qs` are the start matrices of this
+        exchange. Returns None if one of the new start matrices is zero or non-finite, or if the compressor has no
+        matrix shapes."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
@@ -376,7 +383,8 @@ def mean_of_dense(
     channel: Communicator, dense: Tensor, invalid: Invalid | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers. If the part is empty, there is no collective. If `invalid`
-    has recorded an error, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
+    has recorded the error of an invalid message, this worker sends NaN as dense[flag], or raises the error if `flag` is
+    None."""
     mine = dense.clone()
     if invalid is not None and flag is not None:
         invalid.report_in(mine[flag])
