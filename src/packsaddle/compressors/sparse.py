@@ -186,7 +186,8 @@ class _OfEachTensor(KOfD):
         return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
 
     def mu(self, d: int) -> float:
-        """Return the smallest k/d over tensors, since all energy may be in a single tensor."""
+        """Return the contraction mu: the smallest fraction k/d of kept coordinates over the tensors in the vector,
+        since all of ||v||^2 may be in a single tensor."""
         return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
 
 
@@ -269,7 +270,8 @@ class RandomK(_OfEachTensor):
         return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
-        """Return the kept cells for d coordinates, on `device`; a pure function of (seed, step)."""
+        """Return the cells (runs of coordinates) that are kept of a vector of d coordinates, with their indices on
+        `device`: a pure function of (seed, step)."""
         if not self.per_tensor:
             n, m = self.grid(d)
             return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
