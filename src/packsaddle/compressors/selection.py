@@ -227,9 +227,9 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers that are proportional to `weights`, one per weight. Each integer is clamped to
-    [1, n], where n is the entry of `sizes` for this weight, at least 1. Rounding is by largest remainders. `total` is first
-    clamped to [number of sizes, sum of sizes]."""
+    """Divide `total` into integers that are proportional to `weights`, one per weight. Each integer is clamped to the
+    range from 1 to its entry in `sizes`, which is at least 1. Rounding is by largest remainders. `total` is first
+    clamped to the range from the number of sizes to their sum."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0
