@@ -24,7 +24,8 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a sum of compressed vectors: a message that decodes to coordinates [start, stop), times `weight`."""
+    """One term of a sum of compressed vectors: a compressor's message, which decodes to the coordinates [start, stop)
+    of the vector, times `weight`."""
 
     compressor: Compressor
     message: Message
@@ -70,7 +71,8 @@ class Invalid:
 
     @property
     def error(self) -> MessageError | None:
-        """The first error, or None if all messages are valid. The host waits for checks on a GPU."""
+        """The first MessageError that was recorded, or None if all messages are valid. The host waits for checks on a
+        GPU."""
         return next((error for is_valid, error in self._checks if not is_valid), None)
 
     def report_in(self, number: Tensor) -> None:
@@ -112,8 +114,8 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """The number of operations of each kind that a worker performs in one exchange, on vectors of `coordinates`
-    numbers."""
+    """The number of operations of each kind (encoding, decoding and adding messages) that a worker performs in one
+    exchange, on vectors of `coordinates` numbers."""
 
     compressor: Compressor
     coordinates: int
@@ -124,7 +126,7 @@ class Work:
 
 
 class Aggregator(ABC):
-    """A method of averaging compressed vectors C(v), and uncompressed parts, over workers."""
+    """A method of averaging compressed vectors C(v), and uncompressed parts (such as small tensors), over workers."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -153,7 +155,8 @@ class Aggregator(ABC):
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def most_sent(self, d: int, dense: int, workers: int, itemsize: int) -> int:
-        """Return the bytes that the busiest worker sends in one exchange."""
+        """Return the number of bytes that the busiest worker sends in one exchange of d compressed and `dense`
+        uncompressed coordinates."""
         collectives = self.collectives(d, dense, workers, itemsize)
         return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
@@ -207,8 +210,9 @@ class Aggregator(ABC):
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part. Its result is exactly the mean,
-    because the compressor is linear. The communication buffer is reused: a result is valid until the next exchange."""
+    """One all-reduce of a linear compressor's message and the uncompressed part (such as small tensors). Its result is
+    exactly the mean, because the compressor is linear. The communication buffer is reused: a result is valid until the
+    next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -233,7 +237,8 @@ class AllReduce(Aggregator):
 
 
 class AllGather(Aggregator):
-    """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
+    """All-gather of the workers' compressed messages, which every worker averages locally, and an all-reduce of the
+    uncompressed part (such as small tensors)."""
 
     def average(
         self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
@@ -398,7 +403,7 @@ def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Average a part of a message and the uncompressed part over workers in one all-reduce, and return both means.
-    The ledger records the bytes of `part` under `name`."""
+    """Average a part of a message and the uncompressed part over workers in one all-reduce, and return both means. The
+    bytes of `part` are counted under `name`."""
     mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
     return mean[: len(part)], mean[len(part) :]
