@@ -153,7 +153,8 @@ class KOfD(Compressor):
         return min(d, max(1, round(self.ratio * d)))
 
     def mu(self, d: int) -> float:
-        """Return the contraction k/d, exact for RandomK and a lower bound for TopK (Stich et al. 2018)."""
+        """Return the contraction mu = k/d, which is exact for RandomK and a lower bound for TopK (Stich et al.
+        2018)."""
         return self.count(d) / d if d else 1.0
 
 
@@ -255,7 +256,8 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the fraction of cells kept, which is at least k/d, times `value_retention` of the format `values`."""
+        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d, times the
+        fraction of the energy that the format `values` retains (`value_retention`)."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
