@@ -139,7 +139,8 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError if a nested value contains a type that torch.load(weights_only=True) rejects."""
+    """Raise CheckpointError if `value`, a nested state to save, contains a type that torch.load(weights_only=True)
+    rejects. The error calls the value `where`."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             if not _is_plain_key(key):
@@ -164,7 +165,7 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove the folders of all steps that are older than the `keep` newest steps."""
+    """Remove from a checkpoint folder the folders of all steps that are older than the `keep` newest steps."""
     oldest = steps_in(folder)[-keep:][0]
     for step, path, _ in _step_folders(folder):
         if step < oldest:

@@ -179,8 +179,8 @@ def _signed(word: int, bits: int = 32) -> int:
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
-    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence of `key`.
-    The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
+    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence that `key`
+    defines. The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
         return

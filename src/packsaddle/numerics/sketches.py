@@ -39,7 +39,8 @@ class RowHash:
 
     @classmethod
     def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
-        """Draw the hash of a row for d coordinates: a pure function of (seed, step, row), identical on every device."""
+        """Draw the hash of one row of a count sketch of d coordinates: a pure function of (seed, step, row), identical
+        on every device."""
         chunks = -(-d // columns)
         rng = generator(seed, step, Stream.SKETCH, worker=row)
         rotations = torch.randint(columns, (chunks,), generator=rng)
