@@ -33,12 +33,14 @@ class ConfigError(ValueError):
 
 
 class GuardError(RuntimeError):
-    """A check during training failed, on all workers; the message gives the reason."""
+    """Raised on all workers if a check during training fails: too many consecutive steps were skipped, or the workers'
+    parameters or settings differ. The message gives the reason."""
 
 
 class MessageError(ValueError):
-    """A compressor's message cannot be decoded: its part named `part` must be `expected` and is `found`. `compressor`
-    is the compressor's name, and `worker` is the sender's rank, or None if the rank is unknown."""
+    """A compressor's message, i.e. a compressed vector that a worker sends, cannot be decoded: the part of the message
+    named `part` must be `expected`, and is `found`. `compressor` is the compressor's name, and `worker` is the sender's
+    rank, or None if the rank is unknown."""
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None
@@ -52,7 +54,7 @@ class MessageError(ValueError):
 
 
 class MissingExtraError(ConfigError):
-    """A feature needs a package that is not installed."""
+    """A feature needs an optional package that is not installed; the message has the command to install it."""
 
 
 def check_integers(least: int, **values: object) -> None:

@@ -47,7 +47,7 @@ Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t)
 
 @dataclass(frozen=True)
 class Check:
-    """Settings of the escape check, which divides a run into segments (lines 5 to 7)."""
+    """Settings of the escape check, which divides a run into segments (lines 5 to 7 of Algorithm 1)."""
 
     objective: Callable[[Tensor], float]  # x -> f(x), the mean objective of all workers
     interval: float = math.inf  # I; a segment ends when more than I iterations have passed
@@ -87,7 +87,7 @@ def algorithm1(
     trace = Trace()
     seeds = [mix(seed, i + 1) if compressor.private else seed for i in range(len(gradients))]
     e = [torch.zeros_like(x) for _ in gradients]  # line 1
-    x_start, t_start = x, 0  # line 2; `t_start` is the paper's t'
+    x_start, t_start = x, 0  # line 2 of Algorithm 1; `t_start` is the paper's t'
     for t in range(steps):  # line 3
         y = x - eta * mean(e)
         if check and (t - t_start > check.interval or (x_start - y).norm() > check.radius):  # lines 4 and 5
@@ -104,17 +104,17 @@ def algorithm1(
         e = [v_i - g_i for v_i, g_i in zip(v, g, strict=True)]  # line 12
     trace.x.append(x)
     trace.e.append(mean(e))
-    return trace  # line 14: `trace.x[-1]` is x_T
+    return trace  # line 14 of Algorithm 1: `trace.x[-1]` is x_T
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
-    """Return the mean of `vectors`, one float[d] per worker."""
+    """Return the mean over workers of `vectors`, which has one float[d] per worker."""
     return sum(vectors, torch.zeros_like(vectors[0])) / len(vectors)
 
 
 def noise(like: Tensor, r: float, seed: int, t: int) -> Tensor:
-    """Return the noise xi_t ~ N(0, r^2 Id) of iteration t as a vector like `like`, float[d]: a pure function of (seed,
-    t)."""
+    """Return the noise xi_t ~ N(0, r^2 Id) of iteration t as a vector with the shape and dtype of `like`, float[d]. It
+    is a pure function of (seed, t)."""
     xi = torch.zeros_like(like)
     add_gaussians(xi, r, keys(seed, t, Stream.NOISE))
     return xi

@@ -58,7 +58,8 @@ class SimpleLocalUpdates:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # Each worker sends the signs of v, eight in a byte, and the mean magnitude of each tensor.
+        # Each worker sends the signs of its local update v, eight in a byte, and the mean magnitude of each tensor in
+        # v.
         vs = [(self.anchor[x] - x).flatten() for x in self._coded]
         if vs:
             signs = _packed(torch.cat(vs) >= 0)
@@ -81,20 +82,22 @@ class SimpleLocalUpdates:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Exchange the unsent updates uncompressed, so that all workers have the parameters of the anchor."""
+        """Exchange the unsent updates uncompressed, so that all workers then have equal parameters: those of the
+        anchor, i.e. the parameters on which the workers agree."""
         xs = [*self._coded, *self._whole]
         self._apply(xs, torch.cat([(self.anchor[x] - x).flatten() for x in xs]))
 
     def _apply(self, xs: list[Tensor], v: Tensor) -> None:
-        """Set the anchor a of the parameters `xs` to a - mean_i v_i, and the parameters to a. `v` is this worker's
-        local update of these parameters, flattened."""
+        """Move the anchor a, i.e. the values of the parameters `xs` on which all workers agree, to a - mean_i v_i,
+        where v_i is the local update of worker i. Then set the parameters to a. `v` is this worker's local update of
+        these parameters, flattened."""
         dist.all_reduce(v)
         for x, mean in zip(xs, torch.split(v / dist.get_world_size(), [x.numel() for x in xs]), strict=True):
             x.copy_(self.anchor[x].sub_(mean.view_as(x)))
 
 
 def _gathered(mine: Tensor) -> list[Tensor]:
-    """Return the tensors `mine` of all workers, in the order of the workers' ranks."""
+    """All-gather the tensor `mine` of every worker, and return the tensors in the order of the workers' ranks."""
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     return found

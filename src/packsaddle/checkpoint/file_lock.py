@@ -64,14 +64,15 @@ def release(fd: int, path: Path) -> None:
 
 
 def release_everywhere(fd: int, path: Path) -> None:
-    """Release a lock even if forked child processes have inherited its descriptor."""
+    """Release the lock on the file `path` with the descriptor `fd`, even if forked child processes have inherited the
+    descriptor."""
     assert fcntl is not None
     fcntl.flock(fd, fcntl.LOCK_UN)
     release(fd, path)
 
 
 def check_not_held(path: Path) -> None:
-    """Raise HeldError if another process has the lock now."""
+    """Raise HeldError if a process holds the lock on the file `path` now."""
     with suppress(OSError):  # the file was never locked, or locks are not supported
         fd = os.open(path, os.O_RDWR)
         try:

@@ -59,12 +59,14 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps that have a folder, except those set aside as unusable, in ascending order."""
+    """Return the steps that have a folder in a checkpoint folder, in ascending order, except steps that were set aside
+    (renamed) as unusable."""
     return sorted(step for step, _, aside in _step_folders(folder) if not aside)
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Return (step, path, True if set aside) for each step folder in a checkpoint folder."""
+    """Return, for each step folder in a checkpoint folder, its step, its path, and True if it was set aside (renamed)
+    as unusable."""
     found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
 
@@ -137,7 +139,8 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError if a nested value contains a type that torch.load(weights_only=True) rejects."""
+    """Raise CheckpointError if `value`, a nested state to save, contains a type that torch.load(weights_only=True)
+    rejects. The error calls the value `where`."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             if not _is_plain_key(key):
@@ -162,7 +165,7 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove the folders of all steps that are older than the `keep` newest steps."""
+    """Remove from a checkpoint folder the folders of all steps that are older than the `keep` newest steps."""
     oldest = steps_in(folder)[-keep:][0]
     for step, path, _ in _step_folders(folder):
         if step < oldest:
@@ -186,7 +189,8 @@ def remove(step: Path) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the folders of all steps after `step`, which are incomplete or damaged, so that they are never read."""
+    """Rename the folders of all saved steps after `step`, which are incomplete or damaged, so that they are never
+    read."""
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)

@@ -59,7 +59,7 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:
-    """Yield a part of a checkpoint, and the optimizers that it wraps."""
+    """Yield `part`, an object whose state a checkpoint contains, and the optimizers that it wraps."""
     while part is not None:
         yield part
         part = getattr(part, "optimizer", None)
@@ -100,7 +100,8 @@ def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the saved states fit the parts, as far as can be checked without loading."""
+    """Raise CheckpointError unless `state`, the saved states by name, fits `parts` (the model, optimizers and other
+    objects that it is loaded into), as far as can be checked without loading."""
     check_names(parts, state)
     for name, part in parts.items():
         if isinstance(part, nn.Module):
@@ -115,7 +116,9 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
-    """Restore all parts on all workers. If one fails, all are rolled back and CheckpointError is raised; collective."""
+    """Load `state`, the saved states by name, into `parts` (the model, optimizers and so on) on all workers;
+    collective. If one part fails to load on some worker, all parts are rolled back on all workers, and CheckpointError
+    is raised."""
     before = tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", copy=True), {name: part.state_dict() for name, part in parts.items()}
     )

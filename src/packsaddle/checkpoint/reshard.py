@@ -42,8 +42,9 @@ def fingerprint(value: Any) -> bytes:
 
 
 def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) -> tuple[list[Path], str]:
-    """Return the paths of this worker's tensors in `content` that equal worker 0's tensors at the same paths, and the
-    joint fingerprint of these tensors; collective. On worker 0 both are empty."""
+    """Return the paths (sequences of keys) of those tensors in `content`, this worker's state, that equal worker 0's
+    tensors at the same paths. Also return the joint fingerprint (sha256) of these tensors. Collective. On worker 0 both
+    are empty."""
     if collectives.group.size == 1:
         return [], ""
     # Compare only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 writes all its tensors.
@@ -63,9 +64,9 @@ def without(content: Any, paths: list[Path]) -> Any:
 
 
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
-    """Return a copy of `content` in which the values at `paths` are copies of the tensors in `whole`, worker 0's
-    content. Also return the joint fingerprint of these tensors. Raises LookupError or TypeError if `whole` has no
-    tensor at one of the paths."""
+    """Return a copy of `content`, a worker's nested state, in which the values at `paths` (sequences of keys) are
+    copies of the tensors at these paths in `whole`, worker 0's state. Also return the joint fingerprint (sha256) of
+    these tensors. Raises LookupError or TypeError if `whole` has no tensor at one of the paths."""
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise TypeError("not a tensor")
@@ -99,7 +100,8 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
 
 @dataclass
 class Split:
-    """One worker's state, divided into tensors to average and values that must be equal on all workers."""
+    """The saved state of one part of a checkpoint (a model, an optimizer, ...) from one worker, divided into tensors to
+    average over workers and values that must be equal on all workers."""
 
     means: dict[Path, Tensor] = field(default_factory=dict)
     equal: dict[Path, Any] = field(default_factory=dict)
@@ -130,7 +132,7 @@ def resharded(
     for name, part in parts.items():
         try:
             splits[name] = _split(part, template["parts"][name])
-        except ValueError as error:  # raised on all workers, since all have the template
+        except ValueError as error:  # raised on all workers, since all have worker 0's content
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
         mine = [_split(part, content["parts"][name]) for content in contents]
@@ -186,8 +188,8 @@ def _reductions(
 def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return worker 0's `extra`, the user's further state of the run. Its floating-point tensors are averaged if they
-    have the same shape on all workers."""
+    """Return worker 0's `extra`, i.e. the state of the run that the user saved besides the parts. Its floating-point
+    tensors are averaged over the workers that saved it, if they have the same shape on all of them; collective."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
@@ -230,7 +232,8 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 def _shares(
     parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return, by the name of each part, the weights of the states in `contents` in the part's mean; collective.
+    """Return, by the name of each part of a checkpoint, the weights with which the states in `contents` enter the mean
+    of the part's states over workers; collective.
 
     Weights are those of the part's `LocalUpdates`, 1 on average, and all 1 without a `LocalUpdates`. Raises
     CheckpointError, on every worker, for a module with several `LocalUpdates` whose weights differ.
@@ -287,8 +290,9 @@ def _layout(value: Any) -> Any:
 
 
 def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
-    """Return a path at which some worker's state differs from `template`: only one of the two has a value there, or
-    the shapes of their tensors differ. Returns None if all states match; collective."""
+    """Return a path (a sequence of keys) at which some worker's saved state does not match `template`, worker 0's
+    state: only one of the two has a value there, or the shapes of their tensors differ. Returns None if all states
+    match. Collective."""
 
     def layouts(split: Split) -> dict[Path, Any]:
         return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}
@@ -304,7 +308,8 @@ def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollecti
 
 
 def _different(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> list[Path]:
-    """Return the paths in `template.equal` at which a worker's value differs from the template's value; collective."""
+    """Return the paths (sequences of keys) in `template.equal` at which some worker's saved value differs from that of
+    `template`, worker 0's state; collective."""
     paths = list(template.equal)
     here = {
         i

@@ -117,7 +117,8 @@ def save_checkpoint(
 
 
 def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
-    """Return the parts' states and `extra`. Raises CheckpointError if they cannot be saved in `folder` as this step."""
+    """Return the content of this worker's file: the states of `parts`, and `extra`. Raises CheckpointError if they
+    cannot be saved in `folder` as step `step`."""
     if keep < 2:  # while a step is being written, only the previous step is complete
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:

@@ -24,7 +24,8 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a sum of compressed vectors: a message that decodes to coordinates [start, stop), times `weight`."""
+    """One term of a sum of compressed vectors: a compressor's message, which decodes to the coordinates [start, stop)
+    of the vector, times `weight`."""
 
     compressor: Compressor
     message: Message
@@ -36,7 +37,8 @@ class Term:
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
-        """Return the approximate largest absolute value of this term, float64[]; finite if the message is finite."""
+        """Return the approximate largest absolute value of this term, i.e. of a decoded message times its weight, as
+        float64[]. It is finite if the message is finite."""
         parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
         return torch.stack(parts).sum() * self.weight
 
@@ -69,7 +71,8 @@ class Invalid:
 
     @property
     def error(self) -> MessageError | None:
-        """The first error, or None if all messages are valid. The host waits for checks on a GPU."""
+        """The first MessageError that was recorded, or None if all messages are valid. The host waits for checks on a
+        GPU."""
         return next((error for is_valid, error in self._checks if not is_valid), None)
 
     def report_in(self, number: Tensor) -> None:
@@ -111,8 +114,8 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """The number of operations of each kind that a worker performs in one exchange, on vectors of `coordinates`
-    numbers."""
+    """The number of operations of each kind (encoding, decoding and adding messages) that a worker performs in one
+    exchange, on vectors of `coordinates` numbers."""
 
     compressor: Compressor
     coordinates: int
@@ -123,7 +126,7 @@ class Work:
 
 
 class Aggregator(ABC):
-    """A method of averaging compressed vectors C(v), and uncompressed parts, over workers."""
+    """A method of averaging compressed vectors C(v), and uncompressed parts (such as small tensors), over workers."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -152,7 +155,8 @@ class Aggregator(ABC):
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def most_sent(self, d: int, dense: int, workers: int, itemsize: int) -> int:
-        """Return the bytes that the busiest worker sends in one exchange."""
+        """Return the number of bytes that the busiest worker sends in one exchange of d compressed and `dense`
+        uncompressed coordinates."""
         collectives = self.collectives(d, dense, workers, itemsize)
         return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
@@ -162,7 +166,8 @@ class Aggregator(ABC):
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
-        """Return the range of coordinates for which worker `rank` keeps the residual of the mean (see `Owners`)."""
+        """Return the range of coordinates for which worker `rank` keeps the residual of the mean, i.e. the part of the
+        mean that is lost when the worker compresses it (see `Owners`). By default this range is empty."""
         return slice(0, 0)
 
     def mu(self, d: int, workers: int) -> float:
@@ -176,16 +181,19 @@ class Aggregator(ABC):
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Discard the state that is kept between exchanges, such as the low-rank warm start."""
+        """Discard the state that is kept between exchanges, such as the matrices from which low-rank compression
+        starts."""
 
     def snapshot(self) -> Any:
         return None
 
     def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators have no state
-        """Roll the state back to `snapshot`, and discard the exchanges since then."""
+        """Roll the state back to `snapshot`, a result of the method `snapshot`, as if the exchanges since then had not
+        happened."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, such as the low-rank warm start, as tensors and plain types."""
+        """Return the state that is kept between exchanges, such as the matrices from which low-rank compression starts,
+        as tensors and plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
@@ -202,8 +210,9 @@ class Aggregator(ABC):
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part. Its result is exactly the mean,
-    because the compressor is linear. The communication buffer is reused: a result is valid until the next exchange."""
+    """One all-reduce of a linear compressor's message and the uncompressed part (such as small tensors). Its result is
+    exactly the mean, because the compressor is linear. The communication buffer is reused: a result is valid until the
+    next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -228,7 +237,8 @@ class AllReduce(Aggregator):
 
 
 class AllGather(Aggregator):
-    """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
+    """All-gather of the workers' compressed messages, which every worker averages locally, and an all-reduce of the
+    uncompressed part (such as small tensors)."""
 
     def average(
         self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
@@ -341,8 +351,10 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the next warm start: (P^T M)^T of each matrix M, divided by its largest magnitude. Returns None if one
-        of them is zero or non-finite, or if the compressor has no matrix shapes."""
+        """Return the matrices from which the next exchange starts: for each matrix M, (P^T M)^T divided by its largest
+        magnitude, where P and P^T M are the low-rank factors of M in `message`. `qs` are the start matrices of this
+        exchange. Returns None if one of the new start matrices is zero or non-finite, or if the compressor has no
+        matrix shapes."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
@@ -376,7 +388,8 @@ def mean_of_dense(
     channel: Communicator, dense: Tensor, invalid: Invalid | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers. If the part is empty, there is no collective. If `invalid`
-    has recorded an error, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
+    has recorded the error of an invalid message, this worker sends NaN as dense[flag], or raises the error if `flag` is
+    None."""
     mine = dense.clone()
     if invalid is not None and flag is not None:
         invalid.report_in(mine[flag])
@@ -390,7 +403,7 @@ def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Average a part of a message and the uncompressed part over workers in one all-reduce, and return both means.
-    The ledger records the bytes of `part` under `name`."""
+    """Average a part of a message and the uncompressed part over workers in one all-reduce, and return both means. The
+    bytes of `part` are counted under `name`."""
     mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
     return mean[: len(part)], mean[len(part) :]

@@ -45,7 +45,8 @@ def star_broadcast(payload: int, rank: int, workers: int) -> Bytes:
 
 
 class Communicator:
-    """The collectives of a group, with bytes recorded in a ledger under the current `step`, which the caller sets."""
+    """The collectives of a group of workers. Their bytes are recorded in a ledger (byte counts by step and purpose)
+    under the current `step`, which the caller sets."""
 
     def __init__(self, group: Group, ledger: Ledger) -> None:
         self.group = group
@@ -54,7 +55,8 @@ class Communicator:
 
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
         """Average a tensor over workers in place by all-reduce, and return it. `purpose` is the name under which the
-        ledger records the bytes. If parts of the tensor have different names, it is the number of elements by name."""
+        bytes are counted. If parts of the tensor are counted under different names, `purpose` is a dict of the number
+        of elements by name."""
         self.group.all_reduce(tensor)
         if self.group.size > 1:
             tensor.div_(self.group.size)
@@ -90,9 +92,9 @@ class Communicator:
 
         Names and dtypes must match on all workers. With `fixed_size`, all workers' parts have equal sizes. Otherwise
         `sizes` are the bytes of the parts by rank, if all workers know them; if None, they are gathered first. Shorter
-        messages are padded to the longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all
-        under `purpose`. Raises MessageError on all workers if the sizes that one worker announces are negative, are not
-        multiples of the parts' element sizes, or exceed `most` bytes in total.
+        messages are padded to the longest. Bytes are counted under the parts' names, "sizes" and "padding", or all
+        under `purpose` if it is given. Raises MessageError on all workers if the sizes that one worker announces are
+        negative, are not multiples of the parts' element sizes, or exceed `most` bytes in total.
         """
         wire, own = _join(parts), part_sizes(parts)
         if fixed_size:
@@ -165,8 +167,8 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces are negative, are not multiples of the element
-    sizes in `like`, or exceed `most` in total."""
+    """Raise MessageError if the sizes in bytes that `worker` announces for the parts of its message are negative,
+    exceed `most` in total, or are not multiples of the element sizes of the parts in `like`."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
@@ -174,13 +176,13 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of a message that encodes d coordinates in parts with the names in
-    `parts`."""
+    """Return a loose upper bound on the number of bytes of a message that encodes d coordinates in as many parts as
+    `parts` has."""
     return (64 * d + 4096) * len(parts)
 
 
 def part_sizes(parts: Parts) -> list[int]:
-    """Return the bytes of each part of a message."""
+    """Return the size of each part of a message, in bytes."""
     return [part.numel() * part.element_size() for part in parts.values()]
 
 
@@ -195,13 +197,15 @@ def _packed(part: Tensor) -> Tensor:
 
 
 def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:
-    """Split a byte buffer into parts with the names and dtypes of `like`, copied so that their memory is aligned."""
+    """Split `wire`, a message as one byte buffer, into parts with the names and dtypes of those in `like`. `sizes` are
+    the numbers of bytes of the parts. The parts are copied, so that their memory is aligned."""
     pieces = torch.split(wire, [*sizes, len(wire) - sum(sizes)])  # the last piece is padding
     return {name: b.clone().view(part.dtype) for (name, part), b in zip(like.items(), pieces, strict=False)}
 
 
 class ObjectCollectives:
-    """Collectives for Python values, whose bytes are not recorded in a ledger. Every method is collective."""
+    """Collectives for Python values, such as numbers, lists and states of optimizers. Their bytes are not counted.
+    Every method is collective."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device

@@ -87,7 +87,8 @@ def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[
 
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
-    """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
+    """Return the error message for a failed collective: which workers are lost according to the roll call, what the
+    user can do, and the beginning of `error`, the error of the backend."""
     # Remove the file name and the line number of torch's source from the message.
     text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])
     reason = " ".join(text.split()).partition(". ")[0][:60]

@@ -221,7 +221,8 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[TorchGroup]:
-    """Return one group for each distinct set of processes, in the order of their first appearance."""
+    """Return one group for each distinct set of processes among `process_groups`, in the order of their first
+    appearance."""
     return [TorchGroup(group) for group in {tuple(dist.get_process_group_ranks(g)): g for g in process_groups}.values()]
 
 

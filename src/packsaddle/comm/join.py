@@ -2,7 +2,8 @@
 
 Before a step with collectives, each worker announces these collectives by an all-reduce, in which `Join` counts the
 workers that still train. An ended worker runs the same step without training: in its first exchange after the end it
-sends its last local update, and later only its error memory. Each mean is over all workers, so no update is lost.
+sends its last local update (the change of its parameters), and later only its error memory (the part of its updates
+that compression has not sent yet). Each mean is over all workers, so no update is lost.
 """
 
 from abc import abstractmethod
@@ -15,8 +16,9 @@ from packsaddle.comm.group import Group
 
 
 class JoinableSteps(Joinable):
-    """A torch Joinable that counts its steps. It does not support `elastic` workers, which may join and leave.
-    `equal` is True if all workers make the same number of steps between two exchanges."""
+    """An object for torch's `Join` that counts the steps of this worker's optimizer. It does not support `elastic`
+    workers, which may join and leave. `equal` is True if all workers make the same number of steps between two
+    exchanges."""
 
     steps: int
 

@@ -32,8 +32,8 @@ from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
 
-# Name of the environment variable with the address at which rank 0's store listens. If it is unset, the store listens
-# at MASTER_ADDR.
+# Name of the environment variable with the address at which rank 0's TCPStore (torch's key-value store) listens. If the
+# variable is unset, the store listens at MASTER_ADDR.
 BIND = "PACKSADDLE_BIND"
 
 
@@ -94,8 +94,8 @@ _ROUND = 1.0  # seconds to wait for a confirmation of a proposed key prefix befo
 
 
 def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
-    """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError if there is no agreement
-    within `seconds`.
+    """Return a prefix of the keys in torch's `store` on which all workers of this launch agree; collective. Raises
+    RuntimeError if there is no agreement within `seconds`.
 
     Rank 0 proposes a prefix, and publishes a list of the ids of the workers that answered. Each worker confirms once
     the list contains its own id, so answers from workers of an earlier launch are detected.
@@ -168,7 +168,7 @@ def recording_sigterm() -> Iterator[None]:
 
 # Seconds from a worker's failure until the other workers receive SIGTERM, and from SIGTERM until SIGKILL.
 SHUTDOWN_SECONDS = 3.0
-ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
+ORPHAN_SECONDS = 30.0  # seconds for a worker to save a checkpoint after its launcher was killed
 _MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
 
@@ -190,12 +190,12 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
 
 
 def _stop_with_launcher() -> None:
-    """Wait until the launcher exits, then send SIGTERM to this process. A launcher exits before its workers only if it
-    was killed."""
+    """Wait until the launcher exits, then send SIGTERM to this process unless it has received one, and end it
+    ORPHAN_SECONDS later. A launcher exits before its workers only if it was killed."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
-        # After a first SIGTERM this worker is already saving, and a second SIGTERM would end it.
+        # After a first SIGTERM this worker is already saving a checkpoint, and a second SIGTERM would end it.
         if not asked_to_stop():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
@@ -209,9 +209,9 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Context manager that initializes the launcher's process group. Its backend is NCCL (xccl on XPU) if every worker
-    has a GPU, and otherwise gloo. Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises
-    ConfigError if the group cannot be initialized."""
+    """Context manager that initializes torch's default process group from the environment variables of the launcher.
+    Its backend is NCCL (xccl on XPU) if every worker has a GPU, and otherwise gloo. Collectives that exceed `timeout`,
+    by default torch's, raise PeerLostError. Raises ConfigError if the group cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -238,8 +238,8 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
 def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
     """Return `store`, `rank` and `world_size` for `init_process_group`, or {} if torch's own store can be used.
 
-    Under torchrun this is torchrun's store with a new key prefix, unless torchrun never restarts workers. Under other
-    launchers it is a store in rank 0's process that listens only at MASTER_ADDR, or at BIND if that is set.
+    Under torchrun the store is torchrun's with a new key prefix, unless torchrun never restarts workers. Under other
+    launchers the store is in rank 0's process, and listens only at MASTER_ADDR, or at BIND if that is set.
     """
     is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -377,8 +377,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
             for name in _LOGGERS:
                 stack.enter_context(replaced(logging.getLogger(name), "disabled", True))
             # After a worker failed, torch waits 30 s for the other workers to react to SIGTERM, and it has no setting
-            # for that time. LaunchConfig's shutdown_timeout is the time for workers to save after a signal to the
-            # launcher, and stays at 30 s.
+            # for that time. LaunchConfig's shutdown_timeout is the time for workers to save a checkpoint after a signal
+            # to the launcher, and stays at 30 s.
             join = partialmethod(ProcessContext.join, grace_period=SHUTDOWN_SECONDS)
             stack.enter_context(replaced(ProcessContext, "join", join))
             stack.enter_context(_restoring_signal_handlers())

@@ -1,4 +1,4 @@
-"""The ledger: bytes that this worker sent and received, by step and by purpose."""
+"""The ledger, a record of the bytes that this worker sent and received, by step and by purpose."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -86,7 +86,8 @@ class Ledger:
         )
 
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
-        """Record `moved`, the bytes of a collective for a purpose at a step; steps must not decrease."""
+        """Record `moved`, the bytes of one call of `collective` at `step`, under the name `purpose`. `step` must not be
+        smaller than in the previous call."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
         # Remove this step from the newest span. Then extend the span that ends at the previous step, if both steps have
         # equal bytes, or start a new span.

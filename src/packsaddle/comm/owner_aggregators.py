@@ -46,8 +46,8 @@ class Owners(Aggregator):
 
     @property
     def _knows_replies(self) -> bool:
-        """True if an owner's reply for a chunk has the same size as every worker's message for that chunk. The sizes of
-        replies are then not sent."""
+        """True if the reply for a chunk, which the chunk's owner (the worker that averages it) returns, has the same
+        size as every worker's message for that chunk. The sizes of replies are then not sent."""
         return self.compressor.fixed_size and self.back == self.compressor
 
     @abstractmethod
@@ -122,9 +122,10 @@ class Owners(Aggregator):
         invalid: Invalid,
         sizes: list[list[int]] | None,
     ) -> tuple[Term, ...]:
-        """Send this owner's reply to all workers; return the replies of all owners as terms of the mean.
-        `sizes`, the bytes of the replies' parts by owner, are None if they must be exchanged."""
-        # Workers without a chunk derive the names and dtypes of the reply's parts by compressing zeros.
+        """Send `reply`, the compressed mean of the chunk that this worker owns, to all workers. Return the replies of
+        all owners as terms of the mean of the whole vector. `reply` is None if this worker owns no chunk. `sizes`, the
+        bytes of the replies' parts by owner, are None if they must be exchanged."""
+        # Workers without a chunk derive the names and dtypes of the parts of an owner's reply by compressing zeros.
         first, last = next((a, b) for a, b in chunks if a < b)
         zeros = v.new_zeros(last - first)
         example = reply or self.back.restrict(first, last, len(v)).encode(zeros, seed=seed, step=step)
@@ -143,14 +144,15 @@ class Owners(Aggregator):
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
     ) -> list[Parts]:
-        """Send this worker's reply to all workers; return all replies, of at most `most` bytes each, by rank."""
+        """Send `parts`, the parts of this worker's reply (the compressed mean of its chunk), to all workers. Return the
+        replies of all workers, of at most `most` bytes each, by rank."""
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
         return slice(*self.bounds(d, workers)[rank : rank + 2])
 
     def mu(self, d: int, workers: int) -> float:
         """Return the contraction mu of one exchange: the mean over chunks, weighted by chunk size, of the product of
-        the contractions of both compressors."""
+        two contractions, those of the compressor of messages and of the compressor of replies."""
         chunks = self._chunks(d, workers)
         parts = [(b - a, self.compressor.restrict(a, b, d), self.back.restrict(a, b, d)) for a, b in chunks]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
@@ -176,12 +178,13 @@ class Owners(Aggregator):
 
     @abstractmethod
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
-        """Return the collectives that send the owners' replies to all workers. `down` contains the size of each reply
-        in bytes. `header` is the number of bytes in which an owner announces the sizes of its reply's parts."""
+        """Return the collectives that send the owners' replies, i.e. the compressed means of all chunks, to all
+        workers. `down` contains the size of each reply in bytes. `header` is the number of bytes in which an owner
+        announces the sizes of its reply's parts."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the operation counts of an owner, which decodes the other workers' messages for its chunk, and the
-        replies of all owners."""
+        """Return the operation counts of an owner, i.e. a worker that averages a chunk. It decodes the other workers'
+        messages for its chunk, and the replies (compressed means) of all owners."""
         if not d:
             return []
         chunks = self._chunks(d, workers)
@@ -196,8 +199,8 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends the
-    means, by default also compressed, to all workers."""
+    """Each worker owns, i.e. averages, an equal chunk of the vector. An all-to-all sends the messages to the owners,
+    and an all-gather sends the means, by default also compressed, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
@@ -217,7 +220,8 @@ class TwoWay(Owners):
 
 
 class Coordinator(Owners):
-    """Rank 0 owns the whole vector. It gathers the messages, and broadcasts the mean, by default uncompressed."""
+    """Rank 0 owns, i.e. averages, the whole vector. It gathers the compressed messages, and broadcasts the mean, by
+    default uncompressed."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or Identity())

@@ -45,7 +45,8 @@ def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int,
 
 
 def check_exchange(exchange: str, back: Compressor | None) -> None:
-    """Raise ValueError for an unknown exchange, or for a `back` compressor with an exchange that does not use it."""
+    """Raise ValueError for an unknown exchange, or if `back`, the compressor of averages that are sent back to the
+    workers, is given for an exchange that does not use it."""
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
     if back is not None and exchange not in ("two-way", "coordinator"):
@@ -67,8 +68,9 @@ def choose(
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
     SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct", except that "two-way" replaces an
     all-gather if the busiest worker is predicted to send over 5% fewer bytes in "two-way" than in "direct". "two-way"
-    and "coordinator" may compress the mean again, with `back`. Raises ValueError if the exchange is unknown, or if the
-    compressor does not support this exchange or vectors of d coordinates.
+    (each worker averages a chunk of the vector) and "coordinator" (rank 0 averages the whole vector) may compress the
+    mean again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does not support this
+    exchange or vectors of d coordinates.
     """
     check_exchange(exchange, back)
     name = compressor.aggregation

@@ -67,7 +67,7 @@ class _Turns:
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))
         self._pass_on(rank)
         self.wait(rank)
-        if rank == 0:  # rank 0 resumes first, after all workers have submitted
+        if rank == 0:  # rank 0 resumes first, after all workers have submitted tensors
             submitted = [entry for entry in self._table if entry is not None]
             calls = [(k, *((tuple(t.shape), t.dtype) for t in ts if k != "all_to_all")) for k, ts in submitted]
             for other, call in enumerate(calls):

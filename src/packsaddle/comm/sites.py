@@ -20,7 +20,8 @@ from packsaddle.errors import ConfigError
 
 @contextmanager
 def fail_together(site: Group) -> Iterator[None]:
-    """Context manager that raises an error on all processes of a site if its block raises one on a process; collective.
+    """Context manager that raises an error on all processes of a site, i.e. a worker of several processes, if its block
+    raises one on some process of the site; collective.
 
     A ConfigError, and the PeerLostError that reports a lost process of the site, are raised on this process alone.
     """
@@ -38,8 +39,8 @@ def fail_together(site: Group) -> Iterator[None]:
 
 
 class SiteGroup(Group):
-    """A group whose workers are sites, each process of which has the whole model. `rank` is the index of this site, and
-    `size` the number of sites.
+    """A group whose workers are sites, i.e. sets of processes that train one model together. Each process has the whole
+    model. `rank` is the index of this site, and `size` the number of sites.
 
     Each process exchanges its part of a tensor with its peers, and then gathers the other parts within the site. Every
     process of a site must call the same collectives with the same values.
@@ -97,13 +98,13 @@ class SiteGroup(Group):
         tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
 
     def _length(self, size: int) -> int:
-        """Return the number of elements in the part of one process, if a site divides `size` elements among its
-        processes."""
+        """Return the number of elements that each process exchanges, if `size` elements are divided among the processes
+        of a worker."""
         return -(-size // self.processes)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last parts are
-        padded with zeros."""
+        """Return a flat copy of the part of a tensor that this process exchanges for its worker. All parts have equal
+        lengths, so the last parts are padded with zeros."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)
         mine = flat[self.within.rank * length :][:length]
@@ -111,7 +112,8 @@ class SiteGroup(Group):
         return part
 
     def _gathered(self, part: Tensor) -> Tensor:
-        """Gather `part` from all processes of this site, and return the tensors stacked along a new first dimension."""
+        """Gather the tensors `part` of all processes of this worker, and return them stacked along a new first
+        dimension."""
         data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no 8-bit floats
         return torch.stack(self.within.all_gather(data)).view(part.dtype)
 
@@ -127,9 +129,9 @@ class SiteGroup(Group):
 
 
 def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Group:
-    """Return the group to train in, as `training_group` does. For a mesh this is the group of the sites: the first
-    dimension of the mesh is the site, and the other dimensions are the processes of a site. Collective for a mesh of
-    three dimensions."""
+    """Return the group to train in, as `training_group` does. For a mesh it is the group of the sites, i.e. workers of
+    several processes: the first dimension of the mesh is the site, and the other dimensions are the processes of a
+    site. Collective for a mesh of three dimensions."""
     if not isinstance(given, DeviceMesh):
         return training_group(given)
     if given.ndim == 1:

@@ -1,9 +1,9 @@
 """The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
 
-A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v (Definition 2.1, read with <=
-because its strict < fails at v = 0). It is *linear* if C(a + b) = C(a) + C(b) for fixed randomness
-(Definition 2.2). The messages of different workers can then be averaged by one all-reduce, and
-Theorem 3.2's faster rate applies.
+A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v. (Definitions and theorems are those of
+"Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) It is *linear*
+if C(a + b) = C(a) + C(b) for fixed randomness (Definition 2.2). The messages of different workers can then be averaged
+by one all-reduce, and Theorem 3.2's faster rate applies.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,8 @@ _PART = 1 << 20  # coordinates; for a longer vector, `message_bytes` extrapolate
 
 @dataclass(frozen=True)
 class Message:
-    """The compressed form of a vector: `parts` are sent; every receiver recomputes `context` from them and the seed.
+    """The compressed form of a vector. Its `parts` are sent to other workers, and every receiver recomputes its
+    `context` from the parts and the seed.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -36,7 +37,7 @@ class Message:
     """
 
     parts: Mapping[str, Tensor]  # flat tensors [n] of any dtype, by name: "values", "indices", "scales", ...
-    context: Any = None  # data that is not sent, such as RandomK's support, which follows from (seed, step)
+    context: Any = None  # data that is not sent, such as RandomK's indices, which follow from (seed, step)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +69,8 @@ def check_count(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """A compressor's row in the table of the documentation, and its variants in comparisons."""
+    """The texts of a compressor's row in the documentation's table of compressors, and the arguments with which
+    comparisons of compressors construct it."""
 
     mu: str  # formula of the contraction mu
     message: str  # contents of a message
@@ -78,8 +80,9 @@ class Summary:
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
-    It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of the paper). A subclass is a frozen dataclass
-    with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. Override also
+    It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of "Escaping Saddle Points with Compressed SGD"). A
+    subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Test it with
+    `packsaddle.compressors.testing.check_compressor`. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
       length does not depend on v;
     - `context_of` if messages have a context, or contents to validate;
@@ -141,8 +144,9 @@ class Compressor(ABC):
             return Message(parts, self.context_of(parts, d, seed=seed, step=step))
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Any:
-        """Return the context of a message with these `parts`, which have passed `check_parts`; by default None. `seed`
-        and `step` are those of `encode`. Raises MessageError if the parts do not encode a vector of d coordinates."""
+        """Return the context of a message, i.e. its data that is not sent, from its `parts`, which have passed
+        `check_parts`. By default it is None. `seed` and `step` are those of `encode`. Raises MessageError if the parts
+        do not encode a vector of d coordinates."""
         return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
@@ -168,8 +172,8 @@ class Compressor(ABC):
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return (number of coordinates, probability that each is sent) for consecutive ranges that cover v, float[d].
-        Returns None if the probability depends on the values of v."""
+        """Return (number of coordinates, probability that a message contains each of them) for consecutive ranges of
+        coordinates that cover a vector v, float[d]. Returns None if the probability depends on the values of v."""
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
@@ -235,14 +239,15 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 
 @lru_cache(maxsize=4096)
 def part_count(compressor: Compressor, d: int) -> int:
-    # The number of parts does not depend on the length, so do not allocate a huge vector.
+    # The number of parts of a message does not depend on the vector's length, so do not allocate a huge vector.
     part = min(d, _PART)
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 @dataclass(frozen=True)
 class RatioRamp:
-    """A schedule of a compressor's ratio, which falls geometrically from `first` at step 0 to its own value at `stop`.
+    """A schedule of a compressor's ratio (the fraction of the coordinates that it sends). The ratio falls geometrically
+    from `first` at step 0 to that of `compressor` at step `stop`.
 
     Call it with a step to get the compressor for that step. It is the warm-up of Deep Gradient Compression (Lin et al.
     2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or

@@ -36,16 +36,16 @@ MOST_BITS = 8  # largest fixed width, in bits, of levels that can be entropy-cod
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of layer j of a quantized vector. Its members are the coordinates with |level| of at least j, and the layer
-    is the subset of members with |level| above j."""
+    """Sizes of layer j of a vector that is quantized to integer levels. The members are the coordinates whose level has
+    a magnitude of at least j, and the layer is the subset of the members whose level has a magnitude above j."""
 
-    members: int  # number of coordinates with magnitude at least j
-    going_on: int  # number of coordinates with magnitude above j, i.e. the `members` of layer j + 1
+    members: int  # number of coordinates whose level has a magnitude of at least j
+    going_on: int  # number whose level has a magnitude above j, i.e. the `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:
-        """True if the code lists the members with magnitude exactly j, because they are fewer than the members with a
-        larger magnitude."""
+        """True if the code of layer j lists the coordinates whose level has a magnitude of exactly j, because they are
+        fewer than those with a larger magnitude."""
         return 2 * self.going_on > self.members
 
     @property
@@ -54,7 +54,8 @@ class Layer:
 
     @cached_property
     def rice(self) -> int:
-        """The Rice parameter of the coded gaps between members: the number of bits of a remainder."""
+        """The Rice parameter of the code of this layer's gaps (the distances between the coordinates that the code
+        lists): the number of bits of a remainder."""
         return wire.shortest_rice(self.members, self.coded) if self.coded else 0
 
     @property
@@ -121,7 +122,8 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
 
 
 def _headed(head: Sequence[int], *bodies: Tensor) -> Tensor:
-    """Concatenate bytes: `head`, given as numbers, and the tensors `bodies`. The host does not wait for a GPU."""
+    """Concatenate the bytes `head`, given as numbers, and the tensors `bodies`, uint8[...] each. The host does not wait
+    for a GPU."""
     return torch.cat([*(bodies[0].new_full((1,), number) for number in head), *bodies])
 
 
@@ -130,9 +132,9 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
-    """Invert `encode_levels`: return level + top for each of d levels, uint8[d]. Raises MessageError if `coded` is
-    invalid. `head` is the list of the first two bytes of `coded`, or fewer if `coded` is shorter. If it is None, the
-    bytes are read here, and the host waits for a GPU."""
+    """Invert `encode_levels`: return level + top for each of d integer levels from -top to top, uint8[d]. Raises
+    MessageError if `coded` is invalid. `head` is the list of the first two bytes of `coded`, or fewer if `coded` is
+    shorter. If it is None, the bytes are read here, and the host waits for a GPU."""
     head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
@@ -193,8 +195,9 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 
 
 def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
-    """Decode the output of `_in_layers`, with `count` layers, to level + top for each level, uint8[d]. Raises
-    MessageError if the sizes in its header contradict each other or the length of `coded`."""
+    """Decode `coded`, an output of `_in_layers` with `count` layers, to level + top for each of d integer levels from
+    -top to top, uint8[d]. Raises MessageError if the sizes in its header contradict each other or the length of
+    `coded`."""
     # The header has two numbers per layer: the number of coordinates in the layer, and the number of bytes of its coded
     # gaps.
     width = _width(d)

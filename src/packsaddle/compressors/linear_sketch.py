@@ -62,11 +62,12 @@ class LinearSketch(Compressor):
         return replace(self, columns=max(1, round(self.columns * (stop - start) / d)))
 
     def width(self, d: int) -> int:
-        """Return c, the number of counters for d coordinates."""
+        """Return c, the number of counters to which a vector of d coordinates is compressed."""
         return max(1, min(d, self.columns if self.columns is not None else round((self.ratio or 0) * d)))
 
     def omega(self, d: int) -> float:
-        """Return omega for d coordinates, the variance of S^T S v divided by ||v||^2."""
+        """Return omega for vectors v of d coordinates: the variance of the estimate S^T S v divided by ||v||^2, where S
+        is the random matrix of the sketch."""
         if not d:
             return 0.0
         c = self.width(d)

@@ -68,13 +68,14 @@ class LowRank(Compressor):
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return a lower bound on the contraction in expectation over Q: the smallest matrix_rank / min(n, m) over the
-        matrices in v, float[d]."""
+        """Return a lower bound on the contraction mu, in expectation over the random matrix Q. It is the smallest
+        matrix_rank / min(n, m) over the matrices, float[n, m], of a vector of d coordinates."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
     def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
-        """Return a Gaussian matrix Q, float[m, rank], for each matrix in v, float[d]; a function of (seed, step)."""
+        """Return a Gaussian matrix Q, float[m, rank], for each matrix M, float[n, m], in v, float[d]. The columns of
+        M Q span the low-rank approximation of M. Q is a function of (seed, step)."""
         rng = generator(seed, step, Stream.SKETCH, device=v.device)
         qs = []
         for shape in self._shapes(len(v)):
@@ -88,8 +89,9 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message with P, float[n, rank], and P^T M for each M of `matrices`. `ps` contains the P of each matrix.
-        If `rank` is 0 for a matrix, the message has M itself instead of P and P^T M."""
+        """Return the message for `matrices`. For each matrix M it has P, an orthonormal basis float[n, rank], and the
+        product P^T M. `ps` contains the P of each matrix. If `rank` is 0 for a matrix, the message has M itself instead
+        of P and P^T M."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
@@ -111,7 +113,8 @@ class LowRank(Compressor):
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
         """Return the numbers of elements in the parts "left" and "right" of a message for d coordinates. "left" has the
-        factors P, and "right" the factors P^T M and the uncompressed matrices."""
+        factor P of each matrix M, an orthonormal basis, and "right" the factor P^T M, or M itself if M is sent
+        uncompressed."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)

@@ -57,7 +57,8 @@ def octets(least: int, most: int | None = None, last: int | None = None) -> Expe
 
 
 def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected], d: int) -> None:
-    """Raise MessageError unless `parts` are flat and match `expected`; the error names d, the vector's length."""
+    """Raise MessageError unless the `parts` of a message are flat and have the `expected` dtypes and lengths. The error
+    names d, the length of the compressed vector."""
     if parts.keys() != expected.keys():
         raise MessageError("parts", ", ".join(sorted(expected)), ", ".join(sorted(parts)) or "none")
     for name, part in parts.items():

@@ -133,8 +133,8 @@ class Rounded(Compressor):
         check_format("Rounded", self.values)
 
     def mu(self, d: int) -> float:
-        """Return `value_retention` of the format, which is a lower bound on the contraction mu for every v of d
-        coordinates."""
+        """Return a lower bound on the contraction mu for every vector of d coordinates: the fraction of ||v||^2 that
+        the format retains (`value_retention`)."""
         return value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -199,7 +199,8 @@ class QSGD(Compressor):
         return not self.coded or self.bits > MOST_BITS
 
     def omega(self, d: int) -> float:
-        """Return omega, where E||Q(v) - v||^2 <= omega ||v||^2 for d coordinates (Alistarh et al. 2017, Lemma 3.1)."""
+        """Return omega for vectors v of d coordinates, where E||Q(v) - v||^2 <= omega ||v||^2 for the rounded vector
+        Q(v) (Alistarh et al. 2017, Lemma 3.1)."""
         b = min(d, self.bucket)
         return min(b / self.levels**2, math.sqrt(b) / self.levels)
 
@@ -234,7 +235,7 @@ class QSGD(Compressor):
         return Message({"levels": coded, "scales": norms}, (codes, some))
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
-        """Quantize n buckets, float[n, b], which begin at index `first` of v.
+        """Quantize n buckets of b consecutive coordinates, float[n, b], which begin at index `first` of the vector.
         Returns the code level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
@@ -294,9 +295,9 @@ class QSGD(Compressor):
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
     def _not_zero(self, norms: Tensor, d: int, nonzero: int) -> "_Buckets | None":
-        """Return the buckets whose norm is not 0; only their levels are entropy-coded and sent. `nonzero` is the number
-        of these buckets. Returns None, so that all buckets are sent, if more than 7/8 of the norms are not 0, or if
-        buckets do not end at byte boundaries."""
+        """Return the buckets, i.e. runs of coordinates with one norm each, whose norm is not 0. Only their levels are
+        entropy-coded and sent. `nonzero` is the number of these buckets. Returns None, so that all buckets are sent, if
+        more than 7/8 of the norms are not 0, or if buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8 or 8 * nonzero > 7 * len(norms):
             return None
@@ -308,7 +309,8 @@ class QSGD(Compressor):
 
 @dataclass(frozen=True)
 class _Buckets:
-    """A subset of the buckets of a vector of d coordinates, whose last bucket may be shorter than the others."""
+    """A subset of the buckets of a vector of d coordinates, i.e. runs of coordinates with one norm each. The vector's
+    last bucket may be shorter than all others."""
 
     index: Tensor  # bucket numbers, int64[n], increasing
     width: int  # coordinates of a full bucket
@@ -326,13 +328,13 @@ class _Buckets:
         return len(self.index) * self.width - self._cut
 
     def of(self, codes: Tensor) -> Tensor:
-        """Return the codes of the coordinates in these buckets. `codes`, uint8[d], has the codes of all coordinates."""
+        """Select from `codes`, uint8[d], which has a code for each coordinate, the codes of the coordinates in these
+        buckets."""
         buckets = torch.nn.functional.pad(codes, (0, -self.d % self.width)).view(-1, self.width)
         return buckets[self.index].view(-1)[: self.coordinates]
 
     def add(self, found: Tensor, out: Tensor) -> None:
-        """Add `found`, which has a value for each coordinate in these buckets, to these buckets of out, float[d], in
-        place."""
+        """Add `found`, float[n], to the n coordinates of out, float[d], that are in these buckets, in place."""
         whole = out[: self.d // self.width * self.width].view(-1, self.width)
         some = self.index[:-1] if self._cut else self.index
         whole[some] += found[: len(some) * self.width].view(-1, self.width)
@@ -341,7 +343,8 @@ class _Buckets:
 
 
 def _without_negligible(v: Tensor, bucket: int) -> Tensor:
-    """Return v, float[d], with 0 in full buckets whose magnitudes are all below 2^-28 of the largest in v."""
+    """Return v, float[d], with zeros in each full run of `bucket` coordinates whose magnitudes are all below 2^-28
+    times the largest magnitude in v."""
     if len(v) <= bucket:
         return v
     edge = len(v) // bucket * bucket
@@ -355,5 +358,6 @@ def _without_negligible(v: Tensor, bucket: int) -> Tensor:
 
 
 def _slab(bucket: int) -> int:
-    """Return the number of coordinates to process at a time: a multiple of 8 buckets, so that codes end at a byte."""
+    """Return the number of coordinates to process at a time. It is a multiple of 8 buckets of `bucket` coordinates
+    each, so that packed codes end at a byte boundary."""
     return 8 * bucket * max(1, _SLAB // (8 * bucket))

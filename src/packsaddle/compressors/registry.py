@@ -1,4 +1,4 @@
-"""All compressors by name, and functions that parse a compressor from text or describe it as text or a dict."""
+"""All compressor classes by name, and functions that parse a compressor from text or describe it as text or a dict."""
 
 import ast
 import re

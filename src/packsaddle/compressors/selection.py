@@ -112,7 +112,8 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v at which `as_integers(v)` is at least `threshold`; `expected` estimates their number."""
+    """Return the indices of v, float[n], whose magnitude is at least `threshold`, an integer to compare with results of
+    `as_integers`. `expected` is an estimate of their number."""
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached
@@ -163,7 +164,8 @@ def holding(v: Tensor, share: float) -> Tensor:
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
     """Return the highest bin that contains, together with all bins above it, the energy `needed`. Also returns the part
-    of `needed` that this bin must contribute."""
+    of `needed` that this bin must contribute. Bins are over magnitudes: `counts` has the number of elements in each
+    bin, and `energy` the sum of their squares."""
     held = energy.flip(0).cumsum(0)
     # Limit the result to bins that have elements: rounding may make the sum too small, and `needed` may be 0.
     occupied = counts.nonzero()
@@ -200,11 +202,11 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate the fraction of its energy that each section of a vector v should send, so that v as a whole sends the
-    fraction `share` of its energy ||v||^2 in the fewest coordinates.
+    """Estimate, for each section of a vector v (a range of its coordinates), the fraction of the section's energy (its
+    sum of squares) to send, so that v as a whole sends the fraction `share` of ||v||^2 in the fewest coordinates.
 
-    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` are as in
-    `counts_among_largest`.
+    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` has nearly the
+    same fraction of each section's coordinates, float[m].
     """
     pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -215,8 +217,8 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return the sum of the `values` that belong to each sample. `index` has the position of each value in the
-    concatenated samples."""
+    """Return, for each tensor in `samples`, the sum of the `values` that belong to it. `index` has the position of each
+    value in the concatenation of `samples`."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=wide(index.device), device=index.device)
@@ -225,9 +227,9 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers, one per weight, proportional to `weights`. Each integer is clamped to [1, n], where
-    n is its entry in `sizes`, at least 1. Rounding is by largest remainders. `total` is first clamped to [number of
-    sizes, sum of sizes]."""
+    """Divide `total` into integers that are proportional to `weights`, one per weight. Each integer is clamped to the
+    range from 1 to its entry in `sizes`, which is at least 1. Rounding is by largest remainders. `total` is first
+    clamped to the range from the number of sizes to their sum."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

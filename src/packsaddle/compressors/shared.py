@@ -81,16 +81,16 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the cells to send of a vector of d coordinates, selected by the vector's `sketch`. `drawn` is the
-        randomness of the sketch."""
+        """Return the cells (ranges of coordinates) to send of a vector of d coordinates, selected by the vector's
+        `sketch`. `drawn` is the randomness of the sketch."""
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
         """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the cells to keep from `places`, the cells that were sent, by their exact `values`. By default all of
-        them are kept. The vector has d coordinates."""
+        """Select the cells (ranges of coordinates) of which the exact values are kept from `places`, the cells that
+        were sent, by their `values`. By default all of them are kept. The vector has d coordinates."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -163,7 +163,8 @@ class SharedTopK(SharedSupport):
         check_flag("half of SharedTopK", self.half)
 
     def block(self, d: int) -> int:
-        """Return the block size b for vectors of d coordinates."""
+        """Return the block size b, the number of consecutive coordinates that are kept or dropped together, for vectors
+        of d coordinates."""
         if not d:
             return 1
         k = self.count(d)
@@ -177,8 +178,8 @@ class SharedTopK(SharedSupport):
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
-        """Return (blocks, kept blocks, projections per block) for d coordinates. If all blocks are kept, there are 0
-        projections."""
+        """Return the number of blocks of a vector of d coordinates, the number of kept blocks, and the number of random
+        projections per block, which is 0 if all blocks are kept."""
         if not d:
             return 0, 0, 0
         b, r = self.block(d), self.projections
@@ -187,7 +188,7 @@ class SharedTopK(SharedSupport):
         return (blocks, kept, r) if blocks * r + kept * b < d else (blocks, blocks, 0)
 
     def mu(self, d: int) -> float:
-        """Return the fraction of the blocks that is kept, K / B, which is at least k/d."""
+        """Return the contraction mu: the fraction of the blocks that is kept, K / B, which is at least k/d."""
         blocks, kept, _ = self.grid(d)
         return kept / blocks if d else 1.0
 
@@ -280,7 +281,9 @@ class SketchTopK(SharedSupport):
         return replace(self, columns=columns, k=super().restrict(start, stop, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
-        """Return (rows, columns, candidates) for a sketch of d coordinates, or (0, 0, d) if all values are sent."""
+        """Return the numbers of rows and of columns of the sketch of a vector of d coordinates, and the number of
+        candidates, i.e. coordinates whose exact values are sent. Returns (0, 0, d) if all values are sent instead of a
+        sketch."""
         if not d:
             return 0, 0, 0
         k = self.count(d)
@@ -291,7 +294,8 @@ class SketchTopK(SharedSupport):
         return (rows, columns, candidates) if rows * columns + candidates < d else (0, 0, d)
 
     def hashes(self, d: int, *, seed: int, step: int) -> list[RowHash]:
-        """Return the hash of each row of the sketch of d coordinates, a pure function of seed and step."""
+        """Return the random hash of each row of the count sketch of a vector of d coordinates, a pure function of
+        `seed` and `step`."""
         rows, columns, _ = self.shape(d)
         return [RowHash.draw(d, columns, seed=seed, step=step, row=r) for r in range(rows)]
 
@@ -328,7 +332,7 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Keep the k candidates in `places` whose exact `values` have the largest magnitudes. The vector has d
-        coordinates."""
+        """Keep, of the candidates in `places`, the k coordinates whose exact `values` have the largest magnitudes. The
+        vector has d coordinates."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

@@ -153,7 +153,8 @@ class KOfD(Compressor):
         return min(d, max(1, round(self.ratio * d)))
 
     def mu(self, d: int) -> float:
-        """Return the contraction k/d, exact for RandomK and a lower bound for TopK (Stich et al. 2018)."""
+        """Return the contraction mu = k/d, which is exact for RandomK and a lower bound for TopK (Stich et al.
+        2018)."""
         return self.count(d) / d if d else 1.0
 
 
@@ -186,7 +187,8 @@ class _OfEachTensor(KOfD):
         return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
 
     def mu(self, d: int) -> float:
-        """Return the smallest k/d over tensors, since all energy may be in a single tensor."""
+        """Return the contraction mu: the smallest fraction k/d of kept coordinates over the tensors in the vector,
+        since all of ||v||^2 may be in a single tensor."""
         return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
 
 
@@ -254,7 +256,8 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the fraction of cells kept, which is at least k/d, times `value_retention` of the format `values`."""
+        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d, times the
+        fraction of the energy that the format `values` retains (`value_retention`)."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
@@ -269,7 +272,8 @@ class RandomK(_OfEachTensor):
         return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
-        """Return the kept cells for d coordinates, on `device`; a pure function of (seed, step)."""
+        """Return the cells (runs of coordinates) that are kept of a vector of d coordinates, with their indices on
+        `device`: a pure function of (seed, step)."""
         if not self.per_tensor:
             n, m = self.grid(d)
             return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))

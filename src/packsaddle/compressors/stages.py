@@ -62,7 +62,7 @@ class Stages(Compressor):
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if the sizes of the repeated compressor's parts depend on d alone."""
+        """True if the sizes of the message parts of the repeated compressor depend on the vector's length alone."""
         return self.compressor.fixed_size
 
     def mu(self, d: int) -> float:
@@ -134,7 +134,7 @@ class Stages(Compressor):
         return split
 
     def _messages(self, message: Message) -> list[Message]:
-        """Split a message into one message per pass, in the format of the repeated compressor."""
+        """Split a message of this compressor into one message per pass, in the format of the repeated compressor."""
         return [Message(*pair) for pair in zip(self._split(message.parts), message.context, strict=True)]
 
     @property
@@ -142,6 +142,6 @@ class Stages(Compressor):
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:
-        """Return the seed of pass i. For pass 0 it is `seed` itself. For later passes it is derived from `seed`, i, and
-        the depth to which Stages are nested in this one."""
+        """Return the random seed of pass i, derived from the message's `seed`. For pass 0 it is `seed` itself. For
+        later passes it is a hash of `seed`, i, and the depth to which Stages are nested in this one."""
         return mix(seed, i, i * self._depth) if i else seed

@@ -35,7 +35,8 @@ _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1
 
 
 def check_format(owner: str, how: object) -> None:
-    """Raise ValueError, naming `owner`, unless `how` is a format."""
+    """Raise ValueError unless `how` is one of the value formats, such as "int8". The error names `owner`, the class
+    with the argument `values`."""
     if how not in FORMATS:
         raise ValueError(f"values of {owner} must be one of {', '.join(FORMATS)}, got {how!r}")
 
@@ -72,13 +73,14 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """Return `values`, [k], reshaped to rows of one block each; the last row is padded with zeros."""
+    """Return `values`, a tensor [k], reshaped to rows of one block of 256 values each. The last row is padded with
+    zeros."""
     return torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
 
 
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Encode each value as a sign and the number of a level of its block. Returns the packed codes, uint8[...], and the
-    levels, float64[blocks, 2^halvings]."""
+    """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes,
+    uint8[...], and the levels, float64[blocks, 2^halvings]."""
     # Only float32 values use the compiled loop. It adds them in float64 in any order, and such sums are almost exact.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
@@ -125,8 +127,8 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
-    """Raise MessageError if a value or a scale is out of range. `parts` must match `value_parts`.
-    No-op on a GPU: the check would synchronize."""
+    """Raise MessageError if a value or a scale in `parts`, the encoded values of a message, is out of range. The dtypes
+    and lengths of `parts` must match `value_parts`. No-op on a GPU: the check would synchronize."""
     on_cpu = parts["values"].device.type == "cpu"
     if how in _PACKED and on_cpu and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
         most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
@@ -158,7 +160,8 @@ def decode_values(
 
 
 def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha: float) -> None:
-    """Add alpha times the values that `decode_values` returns to out, float[k]."""
+    """Decode the values in `parts`, the output of `encode_values` in the format `how`, and add alpha times the values
+    to out, float[k], in place."""
     if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", out)):
         loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
     elif how == "int4" and (loop := kernel("add_four_bits", out)):
@@ -168,7 +171,8 @@ def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha
 
 
 def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
-    """Return the expected dtype and length of each part of `encode_values` for k values."""
+    """Return the expected dtype and length of each part of a message in which `encode_values` encodes k values in the
+    format `how`."""
     if how is None:
         return {"values": floats(k)}
     blocks = math.ceil(k / VALUE_BLOCK)
@@ -188,7 +192,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 
 def _counted(packed: Tensor, k: int) -> Tensor:
-    """Append a byte with k modulo 8 to `packed`, which encodes k values."""
+    """Append a byte with k modulo 8 to the bytes `packed`, which encode k values, so that a receiver can compute k."""
     return torch.cat([packed, packed.new_full((1,), k % 8)])
 
 

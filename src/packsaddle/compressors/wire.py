@@ -114,7 +114,8 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
 
 
 def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
-    """Return the gaps that `pack_gaps` encodes, int64[k]."""
+    """Return the number of integers between each index and the previous index in its chunk (for the first index, the
+    chunk's start), int64[k]: the gaps that `pack_gaps` encodes. The arguments are those of `pack_gaps`."""
     gaps, first = torch.empty_like(index), index[::kept]
     torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)
     gaps[::kept] = first - torch.arange(len(first), device=index.device) * size

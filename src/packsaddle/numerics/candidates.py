@@ -36,9 +36,10 @@ class Candidates:
         self._found: tuple[int, Tensor] | None = None  # address of the vector, and the candidates, increasing int64[m]
 
     def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
-        """Store the candidates that were found while the vector was computed. `outs` are views of the vector, in the
-        order of its coordinates. `found` has, for each of `ranges`, the indices in its view, or None. No-op if the
-        ranges do not cover the first n coordinates, or if one of them has None."""
+        """Store the candidates, i.e. indices of magnitudes that reach the threshold, that were found while the vector
+        was computed. `outs` are views of the vector, in the order of its coordinates. `found` has, for each of
+        `ranges`, the indices of the candidates in its view, or None if they were not collected. No-op if the ranges do
+        not cover the first n coordinates, or if one of them has None."""
         parts, end = list[Tensor](), 0
         for (i, start, stop), indices in zip(ranges, found, strict=True):
             first = int(outs[i].storage_offset())
@@ -53,8 +54,8 @@ class Candidates:
 
     @contextmanager
     def offer(self) -> Iterator[None]:
-        """Context manager of a block in which a selection from the vector may use these candidates, and predict the
-        threshold for the next ones."""
+        """Context manager of a block in which a selection of the largest magnitudes of the vector may use these
+        candidates, and set the threshold by which the next candidates are collected."""
         token = offered.set(self)
         try:
             yield
@@ -62,8 +63,8 @@ class Candidates:
             offered.reset(token)
 
     def reached(self, v: Tensor, k: int) -> Tensor | None:
-        """Return the stored indices for v, float[n], and discard them. Returns None if they belong to another vector or
-        are fewer than k."""
+        """Return the indices that `collect` has stored for v, float[n], and discard them. Returns None if none are
+        stored for this vector, or if they are fewer than k, or 8 k or more."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
         # If candidates are too few, or too many to be collected, a selection needs another pass over the vector. So

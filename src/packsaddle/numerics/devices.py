@@ -1,4 +1,4 @@
-"""Facts about types of devices, without torch.distributed: float64, streams and pinned memory.
+"""Properties of types of devices that need no torch.distributed: whether they have float64, streams and pinned memory.
 
 They are here and not in `comm.devices`, since compressors and certificates need them and do not import `comm`.
 """

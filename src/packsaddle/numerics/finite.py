@@ -44,8 +44,8 @@ def is_in_range(vector: Tensor) -> Tensor:
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS). The bound is finite if the vector
-    is finite. Does not synchronize with a GPU."""
+    """Return an upper bound on the largest magnitude in `vector`, float64[] (float32[] on MPS). The bound is finite if
+    the vector is finite. Does not synchronize with a GPU."""
     if not vector.numel():
         return torch.zeros((), dtype=wide(vector.device), device=vector.device)
     if vector.device.type == "cpu":  # the Euclidean norm is much faster there than the maximum norm, but can overflow
@@ -57,16 +57,17 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return the magnitude up to which a number can be added to any finite number of `dtype` without overflow: rounding
-    discards such a number in a sum with the largest finite number. The returned magnitude is 1/256 of half a unit in
-    the last place of that largest number."""
+    """Return a magnitude such that a number up to it can be added to any finite number of `dtype` without overflow:
+    rounding discards such a number in a sum with the largest finite number. The returned magnitude is 1/256 of half a
+    unit in the last place of that largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more, and return an upper bound on the norm of out: the sum of the norms of its parts,
-    which are computed one by one to fit a cache. The tensors must have the same shape and no gaps in memory."""
+    """Set out to base + alpha * more, and return an upper bound on the norm of out: the sum of the norms of consecutive
+    parts of out, which are computed one by one to fit a cache. The tensors must have the same shape and no gaps in
+    memory."""
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
         norm: Tensor = torch.linalg.vector_norm(torch.add(base, more, alpha=alpha, out=out))
@@ -105,8 +106,8 @@ def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> 
 
 
 def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1-D views of both tensors with the same element order. If that is impossible, return the tensors with an
-    additional first dimension of 1."""
+    """Return 1-D views of `out` and `more` in which elements have the same order. If there are no such views, return
+    the tensors with an additional first dimension of 1."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
     # If strides are equal, as for two channels_last tensors, use the order in memory. The tensors must have no gaps.
@@ -116,7 +117,8 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`; this version finds no indices."""
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`. In place of the indices of large results,
+    which that loop returns for each range, this version returns None."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):

@@ -39,9 +39,10 @@ class Stream(IntEnum):
     INIT = 6  # initial parameters x_0
     ROUNDING = 7  # stochastic rounding
     CERTIFY = 8  # start vectors and examples for certifying a stationary point
-    ITERATES = 9  # selection of the iterates to certify
-    OUTSTANDING = 10  # deferred noise, drawn when it is applied to x
-    SETTLED = 11  # all deferred noise, drawn when the error memory e or y = x - eta e is read
+    ITERATES = 9  # selection of the iterates of a run to certify
+    OUTSTANDING = 10  # deferred noise, drawn when it is applied to the parameters x
+    # All deferred noise, drawn when the error memory e is read, or y = x - eta e with the learning rate eta.
+    SETTLED = 11
     PROJECTION = 12  # SharedTopK's projections of blocks
 
 
@@ -121,8 +122,8 @@ def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
-    """Apply a permutation of the integers below 2^bits to x. Each round XORs one half of the bits with a keyed hash of
-    the other half."""
+    """Apply a keyed permutation of the integers below 2^bits, a Feistel network, to each number in x. Each round XORs
+    one half of the bits with a keyed hash of the other half."""
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = x & low_mask, x >> low_bits
@@ -135,7 +136,7 @@ def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
 
 
 def _round(half: Tensor, key: int) -> Tensor:
-    """Hash int64 values under a key; products wrap modulo 2^64, and shifts are masked to be logical."""
+    """Hash int64 values to 32 bits with a key. Products wrap modulo 2^64, and shifts are masked to be logical."""
     h = (half + _signed(key, 64)) * _signed(0x9E3779B97F4A7C15, 64)
     h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93, 64)
     return (h >> 32) & 0xFFFFFFFF
@@ -163,7 +164,8 @@ def words(counters: Tensor, key: Keys) -> Tensor:
 
 
 def _mixed(h: Tensor) -> Tensor:
-    """Apply a permutation of 32-bit words to h, in place; products wrap, and shifts are masked to be logical."""
+    """Apply a permutation of 32-bit words to each number in h, int32[n], in place. Products wrap modulo 2^32, and
+    shifts are masked to be logical."""
     h ^= (h >> 16) & 0xFFFF
     h *= _signed(0x7FEB352D)
     h ^= (h >> 15) & 0x1FFFF
@@ -177,8 +179,8 @@ def _signed(word: int, bits: int = 32) -> int:
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
-    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence of `key`.
-    The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
+    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence that `key`
+    defines. The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
         return
@@ -192,7 +194,7 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
     """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for each of its m cells of b elements. The normal
-    numbers are the sequence of `key`."""
+    numbers are the sequence that `key` defines (see `add_gaussians`)."""
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
     cells = len(scales), len(out) // max(1, len(scales))
@@ -200,8 +202,8 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the chunks `first` to `last` - 1 of the sequence of normal numbers of `key`, as float32[...]. A chunk has
-    2048 numbers."""
+    """Return the chunks `first` to `last` - 1, of 2048 numbers each, of the sequence of normal random numbers that
+    `key` defines, as float32[...]."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))

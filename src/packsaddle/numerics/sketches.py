@@ -1,4 +1,4 @@
-"""Random linear sketches: for the norm of a mean over workers, and count sketches for estimates of its coordinates.
+"""Random linear sketches of a mean over workers: norm sketches estimate its norm, and count sketches its coordinates.
 
 Norm sketch (section 3 of the paper: "using linear sketches"). No worker has the mean v = mean_i v_i. Each worker sends
 S v_i for the same random linear map S; the mean of the sketches is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias
@@ -39,7 +39,8 @@ class RowHash:
 
     @classmethod
     def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
-        """Draw the hash of a row for d coordinates: a pure function of (seed, step, row), identical on every device."""
+        """Draw the hash of one row of a count sketch of d coordinates: a pure function of (seed, step, row), identical
+        on every device."""
         chunks = -(-d // columns)
         rng = generator(seed, step, Stream.SKETCH, worker=row)
         rotations = torch.randint(columns, (chunks,), generator=rng)
@@ -47,7 +48,7 @@ class RowHash:
         return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
 
     def sketch(self, v: Tensor) -> Tensor:
-        """Return the sketch S v, float[c], of v, float[d]. Reads v once."""
+        """Return the sketch S v, float[c], of v, float[d], where S is this hash as a linear map. Reads v once."""
         c = self.columns
         counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         if len(self.rotations) > _MANY:
@@ -63,7 +64,8 @@ class RowHash:
         return counters
 
     def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * S^T counters to out, float[d], in place; S^T S v is the estimate of v."""
+        """Add alpha * S^T counters to out, float[d], in place, where S is this hash as a linear map. If `counters` is
+        the sketch S v, then S^T S v is the estimate of v."""
         if len(self.rotations) > _MANY:
             positions, estimates = torch.arange(self.columns, device=out.device), []
             for _, rows, signs in self._blocks(out):
@@ -75,7 +77,8 @@ class RowHash:
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
     def _blocks(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield blocks of v as matrices of chunks, float[rows, c] (zero-padded), with their rotations and signs."""
+        """Yield blocks of v as matrices, float[rows, c], whose rows are chunks of c coordinates (the last one
+        zero-padded), with the rotations and signs of the chunks."""
         c = self.columns
         rotations = torch.tensor(self.rotations, device=v.device)
         signs = torch.tensor(self.signs, dtype=v.dtype, device=v.device)
@@ -114,8 +117,8 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
 
 
 def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
-    """Return the estimates of the coordinates `index`, int64[n], as float[n]. They equal the values that
-    `median_estimates` yields for these coordinates."""
+    """Return the estimates of the coordinates `index`, int64[n], of a vector from its count sketch `tables`, as
+    float[n]. They equal the values that `median_estimates` yields for these coordinates."""
     chunk, place = index // hashes[0].columns, index % hashes[0].columns
     rows = []
     for row, table in zip(hashes, tables, strict=True):
@@ -193,8 +196,8 @@ class NormSketch:
         return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return S v, float[rows, columns], for a random S from (seed, step). Returns a copy of v instead if v is not
-        longer than S v."""
+        """Return the sketch S v, float[rows, columns], for a random linear map S, a function of (seed, step). If v is
+        not longer than its sketch would be, return a copy of v instead."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
         c, positions = self.columns, torch.arange(self.columns, device=v.device)

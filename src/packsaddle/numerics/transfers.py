@@ -12,7 +12,8 @@ from packsaddle.numerics.devices import has_streams
 
 
 def read(*tensors: Tensor) -> list[Any]:
-    """Return the numbers of each tensor, as its `tolist` does. The host waits once for all tensors of a device."""
+    """Return the result of each tensor's `tolist`. The host waits only once for all tensors, which must be on one
+    device."""
     if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
         return [tensor.tolist() for tensor in tensors]
     # View the tensors as bytes, so that different dtypes can be concatenated.

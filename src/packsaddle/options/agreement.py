@@ -1,12 +1,12 @@
-"""Options that must be equal on all workers, read from the fields of option classes."""
+"""Collection of the options that must be equal on all workers, from the fields of option classes."""
 
 import dataclasses
 from typing import Any
 
 
 class Option:
-    """Base class of frozen dataclasses whose fields are options. Options must be equal on all workers, except those
-    declared by `own`."""
+    """Base class of frozen dataclasses whose fields are options. An option must be equal on all workers, unless its
+    field is declared as `own(...)`."""
 
 
 def own(default: Any) -> Any:
@@ -15,8 +15,8 @@ def own(default: Any) -> Any:
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the options that must be equal on all workers, including nested ones, as a dict of values by dotted name.
-    Options of a field `compression` are not prefixed with its name."""
+    """Return the fields of `options` that must be equal on all workers, including those of nested option classes, as a
+    dict of values by dotted name. Options of a field `compression` are not prefixed with its name."""
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"

@@ -1,4 +1,5 @@
-"""Descriptions of options, read from the source: comments of dataclass fields, and "Args:" sections of docstrings."""
+"""Descriptions of options for help texts, read from the source code: comments of dataclass fields, and "Args:" sections
+of docstrings."""
 
 import ast
 import dataclasses

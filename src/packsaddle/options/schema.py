@@ -30,8 +30,9 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
     `where` is the path of `data` in the whole configuration. `root` is the dataclass of the whole configuration, by
-    default `cls`. Both are for error messages. `saved` is as in `decode`. A field whose type is a union of dataclasses
-    needs a table with a `kind`, the name of the class.
+    default `cls`. Both are for error messages. `saved` is True for data that `feedback.state` wrote: fields with
+    defaults must then be present, and numbers must not be text. A field whose type is a union of dataclasses needs a
+    table with a `kind`, the name of the class.
     """
     root = root or cls
     if not isinstance(data, Mapping):
@@ -83,8 +84,9 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return a dataclass as dictionaries and lists, which `build` converts back. A dataclass in a field whose type is a
-    union of dataclasses gets the key `kind`, the name of its class."""
+    """Convert a dataclass to dictionaries and lists, which `build` converts back. Other values are returned as they
+    are, except that tuples become lists and non-finite floats become text. A dataclass in a field whose type is a union
+    of dataclasses gets the key `kind`, the name of its class."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints, found = get_type_hints(type(value)), {}
         for f in settable(type(value)):
@@ -98,7 +100,7 @@ def plain(value: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """Return the dataclasses in a union, or () if there are fewer than two."""
+    """Return the dataclasses in a type annotation that is a union, or () if it has fewer than two of them."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
     return classes if len(classes) > 1 else ()
@@ -176,7 +178,7 @@ def _number(hint: type, value: Any) -> Any:
 
 
 def nearest(word: Any, candidates: Any) -> str:
-    """Return " (did you mean X?)" with the candidate closest to a word, or "" if none is close."""
+    """Return " (did you mean X?)" with the candidate whose spelling is closest to `word`, or "" if none is close."""
     match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
@@ -210,8 +212,8 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
 
 
 def _places(cls: Any, where: Place = ()) -> Iterator[Place]:
-    """Yield the path of each key of a dataclass, and of each key of the tables in it. A table with several kinds has
-    the keys of every kind. Tables in lists are skipped."""
+    """Yield the path (a tuple of keys) of each key that a configuration of the dataclass `cls` can have, and of each
+    key of the tables in it. A table with several kinds has the keys of every kind. Tables in lists are skipped."""
     hints = get_type_hints(cls)
     for f in settable(cls):
         yield (*where, f.name)
@@ -261,8 +263,8 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first dotted key whose values differ, and both values, or None if all are equal. The key "workers" is
-    ignored."""
+    """Return the first key, in dotted notation, whose values in the nested dicts `ours` and `theirs` differ, and both
+    values. Returns None if all values are equal. The key "workers" is ignored."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

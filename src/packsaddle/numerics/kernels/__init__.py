@@ -44,13 +44,14 @@ def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> C
 
 
 def compiler(device: torch.device | str) -> str:
-    """Return the compiler of loops for a device: "numba", "triton", or "torch" if there is none."""
+    """Return the compiler of the inner loops that a device uses: "numba" or "triton", or "torch" if the loops are not
+    compiled."""
     where = torch.device(device).type
     return _COMPILERS[where][0] if _load(where)[0] else "torch"
 
 
 def arithmetic(device: torch.device | str) -> str:
-    """Return the type of a device and the compiler of its loops, as in "numba on cpu".
+    """Return the type of a device and the compiler of its inner loops, such as "numba on cpu".
 
     The result must be equal on all workers. Otherwise results that every worker computes separately could differ:
     random numbers, sums, the order of ties.

@@ -144,7 +144,8 @@ def _pack_levels(
 
 @compiled_loop
 def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: Any, place: Any, codes: Array) -> Any:
-    """Write the codes of one bucket x, which begins at index `place` of the vector; return its norm."""
+    """Write the codes, level + `top`, of one bucket x (coordinates with one norm), which begins at index `place` of the
+    vector. Return the norm of x."""
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
@@ -163,7 +164,7 @@ def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: A
         unit[i] = abs(x[i]) / (largest if largest > zero else one)
     norm = x.dtype.type(np.sqrt(_sum_of_squares(unit)))
     divisor = max(norm, one)
-    # level = floor(s |x| / ||x|| + u) is unbiased if u is uniform in [0, 1).
+    # With s = `top` levels, level = floor(s |x| / ||x|| + u) is unbiased if u is uniform in [0, 1).
     for i in range(len(x)):
         random = word(np.uint32(place + np.uint32(i)), first, second) >> np.uint32(8)
         chance = x.dtype.type(np.int32(random)) * x.dtype.type(2.0**-24)
@@ -221,7 +222,7 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
     mask = np.uint64((1 << bits) - 1)
     for k in range(len(codes) // 8):
         word = np.uint64(0)
-        for j in range(bits):  # some bytes of the last word may be missing
+        for j in range(bits):  # `packed` may lack some bytes of the last word
             place = k * bits + j
             word = (word << np.uint64(8)) | (np.uint64(packed[place]) if place < len(packed) else np.uint64(0))
         for j in range(8):
@@ -294,7 +295,8 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode one layer: the positions of the elements of `codes`, uint8[n], that are below `low` or above `high`.
+    """Encode one layer of quantized levels (see `compressors.levels`): the positions of the elements of `codes`,
+    uint8[n], that are below `low` or above `high`.
 
     Returns the code, and these elements in order, of which there must be `going_on`. The code contains the gaps between
     their positions in Rice codes with parameter b. With `inverted` it contains the gaps between the positions of the

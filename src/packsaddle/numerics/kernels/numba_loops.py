@@ -154,7 +154,8 @@ def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
 
 @compiled_loop
 def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
-    """Return a threshold that exactly k magnitudes reach or, if ties exclude that, the k-th largest magnitude."""
+    """Return a threshold that exactly k of `magnitudes`, integers, reach. If ties exclude that, return the k-th largest
+    magnitude."""
     most = magnitudes.dtype.type(0)
     for i in range(len(magnitudes)):
         most = max(most, magnitudes[i])

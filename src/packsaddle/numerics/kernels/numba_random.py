@@ -12,8 +12,8 @@ PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memor
 
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
-    """Return 32 random bits for a uint32 counter and uint32 keys. After a change to this function, delete numba's disk
-    cache: numba does not recompile loops in other modules that inline the function."""
+    """Return the 32 random bits that a uint32 counter and two uint32 keys define. After a change to this function,
+    delete numba's disk cache: numba does not recompile loops in other modules that inline the function."""
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 
@@ -94,7 +94,8 @@ def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Arr
 
 @compiled_loop
 def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
-    """Split floats mantissa * 2^exponent, given by their bits, into mantissas in [sqrt(1/2), sqrt(2)) and exponents."""
+    """Split floating-point numbers mantissa * 2^exponent, given by their `bits`, into mantissas in [sqrt(1/2),
+    sqrt(2)), written as bits, and exponents."""
     for i in range(len(bits)):
         exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
         mantissas[i] = bits[i] - (exponent << np.int32(23))
@@ -103,8 +104,8 @@ def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
 
 @compiled_loop
 def _radii(mantissas: Array, exponents: Array) -> None:
-    """Replace each exponent with sqrt(-2 log u), where u = mantissa * 2^exponent. The logarithm is computed as in
-    musl's logf."""
+    """Replace each element of `exponents` with sqrt(-2 log u), where u = mantissa * 2^exponent: the radius of a pair of
+    normal random numbers. The logarithm is computed as in musl's logf."""
     one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
     for i in range(len(mantissas)):
         f = mantissas[i] - one

@@ -42,7 +42,8 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
     for start in range(0, len(v), block):
         x, of_block = v[start : start + block], levels[start // block]
         mean = sum_of_magnitudes(x) / len(x)
-        # Round the mean down to float32: this separates the same values, and comparisons are faster.
+        # Round the mean down to float32: the rounded mean separates the same values, and is faster to compare with
+        # them.
         split[0] = mean
         if split[0] > mean:
             split.view(np.int32)[0] -= 1

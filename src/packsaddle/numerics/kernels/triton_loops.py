@@ -105,7 +105,7 @@ def _codes(v, codes, norms, d, levels, bucket, k1, k2, SIZE: tl.constexpr):  # t
     place = b.to(tl.int64) * bucket + i
     inside = (i < bucket) & (place < d)
     x = tl.load(v + place, mask=inside, other=0.0)
-    spoiled = tl.max((x - x != 0).to(tl.int32)) == 1  # NaN or infinite
+    spoiled = tl.max((x - x != 0).to(tl.int32)) == 1  # True if the bucket has a NaN or infinity
     largest = tl.max(tl.abs(x))
     unit = tl.abs(x) / tl.where(largest > 0, largest, 1.0)
     norm = tl.sqrt(tl.sum(unit * unit))
