@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Read the version without importing the package, whose import would import torch.
+# Read the version from its file, since importing the package would import torch.
 VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))["__version__"]
 
 
@@ -44,8 +44,8 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 def main() -> None:
-    """Print an overview of the commands, or the version, without importing torch. For any other command line run
-    `packsaddle.cli.main`. If Ctrl-C interrupts the import of `packsaddle.cli`, the exit code is 130."""
+    """If the command line asks for an overview of the commands or for the version, print it without importing torch.
+    Otherwise run `packsaddle.cli.main`. If Ctrl-C interrupts the import of `packsaddle.cli`, the exit code is 130."""
     text = _answer(sys.argv[1:])
     if text is None:
         try:
@@ -62,7 +62,9 @@ def main() -> None:
 
 
 def _answer(words: Sequence[str]) -> str | None:
-    """Return the version, or the overview of the program or of a group, as text, or None for any other `words`."""
+    """Return the text that answers the command line `words` without importing torch. It is the version for --version,
+    and the overview if `words` ask for help on the program or on a group of commands, or are empty. Returns None for
+    any other command line."""
     if [*words] == ["--version"]:
         return f"packsaddle {VERSION}"
     name, about, entries, rest = "packsaddle", ABOUT, COMMANDS, asked_for_help(words)

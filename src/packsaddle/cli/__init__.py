@@ -51,8 +51,9 @@ def main() -> None:
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run the command in `sys.argv`, one of `commands` of `program`. Invalid input prints one line on stderr, with exit
-    code 2. Exits silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
+    """Run the command that `sys.argv` names. It is one of `commands`, or `commands` itself if that is a single command;
+    `program` is the program's name in messages. Invalid input prints one line on stderr, with exit code 2. Exits
+    silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
     try:
         try:
             _run(commands, program)

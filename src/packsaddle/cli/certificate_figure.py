@@ -1,4 +1,5 @@
-"""The figure of a certificate: the loss along the extreme directions, and the spectrum of the Hessian."""
+"""The figure of a certificate, i.e. of the evidence on whether the parameters of a model are a saddle or a minimum: the
+loss along the directions of least and largest curvature, and the spectrum of the Hessian."""
 
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,18 @@ _LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the lar
 def draw_certificate(certificate: dict[str, Any]) -> Any:
     """Return a matplotlib figure of a certificate, which is given as the result of `Finding.to_dict`.
 
-    Its panels show the loss along the escape direction, the loss along the sharpest direction if it was measured, and
-    the spectrum with bounds on the extreme eigenvalues. The spectrum is drawn as the density of eigenvalues if it was
-    estimated, and otherwise as the Ritz values.
+    Its panels show the loss along the escape direction, i.e. that of the least curvature found, the loss along the
+    sharpest direction, i.e. that of the largest curvature, if it was measured, and the spectrum with bounds on the
+    extreme eigenvalues. The spectrum is drawn as the density of eigenvalues if it was estimated, and otherwise as the
+    Ritz values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
-    # After only one Hessian-vector product v is still the random start vector, and there is no spectrum to draw.
+    # After only one Hessian-vector product the escape direction v is still the random start vector, and there is no
+    # spectrum to draw.
     random = len(certificate["ritz_values"]) == 1
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
@@ -89,8 +92,8 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Draw a line at each Ritz value, whose height is the squared component of the start vector along the value's Ritz
-    vector."""
+    """Draw a vertical line at each Ritz value. Its height is the squared component, along the value's Ritz vector, of
+    the random vector from which Lanczos started."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
@@ -119,7 +122,9 @@ def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, An
 
 
 def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
-    """Draw the known bounds on the extreme eigenvalues, and if there is an epsilon the threshold for a saddle."""
+    """Draw the certificate's bounds on the smallest and the largest eigenvalue. If the certificate has an epsilon, also
+    draw the threshold: the point is a saddle if the smallest eigenvalue is below it. `least` and `largest` are the
+    extreme Ritz values."""
     threshold = certificate["threshold"]
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]

@@ -1,4 +1,5 @@
-"""The command `packsaddle certify-script`."""
+"""The command `packsaddle certify-script`, which decides if a checkpoint of a user's training script is a saddle or a
+second-order stationary point."""
 
 from contextlib import nullcontext
 from json import dumps
@@ -15,7 +16,7 @@ from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
 from packsaddle.messages import first_line
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys of a checkpoint under which scripts store the weights
 # Prefixes of parameter names: of a compiled model, of a DistributedDataParallel, or of both in either order.
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
@@ -41,7 +42,8 @@ def certify_script(
 ) -> None:
     """Certify a checkpoint of your own training script.
 
-    The verdict is saddle, second-order stationary, or undecided; without --epsilon it is on the curvature alone.
+    The verdict is saddle, second-order stationary, gradient too large, or undecided; without --epsilon it is on the
+    curvature alone.
     FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
     (model, batch), and the batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it
     and returns its own batches; it may shard the model with FSDP2.

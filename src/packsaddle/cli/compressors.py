@@ -1,4 +1,4 @@
-"""The command `packsaddle compressors`."""
+"""The command `packsaddle compressors`, which prints a table of the compressors with their bytes and their speed."""
 
 from dataclasses import asdict
 from json import dumps
@@ -19,7 +19,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
     Args:
         d: Length of the Gaussian float32 vector that is compressed.
         ratio: Fraction of the coordinates to send, in (0, 1], for compressors that have one.
-        workers: Number of workers, which determines the bytes.
+        workers: Number of workers, which determines the bytes that each of them sends and receives.
         json: Print JSON lines instead of a table.
     """
     from packsaddle.compressors import registry

@@ -24,7 +24,8 @@ def number_table(*headings: str, words: int = 1) -> Table:
 
 
 def digits(number: float) -> str:
-    """Format a positive number with four digits; numbers of at least 1e-4 have no exponent."""
+    """Format a positive number: from 1000 on as a whole number with commas, and below with four significant digits.
+    Only numbers below 1e-4 have an exponent."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
@@ -36,7 +37,8 @@ def plain_text(text: str) -> Text:
 
 def print_table(table: Table, uncut: str = "") -> None:
     """Print a table that fits the terminal. In a pipe or a file its width is 80 columns, or more if its longest words
-    need it. `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole"."""
+    need it. `uncut` is a hint, such as "--json prints it whole", which is printed below a table that needs more columns
+    than the terminal has (in a pipe or a file, more than 80)."""
     console = Console()
     if table.box is None:
         console.print(table)
@@ -78,7 +80,7 @@ def short_exchange(name: str) -> str:
 
 
 def is_first() -> bool:
-    """Return True if this process prints: under a launcher, only rank 0 does."""
+    """Return True if this process prints: under a launcher such as torchrun, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     # If the launcher's variables are invalid, every process prints, so that the user sees the error.
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))

@@ -177,8 +177,9 @@ class Fact:
 
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
-    """Run the checks of the topics `only`, or of all topics if it is empty, and return their findings.
-    With `try_processes`, also run an all-reduce between two new processes or, under torchrun, between its workers."""
+    """Run the checks of the topics `only`, or of all topics if it is empty, and return their findings. With
+    `try_processes`, the checks of topic "exchange" include an all-reduce between two new processes or, under torchrun,
+    between its workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
         "machine": [machine],
@@ -193,7 +194,8 @@ def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[F
 
 
 def versions() -> Iterator[Fact]:
-    """Yield findings on the versions of packsaddle, Python and required packages, and the oldest versions allowed."""
+    """Yield a finding for each of packsaddle, Python and the required packages, with its version. For a required
+    package it includes the oldest version allowed."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -278,12 +280,12 @@ def built_with() -> Iterator[Fact]:
         yield Fact("exchange", kind, "its tensors are exchanged by gloo, through host memory", "note", _READ)
 
 
-_REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
+_REACH = 3.0  # timeout for connecting to a lighthouse (torchft's coordination server), in seconds
 
 
 def elastic() -> Iterator[Fact]:
-    """Yield findings on the requirements of workers that join and leave: the package torchft, and a reachable
-    lighthouse, whose address is set in the environment."""
+    """Yield a finding on the requirements of workers that join and leave during training. These are the package torchft
+    and a reachable lighthouse (torchft's coordination server), whose address is set in the environment."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "not available: torchft is not installed", "note", advice)

@@ -33,7 +33,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 
-_POINTS = 20  # number of points of a loss profile on each side of x
+_POINTS = 20  # number of points at which a loss profile has the loss, on each side of the parameters x
 _PROFILED = 4096  # examples for a loss profile; evaluating its 41 losses over all examples would dominate the cost
 _PROBES, _STEPS = 4, 40  # number of Lanczos probes of the spectral density, and of products per probe
 
@@ -49,7 +49,8 @@ class Profile:
 
 @dataclass(frozen=True)
 class Finding:
-    """The results of certifying one point, which is a file of weights."""
+    """The results of certifying the parameters in one file of weights, i.e. of deciding if they are a saddle or
+    second-order stationary."""
 
     file: Path  # file of the weights
     certificate: Certificate
@@ -80,7 +81,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Questions:
-    """Options for certifying a point."""
+    """Options for certifying a point, i.e. for deciding if a model's parameters are a saddle or second-order
+    stationary."""
 
     epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
@@ -95,8 +97,10 @@ class Questions:
     def certify(
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
     ) -> Certificate:
-        """Certify the model's parameters; collective. `progress` is called with a progress value, from 0 to
-        `search.max_hvps`, and a text that shows the current bounds."""
+        """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary; collective.
+        `progress` is called with a progress value, from 0 to `search.max_hvps`, and a text with the current bounds on
+        the smallest Hessian eigenvalue. `sample_of` is the size of the data set from which the batches were drawn, or
+        None if they are not a sample."""
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
@@ -109,9 +113,9 @@ class Questions:
     def finding(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
-        """Return all results at a certified point: the certificate, loss profiles, and if requested the spectrum and
-        the certificate for the population; collective."""
-        # Evaluate the loss along the escape and the sharpest direction.
+        """Return all results at a certified point: the certificate, the loss along its directions of least and largest
+        curvature, and if requested the spectrum and the certificate for the population; collective."""
+        # Evaluate the loss along the directions of least and of largest curvature, v and w.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
@@ -172,9 +176,9 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write `document` as certificates.json, and the directions and a plot of each of `findings`. Directions of a
-    sharded model are not written, since each worker has only its shard of them. Raises ConfigError if a file cannot be
-    written."""
+    """Write `document` to the folder as certificates.json, and for each of `findings` a plot and the directions of
+    least and largest curvature. Directions of a sharded model are not written, since each worker has only its shard of
+    them. Raises ConfigError if a file cannot be written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))

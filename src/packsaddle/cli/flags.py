@@ -1,4 +1,4 @@
-"""The flags of a command: its parameters, with each option class expanded into its fields."""
+"""The flags of a command: its parameters, with each option class (a dataclass of settings) expanded into its fields."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -32,18 +32,20 @@ def groups_of(command: Command) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Overrides(Generic[T]):
-    """The values of the fields of an option class T that are set on the command line. Fields that are not set are
-    omitted."""
+    """The values of the fields of an option class T (a dataclass of settings) that are set on the command line. Fields
+    that are not set are omitted."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
-    """Return a command's flags by name: its parameters, with each option class replaced by its settable fields.
+    """Return a command's flags by name. They are its parameters, but a parameter whose type is an option class, i.e. a
+    dataclass of settings, is replaced by the settable fields of that class.
 
-    Annotations are evaluated. Flags without a group come first, then the flags of each group in the order of the
-    groups. The default of a field is its value in the parameter's default. If the parameter has no default, the field
-    keeps the default of its class. Fields of `Overrides` have the default None.
+    Annotations that are strings are evaluated. Flags without a group come first, then the flags of each group in the
+    order of the groups. The default of a field is its value in the parameter's default. If the parameter has no
+    default, the field keeps the default of its class. If the parameter's type is `Overrides`, the default of each field
+    is None.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)

@@ -28,8 +28,8 @@ def written(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Context manager that creates a folder, and removes it if the block fails. Raises ConfigError if the folder exists
-    or cannot be created."""
+    """Context manager that creates a folder. If the block fails, the folder is removed, unless it contains files.
+    Raises ConfigError if the folder exists or cannot be created."""
     make_new(folder)
     try:
         yield

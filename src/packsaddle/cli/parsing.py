@@ -145,7 +145,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
     """Merge repetitions of each flag that accepts several values, and move the merged flag to the end of the command
-    line. Without this tyro would keep only the last repetition."""
+    line. Otherwise the parser tyro would use only the last repetition."""
     tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
@@ -167,8 +167,9 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def deferred(command: Command) -> Command:
-    """Wrap `command` for tyro, as a function with one parameter per flag that returns a deferred call of `command`.
-    The help does not show defaults None, True, False and (). A class is returned unchanged."""
+    """Wrap `command` for tyro, the library that parses flags, as a function that returns a deferred call of `command`.
+    The function has one parameter per flag or titled group of flags. The help does not show defaults None, True, False
+    and (). A class is returned unchanged."""
     if inspect.isclass(command):
         return command
     flags, texts = flags_of(command), descriptions(command)
@@ -202,8 +203,8 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Context manager that sets the terminal width, COLUMNS, so large that tyro wraps no errors. No-op if `words`
-    contain -h or --help."""
+    """Context manager that sets the terminal width, COLUMNS, so large that the parser tyro does not wrap its error
+    messages. No-op if the command line `words` contains -h or --help."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"
@@ -215,8 +216,8 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-# Patterns of tyro's errors, with replacements. Errors that match none, such as those of different versions of tyro,
-# stay unchanged.
+# Patterns of tyro's error messages, with replacements. Messages that match none, such as those of a later version of
+# tyro, stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
@@ -227,7 +228,8 @@ _ERRORS = (
 
 
 def _one_line(text: str, words: Sequence[str]) -> str:
-    """Return a tyro error as one line, without its box, title and trailing hints."""
+    """Return `text`, an error message that the parser tyro printed for the command line `words`, as one line. It has no
+    box, title and trailing hints, and known errors are reworded."""
     lines = [line.strip(" │|") for line in text.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
     # Skip the title of the box, which is in or above the first rule (a line of box characters).
@@ -270,7 +272,8 @@ _FILES_TOO: dict[Shell, tuple[str, str]] = {
 
 
 def script(group: Group, name: str, shell: Shell) -> str:
-    """Return tyro's completion script for `shell`, changed so that file names are completed for all arguments."""
+    """Return a script that completes the commands and flags of the program `name` in a `shell`. It is tyro's script,
+    changed so that file names are completed for all arguments."""
     written = io.StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)

@@ -1,4 +1,4 @@
-"""The command `packsaddle plan link`."""
+"""The command `packsaddle plan link`, which forecasts how fast each method of training is on a network link."""
 
 import math
 import os
@@ -75,8 +75,8 @@ class LinkOptions:
 
     @property
     def of_workers(self) -> list[float]:
-        """The relative speeds of the workers, parsed from the text `speeds`, such as "1,0.33"; empty if it is None.
-        Raises ConfigError unless all are numbers above 0."""
+        """The relative speeds of the workers, parsed from the text `speeds`, such as "1,0.33". It is empty if `speeds`
+        is None. Raises ConfigError unless all speeds are numbers above 0."""
         texts = self.speeds.split(",") if self.speeds is not None else []
         if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
             raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")
@@ -142,8 +142,8 @@ def link(
 ) -> None:
     """Find the method that trains fastest on a network link.
 
-    Forecasts the time of local updates and of compressed gradients, and compares the fastest with uncompressed local
-    SGD, with DistributedDataParallel and with one machine alone.
+    Forecasts the time of local updates (several steps between exchanges) and of compressed gradients, and compares the
+    fastest with uncompressed local SGD, with DistributedDataParallel and with one machine alone.
 
     Examples:
         packsaddle plan link 100mbit --model train:make_model --input int64:256 --batch 8 --workers 2
@@ -214,7 +214,7 @@ def _plan(
             device = next(step.model.parameters()).device
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure the compute time unless it is given, and the time of an update.
+        # Measure the compute time unless it is given, and the time for error memory and noise.
         timing = None
         with countdown("plan", 1, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
@@ -243,7 +243,8 @@ def _plan(
 
 
 def _given(rate: str, latency: float | None) -> Link | None:
-    """Return the link with the given rate and latency, or None for "auto". Raises ConfigError if one is invalid."""
+    """Return the link with the given rate and latency, or None if the rate is "auto". Raises ConfigError if the rate or
+    latency is invalid, or if a latency is given with "auto"."""
     if rate != "auto":
         return Link.nominal(link_planner.slower_rate(rate), LATENCY if latency is None else latency)
     if latency is not None:
@@ -260,9 +261,10 @@ def _measured_link(group: Group | None, device: torch.device, workers: int) -> t
 
 
 class _Paces:
-    """Measures the coding speed of each compressor once.
+    """A function that returns the speed at which a compressor encodes and decodes vectors of d coordinates. Each pair
+    of compressor and d is measured once.
 
-    `spread` is the largest fraction by which a compressor's median time exceeded its minimum time.
+    `spread` is the largest fraction by which the median time of a compressor's encoding exceeded the minimum time.
     """
 
     def __init__(self, report: Callable[[int, str], object], device: torch.device) -> None:
@@ -288,8 +290,8 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
 
 
 def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Optimizer]:
-    """Return optimizers for timing a step. Their steps take as long as those of real training, but hardly change the
-    model."""
+    """Return optimizers of kind `name` for timing a training step of `model`. Their steps take as long as those of real
+    training, but hardly change the model, since the learning rate is tiny."""
     rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return [torch.optim.SGD(trained, rate, momentum=0.9)]
@@ -299,9 +301,9 @@ def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Opt
 
 
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Compressor]:
-    """Return the compressors to compare. If `text` names or constructs a compressor, it is the only one. For "best"
-    they are all compressors that were measured with `optimizer`. With a `ratio` they are all lossy compressors
-    instead."""
+    """Return the compressors to compare. If `text` names or constructs a compressor, it is the only one. If `text` is
+    "best", they are all compressors that were measured with `optimizer` or, if a `ratio` is given, all lossy
+    compressors with this ratio."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]

@@ -1,5 +1,5 @@
-"""The output of `packsaddle plan link`: a verdict with lines to paste and a comparison of methods, then optional tables
-of all forecasts. With --json it is one JSON document instead."""
+"""The output of `packsaddle plan link`: the advised method of training with lines to paste into a script, a comparison
+of methods, and optional tables of all forecasts. With --json it is one JSON document instead."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -24,13 +24,14 @@ _UNEQUAL = (
     "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "
     'workers=packsaddle.Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
 )
-_LONG_FLUSH = 10.0  # shortest time of a flush, in seconds, that the output mentions
+_LONG_FLUSH = 10.0  # shortest time of `LocalUpdates.flush`, in seconds, that the output mentions
 _NAMES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon and AdamW"}
 
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """The forecasts for a link, and their inputs: model, link, workers, times."""
+    """The forecast time of each method of training on a network link, and the inputs of the forecasts: model, link,
+    workers, times."""
 
     verdict: Verdict
     local: tuple[LocalForecast, ...]  # forecasts of local updates, the fastest first; empty with --optimizer sgd
@@ -51,7 +52,7 @@ class Method:
     """A method of training, its forecast, and the lines of a script that apply it."""
 
     name: str
-    seconds: float  # seconds to make the progress of one step of dense training
+    seconds: float  # seconds to make the progress of one step of uncompressed ("dense") training
     lines: tuple[str, ...] = ()  # lines of a script; empty for DistributedDataParallel and for one machine alone
     flush: float = 0.0  # time of `LocalUpdates.flush` at the end of training, in seconds
 
@@ -82,7 +83,8 @@ def is_too_small(plan: LinkPlan) -> bool:
 
 
 def compared(plan: LinkPlan) -> list[Method]:
-    """Return the methods of `methods` and uncompressed local SGD, the fastest first."""
+    """Return the methods to print, the fastest first: those of `methods` and, unless it is one of them or has no
+    forecast, uncompressed local SGD."""
     found = methods(plan)
     sgd = next((f for f in plan.local if f.setting.compressor.lossless and not f.setting.delay), None)
     if sgd is not None and sgd is not plan.local[0]:
@@ -188,7 +190,7 @@ def print_verdict(plan: LinkPlan) -> None:
 
 
 def _doubts(plan: LinkPlan, best: Method) -> list[str]:
-    """Return sentences on the conditions that make this forecast less certain than usual."""
+    """Return sentences on the conditions that make the forecasts of this plan less certain than usual."""
     found = []
     if unknown := [f.compressor for f in plan.verdict.forecasts if f.steps is None]:
         found.append(f"Left out, as the number of steps is unknown: {', '.join(unknown)}.")
@@ -209,8 +211,8 @@ def _doubts(plan: LinkPlan, best: Method) -> list[str]:
 
 
 def print_tables(plan: LinkPlan) -> None:
-    """Print two tables of forecasts: of the DDP hook, with a row for each compressor, and of local updates, with a row
-    for each setting."""
+    """Print a table of forecasts for the DDP hook, with a row for each compressor. If there are forecasts for local
+    updates, also print a table of them, with a row for each setting."""
     verdict, workload, link, fleet = plan.verdict, plan.workload, plan.link, plan.fleet
     units = ("sent kB", "step ms", "coding ms", "link ms")
     table = number_table("compressor", "by", *units, "x steps", "pays below Mbit/s", words=2)

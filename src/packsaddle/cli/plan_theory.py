@@ -1,4 +1,5 @@
-"""The commands `packsaddle plan theory` and `packsaddle plan table`."""
+"""The commands of the paper's theory: `packsaddle plan theory` prints the parameters of Algorithm 1 by the theorems,
+and `packsaddle plan table` prints Table 1."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -83,7 +84,8 @@ def theory(
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ratio: float | None) -> list[Plan]:
-    """Return the plans for the compressor and `ratio` of the command line, except the uncompressed plan."""
+    """Return the plans, i.e. parameters of Algorithm 1, for the compressor (`text`) and `ratio` of the command line,
+    except the plan without compression."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [plan(a, name, constants=constants, workers=workers)]
@@ -147,7 +149,7 @@ def _show(plans: list[Plan]) -> None:
 
 
 def _print_reach(reached: Reach, a: Assumptions) -> None:
-    """Print that a target needs too many steps, and the changes that would reduce them."""
+    """Print that the target epsilon needs more steps than the limit, and the changes that would reduce their number."""
     days = MOST_STEPS / _PACE / 86400
     print(
         f"OUT OF REACH: the uncompressed plan needs {reached.steps:.1e} steps, over the limit of {MOST_STEPS:.0e} "

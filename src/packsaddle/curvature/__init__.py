@@ -2,7 +2,7 @@
 
 Start with `certify`. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
 (Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
-(Lanczos steps until the verdict is decided, first on a part of the examples).
+(Lanczos steps, first on a part of the examples, until the verdict, such as "saddle", is decided).
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

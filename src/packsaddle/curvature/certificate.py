@@ -4,7 +4,7 @@
 alone: every point is stationary for an epsilon that is large enough.
 
 Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order stationary, not that x_T is. If
-so, m independent uniform draws are all non-stationary with probability at most 2^-m.
+so, m iterates drawn independently and uniformly are all non-stationary with probability at most 2^-m.
 """
 
 import math
@@ -39,7 +39,8 @@ class Verdict(StrEnum):
 
 
 def threshold_of(epsilon: float | None, rho: float) -> float | None:
-    """Return the threshold for the smallest Hessian eigenvalue, -sqrt(rho epsilon). It is None if `epsilon` is None."""
+    """Return the threshold -sqrt(rho epsilon), or None if `epsilon` is None. A point is a saddle if its smallest
+    Hessian eigenvalue is below the threshold; rho is the Lipschitz constant of the Hessian."""
     return None if epsilon is None else -math.sqrt(rho * epsilon)
 
 
@@ -47,8 +48,8 @@ def judge(least: float, most: float, epsilon: float | None, rho: float, lower: f
     """Return the verdict from bounds on the gradient norm (`least`, `most`) and on the smallest Hessian eigenvalue,
     lambda_min (`lower`, `upper`).
 
-    The gradient norm is compared with epsilon, and lambda_min with -sqrt(rho epsilon) (Definition 2.4). Without epsilon
-    lambda_min is compared with 0.
+    The gradient norm is compared with epsilon, and lambda_min with -sqrt(rho epsilon), where rho is the Lipschitz
+    constant of the Hessian (Definition 2.4 of the paper). Without epsilon lambda_min is compared with 0.
     """
     if epsilon is None:
         if upper < 0:
@@ -65,8 +66,8 @@ def judge(least: float, most: float, epsilon: float | None, rho: float, lower: f
 
 
 def headline_of(verdict: Verdict, epsilon: float | None, lower: float, upper: float) -> str:
-    """Return the verdict as text. If epsilon is None, the text includes the bound on lambda_min that proves the
-    verdict, `lower` or `upper`."""
+    """Return the verdict as text. If epsilon is None, the text includes bounds on lambda_min, the smallest Hessian
+    eigenvalue: the bound that proves the verdict, `lower` or `upper`, or both if the point is undecided."""
     if verdict is Verdict.NOT_A_MINIMUM:
         return f"{verdict}: lambda_min is at most {upper:.3e}"
     if verdict is Verdict.NO_NEGATIVE_CURVATURE:
@@ -127,14 +128,15 @@ class Certificate:
 
     @property
     def smallest_epsilon(self) -> float:
-        """The smallest epsilon for which this point would be certified as second-order stationary, for the same rho."""
+        """The smallest epsilon for which this point would be certified as second-order stationary, for the same rho
+        (Lipschitz constant of the Hessian)."""
         below = max(0.0, -self.lambda_min_lower)
         return max(self.grad_norm, below * below / self.hessian_lipschitz)
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon, or None if there is no epsilon or no
-        negative curvature."""
+        """The rho (Lipschitz constant of the Hessian) below which the point is a saddle, lambda_min_upper^2 / epsilon.
+        It is None if there is no epsilon or no negative curvature."""
         return None if self.epsilon is None or self.lambda_min_upper >= 0 else self.lambda_min_upper**2 / self.epsilon
 
     def escape_steps(self, lr: float) -> float | None:
@@ -149,7 +151,8 @@ class Certificate:
 
     @property
     def headline(self) -> str:
-        """The verdict as text. Without epsilon the text includes the bounds on lambda_min that prove the verdict."""
+        """The verdict as text. If epsilon is None, the text includes the bounds on lambda_min, the smallest Hessian
+        eigenvalue, from which the verdict follows."""
         return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
 
     @property
@@ -242,7 +245,8 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return the sorted indices of m iterates, drawn from 0 ... `steps` with replacement; a function of `seed`."""
+    """Return the sorted indices of m iterates, drawn uniformly from 0 ... `steps` with replacement. The result depends
+    only on the arguments, of which `seed` is the seed of the draw."""
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 
@@ -263,8 +267,8 @@ class Share:
 
     @property
     def all_fail(self) -> float:
-        """2^-m, an upper bound on the probability that no drawn iterate is stationary if at least half of the run's
-        iterates are."""
+        """2^-m for the m iterates drawn. It is an upper bound on the probability that none of them is stationary, if at
+        least half of the run's iterates are."""
         return 0.5**self.drawn
 
     @property

@@ -1,4 +1,4 @@
-"""Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4).
+"""Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4 of the paper).
 
 The verdict is never stronger than its evidence: a Rayleigh quotient below the threshold proves a saddle; the absence of
 negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided". Without
@@ -46,9 +46,10 @@ def certify(
         batches: a list, or another iterable that yields the same batches every time.
         epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon).
             Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue. The search then
-            continues until the residual of v is at most a tenth of that eigenvalue. Set epsilon to compare points.
-        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
-            direction v as ||H(x + h v) v - H(x - h v) v|| / (2 h).
+            continues until the residual of the escape direction v (the approximate eigenvector of that eigenvalue) is
+            at most a tenth of the eigenvalue. Set epsilon to compare points.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along v as
+            ||H(x + h v) v - H(x - h v) v|| / (2 h).
         search: the limits of the search, its precision, and the method of Hessian-vector products.
         sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
             examples, the certificate has a standard error of the gradient, from the variation between batches.
@@ -186,7 +187,8 @@ class CertifyEvery:
         self._at, self._on_certificate = at, on_certificate
 
     def step(self) -> Certificate | None:
-        """Count a training step. Return the certificate of the current parameters if one is due, else None."""
+        """Count a training step. At every `every`-th step, certify the parameters and return the certificate; at any
+        other step return None."""
         self.steps += 1
         if self.steps % self.every:
             return None

@@ -46,8 +46,9 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, or inf if `std` is 0. The
-        ratio is the same with momentum, which accumulates the noise and the gradient in the same way."""
+        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, the norm of mini-batch noise,
+        or inf if `std` is 0. The ratio is the same with momentum, which accumulates the noise and the gradient in the
+        same way."""
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
@@ -91,7 +92,7 @@ def gradient_noise(
     sums = sums.to(device_of_doubles(next(model.parameters()).device))
     group.all_reduce(sums)
     total, squares, count, seen, short = sums.tolist()
-    # The sum `short` is identical on all workers, so that all of them raise.
+    # `short`, the number of workers with fewer than two batches, is identical on all workers, so that all raise.
     if short:
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):

@@ -1,9 +1,9 @@
 """Losses, gradients and Hessian-vector products of a network over all batches of all workers.
 
-The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A Hessian-vector
-product takes two backward passes for each batch of this worker, and one all-reduce of d numbers, where d is the number
-of trainable coordinates. The network must not be wrapped in DistributedDataParallel, whose hooks do not support second
-derivatives.
+The loss is the mean over all N examples, f = sum_b n_b loss_b / N, where every batch b of every worker has n_b examples
+and mean loss loss_b. A Hessian-vector product takes two backward passes for each batch of this worker, and one
+all-reduce of d numbers, where d is the number of trainable coordinates. The network must not be wrapped in
+DistributedDataParallel, whose hooks do not support second derivatives.
 """
 
 import copy
@@ -89,7 +89,7 @@ class Curvature:
         self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
         self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
 
-        # Evaluate sum_b n_b loss_b twice: the values differ if loss or batches are random.
+        # Evaluate the sum of losses, sum_b n_b loss_b, twice: the values differ if loss or batches are random.
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
@@ -235,7 +235,8 @@ class Curvature:
 
     @sdpa_kernel(SDPBackend.MATH)
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return one batch's Hessian-vector product, float64[d], by double backward; not collective."""
+        """Return the Hessian-vector product of one batch's loss with v, float64[d], by double backward; not
+        collective."""
         with differentiating(self._model):
             return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
@@ -280,16 +281,16 @@ class Curvature:
         return reason or "another worker's batch has no double backward"
 
     def in_double(self) -> "Curvature | None":
-        """Return a `Curvature` in float64 over this worker's batches alone, or None if it has no examples. Not
-        collective."""
+        """Return a copy that computes in float64, as a `Curvature` over this worker's batches alone, or None if this
+        worker has no examples. Not collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return the gradient at x + distance * direction, float64[d]; collective. 16-bit parameters are rounded
-        stochastically."""
+        """Return the gradient of the mean loss at x + distance * direction, float64[d], where x are the current
+        parameters; collective. 16-bit parameters are rounded stochastically."""
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
@@ -316,8 +317,8 @@ class Curvature:
         return float(self.inner(a, b))
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
-        """Return the inner product <a, b> of two vectors. It is a float64[] on their device, so that the host does not
-        wait for it, or a float if the model is sharded."""
+        """Return the inner product <a, b> of two vectors. It is a float64[] on the vectors' device, so that the host
+        does not wait for its value, or a float if the model is sharded."""
         return a @ b
 
     def norm(self, a: Tensor) -> float:
@@ -349,7 +350,8 @@ class Curvature:
 
     @contextmanager
     def moved(self, direction: Tensor, distance: float, dither: int | None = None) -> Iterator[None]:
-        """Context manager that moves the parameters x to x + distance * direction, float64[d]; x is restored bitwise.
+        """Context manager that moves the parameters x to x + distance * direction, for a `direction` float64[d]. On
+        exit x is restored bitwise.
 
         With a seed `dither`, 16-bit parameters are rounded stochastically, so that their expected value is exact: a
         displacement below their resolution would otherwise be lost.

@@ -67,19 +67,19 @@ class Ritz:
 
     @property
     def theta_min(self) -> float:
-        """The smallest Ritz value. It is an upper bound on lambda_min if `orthogonal`. If not, only the Rayleigh
-        quotient of its Ritz vector is an upper bound."""
+        """The smallest Ritz value. It is an upper bound on lambda_min, the smallest eigenvalue, if `orthogonal`. If
+        not, only the Rayleigh quotient of its Ritz vector is an upper bound."""
         return self.thetas[0]
 
     @property
     def theta_max(self) -> float:
-        """The largest Ritz value. It is a lower bound on lambda_max if `orthogonal`."""
+        """The largest Ritz value. It is a lower bound on lambda_max, the largest eigenvalue, if `orthogonal`."""
         return self.thetas[-1]
 
     @property
     def is_settling(self) -> bool:
-        """True if the Ritz vector of the smallest Ritz value is nearly an eigenvector: its residual is at most
-        |theta_min| / 10."""
+        """True if the Ritz vector of the smallest Ritz value, theta_min, is nearly an eigenvector, i.e. if its residual
+        is at most |theta_min| / 10."""
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
@@ -237,8 +237,8 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do at most `most` steps, until `is_enough` returns True or no step is possible; return the result. Calls
-        `progress` after each step."""
+        """Do at most `most` steps, until `is_enough` returns True for the result so far, or no further step is
+        possible. Calls `progress` after each step, and returns the last result."""
         for k in range(1, most + 1):
             ritz = self.step()
             progress(k)

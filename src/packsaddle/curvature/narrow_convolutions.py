@@ -31,8 +31,9 @@ def _is_narrow(layer: Any) -> bool:
 
 @contextmanager
 def safe_derivatives(model: nn.Module) -> Iterator[None]:
-    """Context manager that disables oneDNN if the network is on a CPU and has narrow convolutions.
-    The memory format is not checked, since a network may convert its tensors in the forward pass."""
+    """Context manager that disables oneDNN if the network is on a CPU and has narrow convolutions, whose weight
+    gradients can be wrong with oneDNN. The memory format is not checked, since a network may convert its tensors in the
+    forward pass."""
     backend: Any = torch.backends.mkldnn
     before = backend.enabled
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())

@@ -73,7 +73,8 @@ class PopulationCertificate:
 
     @property
     def headline(self) -> str:
-        """The verdict as text, as for a `Certificate`."""
+        """The verdict as text. If epsilon is None, the text includes the bounds on lambda_min, the smallest Hessian
+        eigenvalue, from which the verdict follows."""
         return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,8 +220,8 @@ def certify_population(
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
-    """Return the number of batches of all workers; collective. Raises ValueError for a sharded model, and for fewer
-    than eight batches."""
+    """Check that `batches` are enough for `certify_population`, and return their number over all workers; collective.
+    Raises ValueError for a sharded model, and for fewer than eight batches."""
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     mine = torch.tensor([sum(1 for _ in batches)], device=next(model.parameters()).device)
@@ -232,8 +233,8 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
-    """Return the Rayleigh quotient v^T H v over the batches, its standard error, and the degrees of freedom of that
-    error; collective."""
+    """Return the Rayleigh quotient v^T H v over the batches of `products`, its standard error, and the degrees of
+    freedom of that error; collective."""
     curvature = products.curvature
     sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v
     for batch, n in curvature.read():
@@ -262,15 +263,17 @@ def _lower_bound(
 
 
 def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
-    """Return an upper bound on the norm of the Hessian's variance (E Z^2 in the module's docstring); collective."""
+    """Return an upper bound on the norm of the Hessian's variance over batches (E Z^2 in the module's docstring);
+    collective. It fails with probability `delta`."""
     curvature = products.curvature
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
         """Return the Hessian's variance times u, float64[d], for u float64[d]; collective.
 
-        The variance is sum_b n_b (H_b - H_n)^2 / ((B - 1) n). This equals sum_b n_b H_b (H_b - H_n) / ((B - 1) n),
-        which is computed, since sum_b n_b (H_b - H_n) = 0.
+        Batch b of the B batches has n_b examples and the Hessian H_b, and H_n is the Hessian of all n examples. The
+        variance is sum_b n_b (H_b - H_n)^2 / ((B - 1) n). This equals sum_b n_b H_b (H_b - H_n) / ((B - 1) n), which is
+        computed, since sum_b n_b (H_b - H_n) = 0.
         """
         mean = products(u)
         total = torch.zeros_like(u)

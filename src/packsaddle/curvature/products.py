@@ -11,8 +11,8 @@ rounding. Products with steps h and 2 h differ by rounding and by h^2 M_3 / 2, t
 chosen such that the first term is twice the second.
 
 A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`).
-If a loss has one, products by double backward are compared with differences along the first vector and along the
-direction that decides the verdict.
+If a loss has one, products by double backward are compared with differences of gradients along two vectors: the first
+one, and the one whose curvature decides if the point is a saddle.
 """
 
 import math
@@ -46,7 +46,8 @@ _KINKED = 1e-3
 _ROOM_FOR_SHORT_STEPS = 1e-12
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
 _CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
-_RHO_DISTANCE = 1e-2  # distance along v, to each side, at which rho is measured
+# Distance from the parameters, to each side along a unit vector, at which the Hessian's Lipschitz constant is measured.
+_RHO_DISTANCE = 1e-2
 _DOUBT = 2  # two products count as different if their distance exceeds this multiple of their errors
 _SURE = 0.01  # largest error, relative to the largest product's norm, at which products can be compared
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
@@ -59,7 +60,8 @@ _RANDOM_OF_16_BITS = 0.25
 
 
 class DoubleBackwardError(ValueError):
-    """Hessian-vector products by double backward are wrong for this loss; `reason` describes the difference found."""
+    """Hessian-vector products by double backward are wrong for this loss; `reason` describes how they differ from
+    differences of gradients."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -90,23 +92,24 @@ class Products(ABC):
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return one batch's Hessian-vector product for a unit vector v, float64[d]; not collective."""
+        """Return the Hessian-vector product of one batch's loss with a unit vector v, float64[d]; not collective."""
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
         """Return Hessian-vector products by the same method over the examples of `curvature`."""
 
     def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
-        """Copy the step sizes and error estimates of `other`, which computes products over different examples."""
+        """Copy the step sizes and error estimates of `other`, which computes products over different examples. No-op
+        for methods without estimates."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v||, the rate at which H v changes along v. It is a difference quotient over a
-        distance of at least 0.01 to each side."""
+        """Return ||d/ds H(x + s v) v|| for a unit vector v, the rate at which the Hessian-vector product H v changes if
+        the parameters x move along v. It is a difference quotient over a distance of at least 0.01 to each side."""
 
     def rho(self, v: Tensor) -> float:
-        """Return a lower estimate of rho, the Lipschitz constant of the Hessian. It is `change(v)`, or the smallest
-        normal float64 if that is 0."""
+        """Return a lower estimate of rho, the Lipschitz constant of the Hessian. It is `change(v)`, the rate at which
+        the product H v changes along v, or the smallest normal float64 if that rate is 0."""
         return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
@@ -114,9 +117,9 @@ class DoubleBackward(Products):
     """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
 
     The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss. If
-    the loss has custom functions, the first product and the products of `checked` are compared with differences of
-    gradients. Raises DoubleBackwardError if the two products differ by more than twice the sum of their errors, or
-    if these errors are too large for a comparison.
+    the loss has custom functions (`autograd.Function`), the first product and the products of `checked` are compared
+    with differences of gradients. Raises DoubleBackwardError if a product by double backward differs from the one by
+    differences by more than twice the sum of their errors, or if these errors are too large for a comparison.
     """
 
     name = "double backward"
@@ -129,7 +132,7 @@ class DoubleBackward(Products):
         self._largest = 0.0  # largest norm of a product so far
         # Products by differences of gradients, for comparison; None: not needed yet
         self._differences: Differences | None = None
-        self._coarse = False  # True if a comparison in less than float64 has failed, so compare in float64
+        self._coarse = False  # True if a comparison in less than float64 has failed, so that later ones are in float64
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -152,9 +155,9 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if `product` differs from the product by differences of gradients. In dtypes
-        shorter than float64 kinks of the loss can also cause a difference, so it must be confirmed by a float64 copy of
-        the model. If the copy fails, the difference counts as confirmed."""
+        """Raise DoubleBackwardError if `product`, computed along v by double backward, differs from the product by
+        differences of gradients. In dtypes shorter than float64 kinks of the loss can also cause a difference, so it
+        must be confirmed by a float64 copy of the model. If the copy fails, the difference counts as confirmed."""
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -309,8 +312,9 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the factor by which the best step h differs from the step of `trial`, between 1/64 and 64. At the best
-        step, rounding / h is twice h^2 M_3 / 6 (see the module's docstring)."""
+        """Return the factor, between 1/64 and 64, by which the step of `trial` must be multiplied to get the best step
+        h. At the best step, the rounding error of the product is twice its error from third derivatives (see the
+        module's docstring)."""
         # If two steps give equal products, the gradient is constant, or the step is too short to move any 16-bit
         # parameter.
         if trial.noise == 0.0:
@@ -345,8 +349,9 @@ class Differences(Products):
         return ahead.sub_(self.curvature.gradient_at(v, -h)).div_(2 * h)
 
     def change(self, v: Tensor) -> float:
-        """Return the norm of the gradient's second difference with step s, divided by s^2 and corrected for
-        rounding."""
+        """Return an estimate of ||d/ds H(x + s v) v|| at s = 0, the rate at which the Hessian-vector product H v
+        changes along v. It is the norm of the gradient's second difference with step s, divided by s^2 and corrected
+        for rounding."""
         s = max(_RHO_DISTANCE, 2 * self.step)
         second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
@@ -383,9 +388,9 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Call `work` with the products from `choose_products`, and return its result; collective. If double backward
-    proves wrong and `hvp` is "auto", the work is repeated with differences of gradients. For any other method
-    DoubleBackwardError is raised."""
+    """Call `work` with `products`, which `choose_products` returned for the method `hvp`, and return the result of the
+    call; collective. If double backward proves wrong and `hvp` is "auto", the work is repeated with differences of
+    gradients. If `hvp` is "double-backward", DoubleBackwardError is raised."""
     try:
         return work(products)
     except DoubleBackwardError as error:

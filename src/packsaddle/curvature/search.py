@@ -1,4 +1,5 @@
-"""The search for curvature below the threshold, which is 0 without epsilon: Lanczos steps until the verdict is decided.
+"""The search for a Hessian eigenvalue below the threshold of a saddle, by Lanczos steps until the verdict is decided.
+If there is no epsilon (threshold for the gradient norm), the threshold is 0.
 
 One Rayleigh quotient over all examples proves a saddle, no matter how its direction was found. So `pilot` first
 searches for a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes
@@ -25,7 +26,7 @@ _PILOT_COST = 2  # largest cost of a pilot search, in products over all examples
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the extreme eigenvalues during a search, as passed to its progress callback."""
+    """Bounds on the extreme eigenvalues of the Hessian during a search, as passed to the search's progress callback."""
 
     products: int  # number of Hessian-vector products so far
     most: int  # maximum number of products
@@ -71,13 +72,14 @@ class CurvatureSearch:
 
     @property
     def gradient_decides(self) -> bool:
-        """True if the gradient norm exceeds epsilon, so that the curvature does not matter."""
+        """True if the gradient norm exceeds its threshold, epsilon, so that the curvature does not matter."""
         return self.epsilon is not None and self.grad_norm > self.epsilon
 
     def run(self) -> None:
-        """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
-        lambda_max are within their tolerances. Without epsilon v must also be nearly an eigenvector. Stops at
-        `max_hvps` products or if the Krylov space is exhausted."""
+        """Do Lanczos steps from a random start until the verdict is decided, and the residual of v (the Ritz vector of
+        the smallest Ritz value) and the bounds on the largest eigenvalue, lambda_max, are within their tolerances.
+        Without epsilon v must also be nearly an eigenvector. Stops at `max_hvps` products or if the Krylov space is
+        exhausted."""
         most, measured_at = self.options.max_hvps, 0
         self.rho = self.given_rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, self.options)
@@ -110,11 +112,11 @@ class CurvatureSearch:
                     break
 
     def proves(self, v: Tensor, rounding: float) -> bool:
-        """Return True if the unit vector v proves negative curvature below the threshold, by its Rayleigh quotient over
-        the examples of this search.
+        """Return True if the unit vector v proves negative curvature below the threshold of a saddle, by its Rayleigh
+        quotient over the examples of this search.
 
-        Measures rho along v if it is not given. The error assumed for the quotient is at least `rounding`, the error of
-        the products by which v was found on different examples.
+        Measures rho, the Lipschitz constant of the Hessian, along v if it is not given. The error assumed for the
+        quotient is at least `rounding`, the error of the products by which v was found on different examples.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -135,10 +137,11 @@ class CurvatureSearch:
     def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
         """Evaluate the loss f at x + s v and x - s v for distances s growing fourfold, while one of the losses falls.
 
-        The first s is max(1, ||x||) / 1000 or less. With `pilot_search`, the losses over its examples select two s, at
-        which f is then evaluated on all examples. Returns s and f(x + s v) of the lowest loss, and the largest decrease
-        of the mean of f(x + s v) and f(x - s v). A slope cannot cause that decrease; for the true rho it is at least
-        |lambda|^3 / (10 rho^2), at any s from |lambda| / (2 rho) to four times that.
+        x are the parameters, and v is the direction of negative curvature. The first s is max(1, ||x||) / 1000 or less.
+        With `pilot_search`, the losses over its examples select two s, at which f is then evaluated on all examples.
+        Returns s and f(x + s v) of the lowest loss, and the largest decrease of the mean of f(x + s v) and f(x - s v).
+        A slope cannot cause that decrease. If lambda < 0 is the curvature along v and rho the true Lipschitz constant
+        of the Hessian, it is at least |lambda|^3 / (10 rho^2) at any s from |lambda| / (2 rho) to four times that.
         """
         search, losses = pilot_search or self, dict[float, tuple[float, float]]()
         reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)
@@ -174,8 +177,9 @@ class CurvatureSearch:
         return verdict is not Verdict.UNDECIDED and (self.epsilon is not None or ritz.is_settling)
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
-        """Set the direction v, its residual, the upper bound on lambda_min by its Rayleigh quotient, and the verdict.
-        The quotient is measured by a product if the Lanczos basis is not orthonormal or products are not exact."""
+        """Set the direction to the Ritz vector `v`, and set its residual, the upper bound on the smallest eigenvalue by
+        its Rayleigh quotient, and the verdict. The quotient is measured by a product if the Lanczos basis is not
+        orthonormal or products are not exact."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()
@@ -201,12 +205,13 @@ class CurvatureSearch:
 def pilot(
     full: CurvatureSearch, batches: Iterable[Any], derivatives: Callable[[Iterable[Any]], Curvature]
 ) -> CurvatureSearch | None:
-    """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
+    """Search for negative curvature on a part of the examples, in evenly spaced batches; collective.
 
-    Returns the search if it found curvature below the threshold for the mean loss over these examples, else None. Also
-    returns None if `full` has fewer than eight times as many examples, or too few batches to skip seven of eight. The
-    products use the method of `full`, a search that has not begun, and cost at most about as much as two products over
-    all examples.
+    `full` is the search over all examples, which has not begun and whose method and options are used. The part has
+    about `pilot_examples` examples, as set in the options. Returns the pilot search if it found curvature below the
+    threshold of a saddle for the mean loss over its examples, else None. Also returns None if `full` has fewer than
+    eight times as many examples, or too few batches to skip seven of eight. The products of the pilot cost at most
+    about as much as two products over all examples.
     """
     curvature, search = full.curvature, full.options
     examples = search.pilot_examples

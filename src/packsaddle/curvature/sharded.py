@@ -186,7 +186,8 @@ def _copies(p: Any, workers: int) -> int:
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into a model that may be sharded. Raises RuntimeError if they do not fit, as torch does."""
+    """Load whole (unsharded) tensors into a model that may be sharded. Raises RuntimeError, as torch does, if names or
+    shapes differ from the model's."""
     own: dict[str, Any] = model.state_dict()
     if not any(hasattr(tensor, "placements") for tensor in own.values()):
         model.load_state_dict(weights)

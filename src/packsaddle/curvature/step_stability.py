@@ -75,11 +75,12 @@ def largest_overshoot(
     probes: int = 6,
     candidates: int = 4,
 ) -> Overshoot:
-    """Return the least stable coordinate found with `probes` + `candidates` Hessian-vector products; collective.
+    """Return the coordinate whose effective step size times curvature is the largest found; collective.
 
-    Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
-    then computed. So the result is correct for its coordinate, but another one may be less stable. `steps` are in the
-    order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
+    The search uses `probes` + `candidates` Hessian-vector products. Hutchinson's estimate of the diagonal (Bekas,
+    Kokiopoulou and Saad 2007) proposes candidates, whose curvature is then computed. So the result is correct for its
+    coordinate, but another one may be less stable. `steps` are in the order of `curvature.parameters`; the generator,
+    on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])

@@ -1,4 +1,5 @@
-"""Measures the speed of compressors on this machine, for plans and for a table that compares compressors."""
+"""Measures the speed of compressors on this machine, for forecasts of step times and for a table that compares
+compressors."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ LONGEST = 1 << 25  # largest number of coordinates that is timed; times of longe
 
 @dataclass(frozen=True)
 class Line:
-    """The seconds of a call as a linear function of the number of coordinates."""
+    """The time of a compressor's operation on a vector, in seconds, as a linear function of the number of
+    coordinates."""
 
     fixed: float  # seconds per call
     per_coordinate: float  # additional seconds per coordinate
@@ -39,11 +41,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Pace:
-    """The speed of a compressor: the seconds of each operation as a function of the number of coordinates."""
+    """The speed of a compressor: the seconds to encode, decode or add one message as functions of the number of
+    coordinates."""
 
     encode: Line  # time to compress a vector
     decode: Line  # time to decode a received message, and add it to a vector
-    add: Line  # time to add a message whose context is known (`Message.context`) to a vector
+    add: Line  # time to add a message to a vector, if its derived data, `Message.context`, is already known
 
     def seconds(self, work: Work) -> float:
         n = work.coordinates
@@ -51,7 +54,8 @@ class Pace:
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Return the pace of a compressor, measured on two Gaussian vectors on `device`, of 4,096 and of d coordinates.
+    """Return the pace, i.e. the speed, of a compressor. It is measured on two Gaussian vectors on `device`, of 4,096
+    and of d coordinates.
 
     The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each function
     is fitted to the times for the two vectors, which are minima over at least `repeats` calls. The calls use as many
@@ -63,9 +67,9 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
-    """Return a compressor's pace as `measure` does, and the fraction by which the median time of an encoding exceeds
-    the minimum. Calls are repeated until the minimum times are reproduced within a tenth. Raises ValueError as
-    `measure` does."""
+    """Return the pace, i.e. the speed, of a compressor as `measure` does, and the fraction by which the median time of
+    an encoding exceeds the minimum. Calls are repeated until the minimum times are reproduced within a tenth, or have
+    taken 5 seconds. Raises ValueError as `measure` does."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
@@ -85,7 +89,8 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
 
     def decode(out: Tensor = out) -> None:
-        # Time `receive` too, since a receiver must compute the message's context, which the sender already has.
+        # Time `receive` too, since a receiver must compute the message's context (data that is not sent), which the
+        # sender already has.
         compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
 
     return {
@@ -110,7 +115,8 @@ class CompressorEntry:
 
 
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
-    """Measure the table entry of one compressor. Raises ValueError if it does not support d coordinates."""
+    """Return one row of the table of compressors: a compressor's contraction, bytes and measured speed for a vector of
+    d coordinates. Raises ValueError if the compressor does not support d coordinates."""
     compressor.validate(d)
     torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with other workers
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))

@@ -123,9 +123,9 @@ class StepsNeeded:
     at_least: bool = False  # True if `factor` is a lower bound, as the measurement ended before the loss was reached
 
 
-# Measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800 steps, three
-# seeds). In experiments/nanogpt Rounded("int4") needed 1.02 times as many steps as QSGD(127). Muon was measured
-# only with local updates.
+# Steps were measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800
+# steps, three seeds). In experiments/nanogpt Rounded("int4") needed 1.02 times as many steps as QSGD(127). Muon was
+# measured only with local updates.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -172,7 +172,8 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """True if the number of steps needed was measured, and is not only a lower bound."""
+        """True if `steps`, the number of steps that make the progress of one uncompressed step, was measured and is not
+        only a lower bound."""
         return self.steps is not None and not self.steps.at_least
 
     @property
@@ -226,8 +227,8 @@ def forecast(
 
     `workload` is the size of the model, exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange
     runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding. `update` is the
-    time in seconds that a step of CompressedSGD needs in addition (see `plan.update_seconds`). Both times count as
-    compression.
+    time in seconds by which a step of CompressedSGD is longer than one of SGD, apart from encoding and decoding (see
+    `plan.update_seconds`). Encoding, decoding and `update` count as compression.
 
     If an `optimizer` is given, compressors are compared by the time of the steps that make the progress of one
     uncompressed step. The number of these steps was measured for each compressor with the optimizer (`MEASURED`).
@@ -236,7 +237,7 @@ def forecast(
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
 
-    # DDP's ring all-reduce sends 2 (n - 1) / n of the float32 gradients.
+    # DDP's ring all-reduce over n workers sends 2 (n - 1) / n times the bytes of the float32 gradients.
     nbytes = 4 * (workload.d + workload.dense)
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)

@@ -1,4 +1,5 @@
-"""The plan for local updates on a network link: the steps between exchanges, the compressor, and the overlap."""
+"""The plan for local updates, i.e. several optimizer steps between two exchanges, on a network link: the number of
+steps between exchanges, the compressor, and the overlap."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from packsaddle.plan.step_time import Fleet, Link, compressed
 
 @dataclass(frozen=True)
 class Setting:
-    """A combination of arguments of `LocalUpdates`."""
+    """A combination of arguments of `LocalUpdates`, for which the number of steps to reach a loss was measured."""
 
     every: int
     compressor: Compressor
@@ -66,10 +67,11 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the number of steps that local updates with each setting need, divided by that of uncompressed training.
+    """Return, for each setting of local updates, the number of steps needed to reach a loss, divided by the number that
+    uncompressed training needs.
 
-    Steps were measured with a few numbers of workers (`measured_workers`). The result is for the smallest of these
-    numbers that is at least `workers`, or for the largest if all are below `workers`.
+    Steps were measured with the inner `optimizer` and a few numbers of workers (`measured_workers`). The result is for
+    the smallest of these numbers that is at least `workers`, or for the largest if all are below `workers`.
     """
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
@@ -77,16 +79,18 @@ def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, 
 
 
 def measured_workers(optimizer: Inner = "adamw") -> list[int]:
-    """Return the numbers of workers with which steps were measured, the smallest first."""
+    """Return the numbers of workers for which the steps of local updates with this inner `optimizer` were measured, the
+    smallest number first."""
     return sorted({w for steps in _MEASURED[optimizer].values() for w in steps})
 
 
 @dataclass(frozen=True)
 class LocalForecast:
-    """The predicted cost of local updates with one setting; times are averages in seconds per inner step."""
+    """The predicted cost of local updates with one setting. Times are averages in seconds per inner step, i.e. step of
+    a worker's own optimizer."""
 
     setting: Setting
-    fragments: int  # number of fragments of the model, each exchanged separately
+    fragments: int  # number of fragments into which the model is split, each exchanged separately
     sent: float  # bytes per inner step that the busiest worker sends
     compute: float  # seconds of computing, and of waiting for the slowest worker at each exchange
     waiting: float  # part of `compute`: seconds of waiting for the slowest worker
@@ -124,12 +128,13 @@ class LocalForecast:
 
 
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the inner steps per second of all workers together, for workers of unequal `speeds`.
+    """Predict the inner steps (steps of a worker's own optimizer) per second of all workers together, for workers of
+    unequal `speeds`.
 
-    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns a dict of
-    rates in steps per second: "equal" if all workers make equal numbers of steps in a round, "paced" with
-    `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges. Its entry "steps" is the number of
-    steps of each worker in a round with `Workers(weight="steps")`.
+    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. A round is the
+    steps between two exchanges. Returns a dict of rates in steps per second: "equal" if all workers make equal numbers
+    of steps in a round, "paced" with `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges.
+    Its entry "steps" is the number of steps of each worker in a round with `Workers(weight="steps")`.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)
@@ -152,10 +157,11 @@ def forecast_local(
     """Predict the cost of local updates for each measured setting on a link, the fastest setting first.
 
     Settings that need over `most_steps` times the steps of uncompressed training are omitted. `optimizer` is the inner
-    optimizer of the measurements; `pace(compressor, d)` returns the speed of a compressor; `update` is the time in
-    seconds per exchange to compute the compressor's input and the residual. With a delay, the number of fragments is
-    the one with which steps wait for the least time. Raises ValueError for fewer than two workers, or if no setting
-    remains.
+    optimizer of the measurements, i.e. that of the steps between exchanges; `pace(compressor, d)` returns the speed of
+    a compressor; `update` is the time in seconds per exchange to compute the compressor's input and the residual. If
+    exchanges overlap with later steps (a delay), the model is split into fragments that are exchanged separately. Their
+    number is the one with which steps wait for the least time. Raises ValueError for fewer than two workers, or if no
+    setting remains.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -183,8 +189,8 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    # Workers also average a flag, and with `agreement` a number per tensor, which are sent with the uncompressed
-    # coordinates.
+    # Workers also average a flag for invalid vectors, and with `agreement` a number per tensor. These are sent with the
+    # uncompressed coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
     choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
@@ -195,8 +201,9 @@ def _forecast(
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the seconds per round for which steps wait for exchanges. They wait if an exchange takes longer than
-        its delay, or if all exchanges of a round take longer than the round."""
+        """Return the seconds per round for which steps wait for the exchanges of this number of fragments, i.e. parts
+        of the model that are exchanged separately. They wait if an exchange takes longer than its delay, or if all
+        exchanges of a round take longer than the round."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

@@ -89,8 +89,8 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 class TrainingStep:
     """A model and a batch, to time the model's training step.
 
-    The loss is the first scalar among the tensors that the model returns with a gradient. If there is no scalar, it is
-    the sum of the mean squares of these tensors.
+    The loss is the first tensor of one element among the model's outputs that require gradients. If there is none, it
+    is the sum of the mean squares of the outputs that require gradients.
 
     >>> import torch
     >>> from packsaddle.plan import TrainingStep
@@ -137,7 +137,7 @@ class TrainingStep:
         return next((t for t in found if t.numel() == 1), squares)
 
     def time(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Timing:
-        """Measure the seconds of a forward pass, a backward pass and a step of each of `optimizers`, in sum. The
+        """Measure the seconds of a forward pass, a backward pass and a step of each of `optimizers`, in total. The
         measurement is repeated until the minimum is reproducible (see `repeated`)."""
 
         def step() -> None:

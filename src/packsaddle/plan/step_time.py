@@ -94,7 +94,7 @@ class Fleet:
 
     @property
     def waiting(self) -> float:
-        """Expected seconds of waiting for the slowest worker, averaged over workers."""
+        """Expected seconds per step of waiting for the slowest worker, averaged over workers."""
         return self.compute * (expected_maximum(self.workers, self.spread, self.tail) - 1)
 
 
@@ -155,7 +155,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A step of `CompressedSGD`: compute, coding and exchange, one after the other."""
+    """A step of `CompressedSGD`: compute, encoding and decoding, and exchange, one after the other."""
 
     cost: Cost  # messages and bytes on the critical path of the exchange
     compression: float  # seconds of encoding, of decoding, and of the rest of the optimizer's step
@@ -169,7 +169,7 @@ class Compressed:
 class Dense:
     """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
-    nbytes: int
+    nbytes: int  # bytes of the gradients
     overlap: bool = True  # True: exchange during the backward pass; False: after it
     bucket: int = 25 * 2**20  # size of a bucket in bytes; this is torch's default
     backward: float = 2 / 3  # time of the backward pass, as a fraction of the compute time
@@ -195,16 +195,16 @@ Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operat
 
 
 def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
-    """Return a step of `CompressedSGD` in which this aggregator exchanges d compressed and `dense` uncompressed
-    coordinates in float32."""
+    """Return a step of `CompressedSGD` in which this aggregator, a method of averaging over workers, exchanges d
+    compressed and `dense` uncompressed coordinates in float32. `seconds` returns the time of encoding and decoding."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
     """Return the rate of a link, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take
-    less time than one `dense` step. The latency is that of `link`. Returns None if they take less time at no rate, or
-    at every rate."""
+    less time than one `dense` step. `kinds` are models of a compressed step, and `dense` of an uncompressed one. The
+    latency is that of `link`. Returns None if the compressed steps take less time at no rate, or at every rate."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)

@@ -1,6 +1,6 @@
 """The paper's theorems as code: bounds, plans, Table 1, and the random walk due to artificial noise.
 
-Start with `bounds` (assumptions and constants), then `plans` (parameters of Algorithm 1 for a target).
+Start with `bounds` (assumptions and constants), then `plans` (parameters of Algorithm 1 for a target accuracy).
 """
 
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, FirstOrderPlan, first_order_plan

@@ -84,9 +84,9 @@ class Constants:
     """The constants that the theorems hide in O-tilde, which are powers of the logarithm iota, and factors.
 
     The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). It is an assumption that they are
-    also valid, up to logarithms, for Algorithm 1. The factors 1 of the second and the third bound on eta are guesses.
-    The constants `practical` have no proof and no failure probability, but lead to feasible numbers of steps. Raises
-    ValueError unless all constants are positive and finite.
+    also valid, up to logarithms, for Algorithm 1. The factors 1 of the second and the third bound on the step size eta
+    are guesses. The constants `practical` have no proof and no failure probability, but lead to feasible numbers of
+    steps. Raises ValueError unless all constants are positive and finite.
 
     >>> from packsaddle.theory import Assumptions, Constants
     >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
@@ -97,10 +97,10 @@ class Constants:
     mode: Mode  # origin of the constants, "theory" or "practical"
     iota: float  # value of the logarithm iota
     failure_probability: float | None = None  # failure probability delta in the logarithm iota; None: not defined
-    eta_power: float = 9.0  # eta is proportional to iota^-eta_power
-    gradient_noise_factor: float = 1.0  # factor of the first bound on eta
-    first_order_factor: float = 1.0  # factor of the second bound on eta
-    second_order_factor: float = 1.0  # factor of the third bound on eta
+    eta_power: float = 9.0  # the step size eta is proportional to iota^-eta_power
+    gradient_noise_factor: float = 1.0  # factor of the first bound on the step size eta
+    first_order_factor: float = 1.0  # factor of the second bound on the step size eta
+    second_order_factor: float = 1.0  # factor of the third bound on the step size eta
     noise_power: float = 1.0  # power of iota in the norm of the noise, iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # power of iota in I = iota^1 / (eta sqrt(rho epsilon)); not used with `patience`
     patience: float | None = None  # escape interval I as a multiple of the median escape time; None: `interval_power`
@@ -118,11 +118,11 @@ class Constants:
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
         """Return the constants of the proof, with iota = log_factor * log(d L f_max N / (rho epsilon delta)).
 
-        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. The argument of the logarithm has
-        units, as in the paper, so the logarithm can be small or negative. A logarithm below 1 is replaced by that of
-        the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger. The
-        proof only says that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless
-        0 < delta < 1.
+        `a` are the assumptions, whose class defines d, L, f_max, rho and epsilon; N is `a.noise_ratio`, and delta is
+        `failure_probability`. The argument of the logarithm has units, as in the paper, so the logarithm can be small
+        or negative. A logarithm below 1 is replaced by that of the unitless
+        d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger. The proof only says
+        that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless 0 < delta < 1.
         """
         if not 0 < failure_probability < 1:
             raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
@@ -135,15 +135,18 @@ class Constants:
 
     @classmethod
     def practical(cls) -> "Constants":
-        """Return constants for which half of the iterates are epsilon-SOSPs, if escapes take the predicted time.
+        """Return constants for which half of the iterates are epsilon-second-order stationary, if escapes from saddles
+        take the predicted time.
 
         At no more than a quarter of the iterates the gradient is too large. This holds because the first two bounds on
-        eta are below the bounds of `first_order_plan` for the target epsilon / 2, since chi^2 <= 2 epsilon^2 N. For
-        that target, T = 32 f_max / (eta epsilon^2) steps provably suffice.
+        the step size eta are below the bounds of `first_order_plan` for the target epsilon / 2, since
+        chi^2 <= 2 epsilon^2 N. Here chi^2 is the variance of a step's gradient plus artificial noise, and N is
+        `Assumptions.noise_ratio`. For that target, T = 32 f_max / (eta epsilon^2) steps provably suffice.
 
         No more than a quarter of the iterates are near saddles. An escape takes I steps, which is twice the predicted
-        median (see `interval_and_steps`), and decreases f by F. If the Hessian is rho-Lipschitz, f decreases by at
-        least 2/3 sqrt(epsilon^3 / rho) over the distance R. So T = 4 f_max I / F steps suffice.
+        median (see `interval_and_steps`), and decreases the objective f by F. If the Hessian is rho-Lipschitz, f
+        decreases by at least 2/3 sqrt(epsilon^3 / rho) over the distance R, the radius of the escape check. So
+        T = 4 f_max I / F steps suffice.
 
         The factor 1 of the third bound on eta remains a guess. The logarithm iota is 1.
         """
@@ -167,7 +170,9 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
     With units restored, they are iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and
     mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times its factor in `c`. Here `mu` is the contraction of the
-    compressor, D is 1 for a compressor that is `linear` and d for others, and chi^2 = sigma^2 + ||xi||^2.
+    compressor, D is 1 for a compressor that is `linear` and d for others, and chi^2 = sigma^2 + ||xi||^2, where xi is
+    the artificial noise. N is the `noise_ratio` of the assumptions `a`, whose class defines L, epsilon, rho, sigma and
+    d.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
@@ -191,9 +196,10 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
-        # Along the escape direction, the iterate y = x - eta e is Gaussian after t steps, with the standard deviation
-        # r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, where gamma is the magnitude of the negative curvature. So the
-        # median time to distance R is the t at which 0.6745 times this standard deviation is R.
+        # Along the escape direction, y = x - eta e (the parameters x corrected by the error memory e) is Gaussian after
+        # t steps, with the standard deviation r sqrt(eta / (2 gamma)) (1 + eta gamma)^t. Here r is the noise per
+        # coordinate, and gamma the magnitude of the negative curvature. So the median time to distance R is the t at
+        # which 0.6745 times this standard deviation is R.
         noise, gamma = noise_norm(a, c) / math.sqrt(a.d), a.curvature
         growth = radius(a, c) * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
         # The median time is 0 if the noise alone already exceeds R.
@@ -214,12 +220,13 @@ def decrease(a: Assumptions, c: Constants) -> float:
 
 
 def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:
-    """Return the contraction mu, in (0, 1), for which the first and third bound on the step size are equal (Cor. 3.3).
+    """Return the contraction mu, in (0, 1), for which the first and third bound on the step size in `step_sizes` are
+    equal (Corollary 3.3 of the paper).
 
     It solves mu^2 / (1 - mu) = q, where q is the first bound divided by the factors of the third bound that do not
     contain mu. If q is small, mu is about sqrt(q). For a compressor that is `linear`, sqrt(q) is
     epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For other compressors it is
-    sqrt(d) times this number.
+    sqrt(d) times this number. `constants` are those of `step_sizes`, by default `PRACTICAL`.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
@@ -229,7 +236,9 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
 
 @dataclass(frozen=True)
 class FirstOrderPlan:
-    """Step size and number of steps for which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2.
+    """Step size and number of steps for which the mean of E||grad f(x_t)||^2 over the steps t is at most epsilon^2.
+
+    x_t are the parameters at step t.
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> found = first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=1.0)
@@ -243,11 +252,12 @@ class FirstOrderPlan:
 
 
 def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0) -> FirstOrderPlan:
-    """Return a plan for first-order stationarity only, without resets; it is proved with its constants under
-    Assumptions A and B.
+    """Return a plan for first-order stationarity only, without resets of the error memory; it is proved with its
+    constants under Assumptions A and B.
 
-    With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t = x_t - eta e_t and the bound on E||e_t||^2 (as in Lemma
-    A.5 of the paper) give, for eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
+    At step t the parameters are x_t, the error memory is e_t, and each coordinate has artificial noise of standard
+    deviation `noise`. With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t = x_t - eta e_t and the bound on
+    E||e_t||^2 (as in Lemma A.5 of the paper) give, for eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2).
     T is chosen so that the first term is at most epsilon^2 / 2, and eta so that each of the other two terms is at most
     epsilon^2 / 4. The compressor C must act on the mean over workers. rho and l-tilde in `assumptions` are not used;

@@ -16,8 +16,8 @@ from torch import nn
 from packsaddle.errors import check_positive
 from packsaddle.numerics.devices import widened
 
-GOOD = 3.0  # suggested length of the walk, as a multiple of ||x_0||
-FAR = 8.0  # length of the walk, as a multiple of ||x_0||, above which a run warns
+GOOD = 3.0  # suggested length of the walk, as a multiple of the initial parameters' norm ||x_0||
+FAR = 8.0  # length of the walk, as a multiple of the initial parameters' norm ||x_0||, above which a run warns
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Walk:
     rms: float  # root mean square of the initial parameters x_0: ||x_0|| / sqrt(d)
 
     def times(self, r: float) -> float:
-        """Return the length of the walk for the noise std r, divided by ||x_0||: eta r sqrt(T) / rms. It is infinite if
-        x_0 is 0."""
+        """Return the length of the walk for the noise std r, divided by the norm of the initial parameters, ||x_0||.
+        The ratio is eta r sqrt(T) / rms, and infinite if x_0 is 0."""
         length = self.lr * r * math.sqrt(self.steps)
         return length / self.rms if self.rms else (math.inf if length else 0.0)
 
     def suggested(self, times: float = GOOD) -> float | None:
-        """Return the noise std r for a walk of length `times` ||x_0||, or None if lr, steps or x_0 is zero."""
+        """Return the noise std r for a walk whose length is `times` the norm ||x_0|| of the initial parameters. Returns
+        None if lr, steps or x_0 is zero."""
         unit = self.times(1.0)
         return times / unit if 0 < unit < math.inf else None
 

@@ -1,4 +1,5 @@
-"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k with the fewest bytes."""
+"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the number k of coordinates to send
+that needs the fewest bytes."""
 
 import math
 from bisect import bisect_left
@@ -41,9 +42,11 @@ FAMILIES: Mapping[str, Family] = {
 class Plan:
     """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and their cost.
 
-    The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are mu and k, which are exact, and
-    `sent`, which is exact except for the size of coded indices. Bytes are those that one worker sends. They do not
-    include the escape check, which all-reduces d uncompressed values at most once in `interval` steps.
+    The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are the contraction mu and the
+    number k of coordinates sent, which are exact, and `sent`, which is exact except for the size of coded indices.
+    Bytes are those that one worker sends. They do not include the escape check, which accepts or rolls back the steps
+    since the last check once these exceed `interval` steps or the distance `radius`. If it accepts them, it all-reduces
+    d uncompressed values.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -81,8 +84,9 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """The norm of the artificial noise, r sqrt(d). Compression errors stay below the noise only if this norm is at
-        least about sigma, the standard deviation of the stochastic gradient."""
+        """The norm of the artificial noise, r sqrt(d), for noise of standard deviation r per coordinate. Compression
+        errors stay below the noise only if this norm is at least about sigma, the standard deviation of the stochastic
+        gradient."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property
@@ -92,8 +96,8 @@ class Plan:
 
     @property
     def proved_for_workers(self) -> bool:
-        """True if the exchange computes C of the workers' mean vector, as the proofs assume. It is False for an
-        all-gather, which instead averages C(v) of every worker's vector v."""
+        """True if the exchange computes C(v), the compressed form, of the workers' mean vector v, as the proofs assume.
+        It is False for an all-gather, which instead averages C(v) of every worker's own vector v."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -110,9 +114,10 @@ def plan(
 ) -> Plan:
     """Plan a run of Algorithm 1 with this compressor: by Theorem 3.2 if it is linear, else by Theorem 3.1.
 
-    `assumptions` are the constants of the problem, and `constants` replace those that O-tilde hides. The compressor
-    acts on all d coordinates, in float32, with the direct exchange. Raises ValueError if the compressor does not
-    support d coordinates, or for fewer than two workers, since one worker sends nothing.
+    `assumptions` are the constants of the problem, and `constants` replace those that O-tilde hides in the theorems.
+    The compressor acts on all d coordinates, in float32, with the direct exchange (which computes the exact mean of the
+    workers' messages). Raises ValueError if the compressor does not support d coordinates, or for fewer than two
+    workers, since one worker sends nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -175,7 +180,8 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return the number k of coordinates to send, from 1 to d, that balances the bounds on eta (Corollary 3.3).
+    """Return the number k of coordinates to send, from 1 to d, for which the first and third bound on the step size are
+    about equal (see `balanced_mu`).
 
     `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor that sends k coordinates.
 
@@ -196,11 +202,11 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     `assumptions`, `constants` and `workers` are as in `plan`. Raises ValueError as `plan` does.
 
     Let k* be the smallest k for which the number of steps T is no larger than without compression, i.e. for k = d. For
-    k below k*, compression limits eta, and the product k T grows as k decreases. For k above k*, T is constant and each
-    step sends more. So the minimum is at k*, at the next smaller contraction mu, or at k = d, which sends no indices.
-    k* equals `balanced_k`, up to rounding, unless the first-order bound limits eta, which Corollary 3.3 ignores. For
-    LinearSketch, mu = 1 / ceil(d / k) is rounded, so that the search can miss a k with typically a few percent fewer
-    bytes.
+    k below k*, compression limits the step size, and the product k T grows as k decreases. For k above k*, T is
+    constant and each step sends more. So the minimum is at k*, at the smallest k with the next smaller contraction mu,
+    or at k = d, which sends no indices. k* equals `balanced_k`, up to rounding, unless the first-order bound limits the
+    step size, which Corollary 3.3 ignores. For LinearSketch, mu = 1 / ceil(d / k) is rounded, so that the search can
+    miss a k with typically a few percent fewer bytes.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -245,8 +251,9 @@ class Reach:
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the number of steps of Algorithm 1 without compression under the assumptions `a`, with a larger epsilon,
-    and with Assumption C."""
+    """Return the number of steps of Algorithm 1 without compression under the assumptions `a`, for twice the target
+    epsilon, and with Assumption C (Lipschitz stochastic gradients). Also return the smallest epsilon that needs at most
+    MOST_STEPS steps."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
@@ -267,7 +274,7 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
     """Return the smallest epsilon in [given, greatest] for which `within` is True, or None if there is none. It is
     found by bisection of log(epsilon)."""
-    # Stay below the end of the valid range by more than rounding errors.
+    # Stay below the largest valid epsilon by more than rounding errors.
     low, high = math.log(given), math.log(greatest) - 1e-12
     if within(given):
         return given
