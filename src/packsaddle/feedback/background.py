@@ -47,7 +47,8 @@ class Background:
         weakref.finalize(self, _join, self._threads)
 
     def promise(self) -> Promise:
-        """Return a new promise. Any stream of the device may wait for its `future`."""
+        """Return a new promise of a tensor that is computed in the background. Any stream of the device may wait for
+        its `future`."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
         # DDP reads a future's value without checking for an error, so the future that it gets raises the error itself.
         return Promise(source, source.then(lambda done: done.value()))

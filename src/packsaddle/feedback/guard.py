@@ -179,7 +179,7 @@ class Verdict:
         """Return the outcome as three numbers, float[3], which are all 0 if the exchange is applied.
 
         The first is the fraction of workers with an invalid vector, or NaN if a message is invalid. The second is 1 if
-        the result would overflow. The third is 1 if workers exchanged different slices (`is_unlike`).
+        the result would overflow. The third is 1 if workers exchanged different sets of parameters (`is_unlike`).
         """
         assert isinstance(self.fraction, Tensor)
         flags = [self.fits, is_unlike]
@@ -187,17 +187,18 @@ class Verdict:
         return torch.stack([self.fraction, 1 - fits, unlike])
 
     def read(self) -> bool:
-        """Return True if the exchange is applied. Waits for the device once."""
+        """Copy the numbers of this outcome to the host, and return True if the exchange is applied. The host waits for
+        the device once."""
         return self.settle(*read(*self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """Return the fraction and the magnitude as tensors, to be read on the host and passed to `settle`. If the
-        fraction is None, only the magnitude is returned."""
+        """Return two tensors, to be read on the host and passed to `settle`: the fraction of workers with an invalid
+        vector, and the magnitude of the mean update. If the fraction is None, only the magnitude is returned."""
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Set the fraction and the magnitude to `numbers`, which are the values of `tensors` on the host. Returns True
-        if the exchange is applied."""
+        """Set the fraction of workers with an invalid vector, and the magnitude of the mean update, to `numbers`, which
+        are the values of `tensors` on the host. Returns True if the exchange is applied."""
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction
