@@ -79,7 +79,7 @@ class _Attached(Attached, Callback):
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read from `state` whether the checkpoint has workers' states next to it. If it has, `on_train_start` restores
+        """Note that workers' states were saved next to the checkpoint, if `state` shows it. `on_train_start` restores
         them after it has attached the hook or local updates."""
         self._saved = "steps" in state
 

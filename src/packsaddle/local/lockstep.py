@@ -42,7 +42,7 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Header:
-    """The integers that each worker sends in the check that all workers make the same call."""
+    """The integers that each worker sends before a collective, to check that all workers make the same call."""
 
     call: int  # index of the call in `Call`
     steps: int  # number of inner steps
@@ -76,9 +76,9 @@ class Lockstep:
     records the bytes of the check as "guard".
 
     `behind` runs collectives that overlap with inner steps; if it is None, no collective overlaps. With `norms`, every
-    check has room for a norm, so that the checks of all calls have the same size. With `paced`, every check also has
-    room for the time of an inner step, and calls other than exchanges may follow different numbers of steps on
-    different workers.
+    check has room for the norm of a worker's update, so that the checks of all calls have the same size. With `paced`,
+    every check also has room for the time of an inner step, and calls other than exchanges may follow different numbers
+    of steps on different workers.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Lockstep:
         compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls are always
         compared before `work`.
 
-        `norm`, float32[1], is gathered together with the workers' calls. Then `work` is called with all workers' norms,
-        float32[W], and standings, int64[W] (see `Standing`).
+        `norm`, float32[1], the norm of this worker's update, is gathered together with the workers' calls. Then `work`
+        is called with all workers' norms, float32[W], and standings, int64[W] (see `Standing`).
         """
         is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
