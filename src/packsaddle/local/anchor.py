@@ -113,8 +113,8 @@ class Anchor:
             a.copy_(old)
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed, and keep their progress since `before`: x <- start + (x -
-        before). Here `start` is the new start point: the anchor, or with `keeps` the anchor minus the error memory.
+        """Set the parameters x <- start + (x - before) after the anchor changed, so that x keeps its progress since
+        `before`. Here `start` is the new start point: the anchor, or with `keeps` the anchor minus the error memory.
         `before` has one tensor per parameter. If it is empty, x <- start.
 
         With `blend`, x <- (1 - blend) start + blend x. Parameters whose names are in `frozen` keep their values; by

@@ -177,7 +177,8 @@ class Elastic(Option):
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed. The
             processes of a site leave together, after an inner step or a round; while they wait for other workers, they
             save their memories, and wait for the round or the end of `grace`.
-        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
+        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which the round that sends the worker's unsent
+            updates must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
             class or in a default setting. If they should differ, set it to False on all workers.
@@ -207,7 +208,7 @@ class Elastic(Option):
 
     @property
     def is_site(self) -> bool:
-        """True if the manager belongs to a worker of several processes."""
+        """True if this worker is a site, i.e. if its manager belongs to several processes."""
         return processes_of(self.manager) > 1
 
     def __post_init__(self) -> None:
@@ -307,7 +308,9 @@ AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
 
 @dataclass(frozen=True)
 class LocalOptions(Option):
-    """The arguments of `LocalUpdates` as one value. Raises ValueError for incompatible arguments."""
+    """The arguments of `LocalUpdates` as one value. Raises ValueError or TypeError for invalid or incompatible
+    arguments.
+    """
 
     compression: Compression
     every: int
@@ -370,7 +373,8 @@ class LocalOptions(Option):
     def of(
         cls, compressor: Any, overlap: Any, workers: Any, noise: Any, outer: AnyOuter = None, **others: Any
     ) -> "LocalOptions":
-        """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
+        """Convert arguments of `LocalUpdates` to `LocalOptions`. In place of an option class, such as `Overlap` or
+        `Workers`, an argument may be its first field: a number, a process group or a Manager."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
         if hasattr(workers, "start_quorum"):
@@ -406,8 +410,8 @@ class LocalOptions(Option):
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
-        """Raise ValueError if these workers do not support the aggregator, or if they do not support DTensors and the
-        parameters are DTensors (`sharded`)."""
+        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages, or if the
+        parameters are DTensors (`sharded`), which `workers` does not support."""
         if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "

@@ -80,14 +80,14 @@ class LocalRecords(Records):
 
     @property
     def clips(self) -> list[Clip]:
-        """A record of each worker's update that was scaled down, since it exceeded the limit `Workers.clip`, since
-        construction or loading."""
+        """A record of each update, of any worker, that exceeded the limit `Workers.clip` and so was scaled down. The
+        list starts at construction or loading."""
         return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
 
     @property
     def clipped(self) -> int:
-        """The number of updates, of all workers, that were scaled down since they exceeded the limit `Workers.clip`. It
-        includes those of the run before loading."""
+        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. It
+        includes those in the saved state that was loaded."""
         return sum(part.clips.count for part in self._fragments)
 
     @property
@@ -110,13 +110,13 @@ class LocalRecords(Records):
     @property
     def lost(self) -> float:
         """The sum of the norms of the error memories (unsent updates) that workers lost, for example because they ended
-        without saving them. It is 0 with a fixed set of workers."""
+        without saving them. The sum is 0 with a fixed set of workers."""
         return self._workers.lost
 
     @property
     def waiting(self) -> float:
         """The sum of the norms of the error memories (unsent updates) that absent workers have saved in files, to send
-        them when they return. It is 0 with a fixed set of workers."""
+        them when they return. The sum is 0 with a fixed set of workers."""
         return self._workers.waiting
 
     @property

@@ -279,7 +279,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def _set_anchor_before_first_step(self) -> None:
-        """Set the anchor to the parameters if no step was made yet, since weights may have been loaded."""
+        """Set the anchor, from which local updates are measured, to the parameters if no step was made yet. Weights may
+        have been loaded after construction."""
         if self.steps == 0 and not self._has_begun and not self._workers.has_joined:
             self._whole.set_from_parameters()
             if self._reactions.escape is not None:
@@ -305,8 +306,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def join(self) -> None:
-        """Wait for the other workers' next round, and load their averaged parameters. Call with a manager, before
-        training.
+        """Wait for the other workers' next round, and load their averaged parameters. Call it before training, if
+        workers join and leave (see `Elastic`).
 
         Without this call the first step joins, and discards its gradient, which was computed at other parameters. A
         worker that returns loads its error memory from its file. Raises RuntimeError without a manager.
@@ -318,7 +319,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's pending updates, and leave. Call with a manager, before the process ends early.
+        """Save or send this worker's pending updates, and leave the run. Call it if workers join and leave (see
+        `Elastic`), before the process ends early.
 
         The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
         one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError without a manager.
@@ -330,13 +332,15 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step.
-        Collective over the processes of a site, as is every other method that waits for exchanges."""
+        """Wait for exchanges that run in the background, so that `ledger` includes their bytes. Their results are still
+        applied at the steps at which they are due. If a worker has several processes (a site), this method, like every
+        other one that waits for exchanges, is collective over them."""
         self._whole.wait()
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the mean of `pending` over workers, weighted by `weight` if set, float[d]; collective.
+        """Return the mean over workers of their pending updates (see `pending`), weighted by `Workers.weight` if it is
+        set, float[d]; collective.
 
         Without an outer optimizer, the anchor minus error() moves as in training without compression. d is the number
         of elements in this process's shards. Raises RuntimeError with a manager: use `pending`.
@@ -346,7 +350,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def pending(self) -> Tensor:
-        """Return this worker's updates still to be subtracted from the anchor, float[d], in the optimizer's order.
+        """Return this worker's updates that are still to be subtracted from the anchor, i.e. from the parameters on
+        which all workers last agreed: float[d], in the optimizer's order.
 
         They are the error memory, the local update since the last exchange, and the update in a running exchange, for
         which it waits.
@@ -486,8 +491,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError on all workers unless all make this `call`. Collective, and not counted in the ledger.
-        No-op with a manager."""
+        """Raise RuntimeError on all workers unless all of them make this `call`, such as "saves a checkpoint".
+        Collective; the bytes of this check are not counted in `ledger`. No-op with a manager."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
