@@ -37,9 +37,9 @@ class Every:
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form. All slices of a step are measured together. Coordinates that
-    this worker averages for all workers in a two-way exchange do not count, since it does not send them. Lazy noise
-    (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    v is the vector to send and C(v) its compressed form. If the vectors of several sets of parameters are sent in a
+    step, they are measured together. Coordinates that this worker averages for all workers in a two-way exchange do not
+    count, since it does not send them. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
         every: steps between two measurements; 0 never measures.

@@ -78,8 +78,8 @@ class Escape(EscapeRule):
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8 of Algorithm
-    1)."""
+    """Record of an escape check that ended a segment of steps (lines 5-8 of Algorithm 1): its reason, the compared
+    losses and the decision to keep or to roll back the parameters."""
 
     step: int  # step t at which the check fired, and at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it

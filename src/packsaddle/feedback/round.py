@@ -61,7 +61,8 @@ class Target(Protocol):
 
 
 class ErrorFeedback:
-    """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
+    """Error feedback of a slice (parameters exchanged together): this worker's error memory, float[n], and the
+    aggregator, which averages the workers' messages.
 
     Args:
         memory: the error memory of the slice. A slice is a set of parameters as one vector.
@@ -99,8 +100,8 @@ class ErrorFeedback:
         return self._choice
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
-        """Return True if messages of this slice are predicted to be no larger with compressor `one` than with
-        compressor `other`."""
+        """Return True if the messages of these parameters are predicted to be no larger with compressor `one` than with
+        compressor `other`, in bytes."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
@@ -190,8 +191,8 @@ class Round:
         self._unsent: Tensor | None = None  # the part of the uncompressed coordinates that clipping removed; None: 0
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n], for the error memory e and the update u (line 10 of Algorithm
-        1). If v is invalid, return zeros."""
+        """Return the vector to send (line 10 of Algorithm 1): v = e + u, float[n], for the error memory e and the
+        update u. If v is invalid, return zeros."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.report = f.guard.validate(v, update, f.slice)

@@ -50,7 +50,7 @@ class Allocation:
 
     def begin(self, compressor: Compressor) -> None:
         """Begin a step: divide the budget of `compressor`, i.e. the number of coordinates that it sends, among the
-        slices that were sampled in the previous step."""
+        slices (buckets or modules) that were sampled in the previous step."""
         known, self._next, self._compressor = self._last, {}, compressor
         allotted = None
         if sum(sample.size for sample in known.values()) == self.d and len(known) > 1:

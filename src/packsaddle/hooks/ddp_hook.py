@@ -136,9 +136,9 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the `ErrorFeedback` (error memory and aggregator) of the parameters with these names. If there is
-        none, because DDP has made or rebuilt its buckets, make it with the error memories that these parameters had in
-        old buckets."""
+        """Return the `ErrorFeedback`, which has the error memory, of the parameters with these names. If there is none,
+        because DDP has made or rebuilt its buckets, make it with the error memories that these parameters had in old
+        buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -177,7 +177,7 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The `ErrorFeedback` (error memory and aggregator) of all parameters together. It is None with scope="bucket",
+        """The `ErrorFeedback` of all parameters together, which has their error memory. It is None with scope="bucket",
         and before the first exchange or loading."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 

@@ -350,8 +350,8 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
     """Return the numbers of a certificate as a dict for a logger, with keys such as certificate/grad_norm. Each
-    possible verdict has a key such as certificate/saddle, whose value is 1 if it is the certificate's verdict and 0 if
-    not."""
+    possible verdict on the model, such as "saddle", has a key such as certificate/saddle, whose value is 1 if it is the
+    certificate's verdict and 0 otherwise."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

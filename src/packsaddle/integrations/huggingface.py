@@ -179,7 +179,7 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Checks every `every_n_steps` steps if the model is at a saddle; logs a `Certificate`, and prints its verdict.
+    """Checks every `every_n_steps` steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
     Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
     batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,

@@ -236,7 +236,7 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Checks every N epochs or steps if the model is at a saddle; logs a `Certificate`, and prints its verdict.
+    """Checks every N epochs or steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
     The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
     batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of

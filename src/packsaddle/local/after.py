@@ -93,7 +93,7 @@ class EscapeAnchor:
 
 
 class Reactions:
-    """The reactions to the end of a round, such as a check of the anchor, called in a fixed order. A reaction that the
+    """The reactions to the end of a round, such as an escape check, called in a fixed order. A reaction that the
     options do not enable is None.
 
     `outcomes` counts rejected rounds and resets optimizers. It may raise NonFiniteError, after which no other reaction

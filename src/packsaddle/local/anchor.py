@@ -50,8 +50,8 @@ class Anchor:
         return [local_part(each.parameter) for each in self._trained]
 
     def values(self) -> list[Tensor]:
-        """Return this worker's parameters, on the anchor's device. If the anchor is on the CPU and the parameters are
-        not, all parameters are copied to the CPU, and the host waits once."""
+        """Return this worker's parameters, on the device of the anchor (which may be on the CPU to save GPU memory). If
+        the anchor is on the CPU and the parameters are not, they are copied to the CPU, and the host waits once."""
         return self._beside_anchor(self.tensors())
 
     def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -171,8 +171,8 @@ class Anchor:
                 assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
-        """Clear `owed`, the part of the local update that the difference of start point and parameters does not
-        contain. It is kept for the parameters whose names are in `frozen`."""
+        """Clear `owed`, the part of the local update that is missing in start - x, the difference between this worker's
+        parameters after the last exchange and now. It is kept for the parameters whose names are in `frozen`."""
         if not frozen or self.owed is None:
             self.owed = None
             return
@@ -181,8 +181,8 @@ class Anchor:
 
     @property
     def is_rounded(self) -> bool:
-        """True if a parameter has a narrower dtype than the anchor, so that the
-        start point of the parameter is rounded."""
+        """True if a parameter has a narrower dtype than the anchor, so that the point at which it continues after an
+        exchange is rounded."""
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
@@ -229,16 +229,16 @@ class Anchor:
         return found.flat
 
     def owe(self, change: Tensor) -> None:
-        """Add `change`, float[n], to `owed`, the part of the local update that the difference of start point and
-        parameters does not contain. Call after the start point has moved by -change and the parameters have not moved.
-        """
+        """Add `change`, float[n], to `owed`, a correction of the local update. The local update is the difference
+        between the point at which this worker continued after the last exchange and its parameters, plus `owed`. Call
+        after that point has moved by -change and the parameters have not moved."""
         total = change if self.owed is None else self.owed.add_(change)
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from the parameters x that are not frozen. It is the part of the local update that start - x,
-        the difference of start point and parameters, does not contain. Then start - x is the whole local update, except
-        that for 16-bit parameters `owed` becomes the rounding error of x."""
+        """Subtract `owed` from the parameters x that are not frozen. It is the part of the local update that is missing
+        in start - x, where `start` is the point at which this worker continued after the last exchange. Then start - x
+        is the whole local update, except that for 16-bit parameters `owed` becomes the rounding error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -248,7 +248,7 @@ class Anchor:
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
         """Set the parameters x to `values`, given in at least float32. For 16-bit parameters, the rounding error is
-        added to `owed`, the part of the local update that the difference of start point and x does not contain.
+        added to `owed`, the part of the local update that the change of x since the last exchange does not contain.
         Parameters whose names are in `frozen` keep their values."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
@@ -268,8 +268,9 @@ class Anchor:
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
         """Add this worker's local update to `out`, float[n], and return `out`.
 
-        The local update is start - x, the change of the parameters x since their start point, plus the part `owed` that
-        this difference does not contain. If `starts` is None, the current start points are used.
+        The local update is start - x, where x are the parameters and `start` is the point at which they continued after
+        the last exchange, plus the part `owed` that this difference does not contain. `starts` has the start of each
+        parameter; if it is None, the current ones are used.
         """
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):

@@ -1,4 +1,5 @@
-"""A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
+"""A fragment: a set of parameters whose local updates are exchanged together, with their error memory and their anchor
+(the parameters on which all workers last agreed).
 
 One exchange of a fragment is a `LocalRound` (module `round`). `Fragment.apply_round` applies its result to the anchor.
 """
@@ -98,7 +99,8 @@ class Fragment(Slice):
         self.anchor.own(self.feedback.owned)
 
     def last_compressor(self) -> Compressor:
-        """Return the compressor that a flush uses by default: Rounded("int4"), with four bits per value, or Identity.
+        """Return the default compressor of a flush, i.e. of an exchange of all pending updates: Rounded("int4"), with
+        four bits per value, or Identity.
 
         It is Identity if there is only one worker, or if workers may be absent in a round. It is Identity too if the
         exchange is neither "auto" nor "two-way", if it compresses the mean again (`Compression.back`), or if the
@@ -112,8 +114,8 @@ class Fragment(Slice):
 
     @property
     def _of_last_round(self) -> Compressor:
-        """The compressor of the last round that was not a flush. If no round was applied yet, it is the compressor of
-        the first round."""
+        """The compressor of the last round, not counting flushes (exchanges of all pending updates, which may have
+        another compressor). If no round was applied yet, it is the compressor of the first round."""
         return self.options.compression.at(max(0, self.rounds - 1))
 
     def abandon(self) -> None:
@@ -135,7 +137,7 @@ class Fragment(Slice):
         agreed), and move the parameters x with the anchor; return the round.
 
         If the round was rejected, the anchor does not change, and only a worker whose update was invalid resets x to
-        its start point.
+        the point at which it continued after the last exchange.
         """
         r = self.current
         assert r is not None
@@ -179,8 +181,8 @@ class Fragment(Slice):
 
     def unapplied_after(self) -> Tensor:
         """Return the updates of this worker that the anchor, on which all workers last agreed, will still not include
-        once the current round is committed, float[n]. Call after the round is exchanged; collective over the shards of
-        this worker."""
+        once the current round is committed, float[n]. Call after the round is exchanged; collective over the processes
+        of this worker."""
         r = self.current
         assert r is not None
         assert r.exchanged is not None
@@ -193,7 +195,7 @@ class Fragment(Slice):
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return this fragment's saved-state fields; `path` is the prefix of their keys.
+        """Return the saved-state fields of these parameters' exchanges; `path` is the prefix of their keys.
 
         Call after the current round is closed, and call `resume` after loading the fields. A delayed exchange is saved
         with its outcome.

@@ -77,8 +77,8 @@ class MeanMomentum:
     def __call__(self, r: LocalRound) -> None:
         """Mix the mean update of an applied round into the first moments.
 
-        No-op after a flush, since its update covers less than a round, and with one worker, since the worker's own
-        update is the mean.
+        No-op after a flush (an exchange of all pending updates), since its update covers fewer steps than a round, and
+        with one worker, since the worker's own update is the mean.
         """
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)

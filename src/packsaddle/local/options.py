@@ -1,4 +1,5 @@
-"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step of the anchor."""
+"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step by which the workers'
+mean update is applied."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,8 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round, so that no worker can own a chunk of a two-way exchange."""
+        """True if workers may be absent in a round. An exchange in which one worker averages a chunk of the vector for
+        all workers (a two-way exchange) is then impossible."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -244,7 +246,8 @@ AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | N
 
 @dataclass(frozen=True)
 class OuterSGD(Option):
-    """DiLoCo's outer optimizer: Nesterov SGD on the averaged parameters (the anchor), with DiLoCo's defaults.
+    """DiLoCo's outer optimizer, with DiLoCo's defaults: Nesterov SGD on the anchor, i.e. on the parameters on which all
+    workers last agreed.
 
     Args:
         lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
@@ -276,7 +279,8 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class OuterAgreement(Option):
-    """A step of the anchor that lengthens the mean update of each tensor where the workers' updates disagree.
+    """A step of the anchor (the parameters on which all workers last agreed) that lengthens the mean update of each
+    tensor if the workers' updates of the tensor disagree.
 
     The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
     r^p, where r is the ratio of the lengths (see `local.agreement`); r is 1 if all workers send the same update.

@@ -50,8 +50,8 @@ class Pacing:
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
-        """Return the paces in `fixed`, or equal paces of `every` steps if `fixed` is None. Raises ValueError unless
-        `fixed` has one pace for each worker."""
+        """Return the paces in `fixed`, i.e. each worker's number of inner steps in a round. If `fixed` is None, all
+        paces are `every`. Raises ValueError unless `fixed` has one pace for each worker."""
         steps = [every] * workers if fixed is None else list(fixed)
         if len(steps) != workers:
             raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")

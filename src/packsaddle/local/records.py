@@ -93,7 +93,7 @@ class LocalRecords(Records):
     @property
     def resets(self) -> list[Reset]:
         """A record of each time that the saddle escape check (lines 4-8 of Algorithm 1) fired: round, reason, compared
-        losses, and whether the anchor was rolled back."""
+        losses, and the decision to keep or to roll back the workers' common parameters."""
         return self._reactions.resets
 
     @property

@@ -1,4 +1,4 @@
-"""A round: one exchange of the local updates of a fragment, for fixed and for elastic workers.
+"""A round: one exchange of the local updates of a fragment (parameters exchanged together).
 
 A round has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
 background of the next steps. `close` reads whether the round is applied, and commits or rolls back the error memory.
@@ -73,13 +73,14 @@ class LocalRound:
     def begin(
         cls, part: "Fragment", due: int, share: float, *, later: bool = False, flush: Compressor | None = None
     ) -> "LocalRound":
-        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
+        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise. Here e is the error memory, x
+        are the parameters, and `start` is the point at which they continued after the last exchange.
 
         v is replaced by zeros if it is invalid on any shard of this worker. It is 0 for frozen parameters, which keep
         their error memory.
 
         Args:
-            part: the fragment, of which the round becomes `current`.
+            part: the fragment (parameters exchanged together), of which the round becomes `current`.
             due: the inner step after which the round is applied.
             share: the weight of v in the mean; with 0 the worker sends zeros, and keeps its local update.
             later: True if the round is applied at a later step; the changes of the parameters until then are kept.
@@ -148,9 +149,9 @@ class LocalRound:
     def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
-        At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
-        of a mean, so it belongs to the updates of all workers and is subtracted. `scale` is the factor by which `v` was
-        scaled.
+        At the coordinates that the worker owns, i.e. averages for all workers, in a two-way exchange, v also includes
+        decay e. There e is the residual of a mean, so it belongs to the updates of all workers and is subtracted.
+        `scale` is the factor by which `v` was scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -232,8 +233,8 @@ class LocalRound:
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange.
 
-        If they are frozen on all workers, their mean update is set to 0, so that their anchor does not change.
-        Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the error memory.
+        If they are frozen on all workers, their mean update is set to 0, so that no worker changes them. Otherwise this
+        worker has sent C(0) for them, and the residual 0 - C(0) is added to the error memory.
         """
         part = self.part
         if not self.frozen:

@@ -14,7 +14,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The inner steps after which each fragment is exchanged. It is immutable; steps are counted from 1.
+    """The inner steps after which each fragment (part of the model) is exchanged. A schedule is immutable. Steps are
+    counted from 1.
 
     Time is counted in ticks, so that it is identical on workers that make different numbers of inner steps. A round has
     `every` ticks. A worker makes `pace` inner steps in a round, and spreads them evenly over the ticks. An exchange of

@@ -272,7 +272,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     def _enter(self) -> bool:
         """If workers join and leave during training, join the others unless this worker has joined already. Returns
-        True if the other workers' parameters were loaded."""
+        True if it joined now, so that its parameters may be those of the other workers."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps) if entered else self.steps
         return entered
@@ -342,8 +342,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """Return the mean over workers of their pending updates (see `pending`), weighted by `Workers.weight` if it is
         set, float[d]; collective.
 
-        Without an outer optimizer, the anchor minus error() moves as in training without compression. d is the number
-        of elements in this process's shards. Raises RuntimeError with a manager: use `pending`.
+        Without an outer optimizer, the anchor (the parameters last agreed on) minus error() moves as in training
+        without compression. d is the number of elements in this process's shards. Raises RuntimeError with a manager:
+        use `pending`.
         """
         self._workers.check_fixed("error")
         return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
@@ -380,7 +381,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
+        """Set the parameters to the anchor, on which all workers last agreed, within a context: to evaluate, certify or
+        save one model for all workers.
 
         Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. It is
         also a decorator, `@local.at_anchor()`, of an evaluation function.
@@ -411,13 +413,13 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def flush(self, compressor: Compressor | None = None) -> bool:
-        """Exchange pending updates, so that all workers have the same parameters, those of the anchor; collective.
+        """Exchange pending updates, so that all workers have the same parameters; collective.
 
         Call at the end of training. Running exchanges are applied first. Then pending updates of the whole model are
-        exchanged without noise, and their mean is subtracted from the anchor; an outer optimizer is not used. The part
-        of the updates that compression does not send stays in the error memories for later rounds.
-        Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round of all present
-        workers, also of those that continue training.
+        exchanged without noise, and their mean is subtracted from the anchor (the parameters last agreed on); an outer
+        optimizer is not used. The part of the updates that compression does not send stays in the error memories for
+        later rounds. Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round
+        of all present workers, also of those that continue training.
 
         Args:
             compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,
@@ -465,9 +467,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types; collective if an exchange is in progress.
 
-        It contains the anchor, the error memory, running exchanges, the outer optimizer's state and the counts.
-        Parameters and inner optimizers' states differ between workers, and must be saved separately, on every worker.
-        Raises RuntimeError if one optimizer has made the current step and another has not.
+        It contains the anchor (the parameters on which all workers last agreed), the error memory, running exchanges,
+        the outer optimizer's state and the counts. Parameters and inner optimizers' states differ between workers, and
+        must be saved separately, on every worker. Raises RuntimeError if one optimizer has made the current step and
+        another has not.
         """
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()

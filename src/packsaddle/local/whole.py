@@ -1,4 +1,5 @@
-"""The anchor of the whole model, i.e. the parameters on which all workers last agreed, joined from all fragments."""
+"""The anchor of the whole model, i.e. the parameters on which all workers last agreed. It is joined from the anchors of
+the fragments, the parts of the model that are exchanged separately."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ class WholeAnchor:
         return [each.parameter for each in self.trained.values()]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the anchor's tensors, by name of the parameter, as parameters of an outer optimizer, which makes its
-        steps on the anchor."""
+        """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. They are
+        parameters for an outer optimizer, which makes its steps on the anchor."""
         leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
         return {name: leaves[name] for name in self._names}
 

@@ -54,7 +54,8 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi. Subclasses add momentum or STORM."""
+    """The direction of a step of plain SGD, u = gradient + weight_decay * x + xi, where x are the parameters and xi is
+    the noise. Subclasses add momentum or STORM."""
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
     started = True  # False if the vector kept between steps has no value yet, since no step was applied
@@ -245,7 +246,7 @@ class Momentum(_StatefulGradient):
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): the direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
+    """STORM (Cutkosky and Orabona 2019): a step's direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
 
     Here x_t are the parameters at step t, and a is the weight of a new gradient. Both gradients g are computed on the
     examples of step t. So a step needs a closure that computes the loss and the gradients on these examples, and calls

@@ -502,9 +502,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the state of this worker as tensors and plain types. It differs between workers.
 
         Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
-        "start" (its start point), as views. Each group has format, step t, start step t' of the escape check, seed,
-        rank and number of workers. Further entries are the aggregator, outstanding noise, skips, ledger totals, resets
-        and drifts.
+        "start" (the point to which it may roll back), as views. Each group has format, step t, start step t' of the
+        escape check, seed, rank and number of workers. Further entries are the aggregator, outstanding noise, skips,
+        ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 

@@ -1,7 +1,8 @@
 """Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
 
 A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
-committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor.
+committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor
+(the parameters on which all workers last agreed).
 """
 
 import logging

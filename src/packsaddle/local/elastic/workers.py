@@ -89,10 +89,11 @@ class ElasticWorkers:
         options: options of the local updates.
         channel: the communicator of the workers. Its group is a `ManagedGroup`, or a `SiteGroup` that contains one.
         within: the processes of this site; None: this worker is one process.
-        fragments: the fragments of the model.
-        schedule: the steps after which a fragment is exchanged.
+        fragments: the parts of the model, each of which is exchanged separately.
+        schedule: the steps after which one of the fragments is exchanged.
         inner: the optimizers of the parameters.
-        outer: the outer optimizer of the anchor, or None.
+        outer: the outer optimizer, which steps on the anchor (the parameters on which all workers last agreed), or
+            None.
     """
 
     lockstep: Lockstep | None = None  # elastic workers do not make their calls in lockstep
@@ -209,8 +210,8 @@ class ElasticWorkers:
     # Rounds.
 
     def enter(self) -> bool:
-        """Join the run, unless this worker has joined already. Returns True if it joined, and so has loaded the other
-        workers' parameters."""
+        """Join the run, unless this worker has joined already. Returns True if it joined now, so that its parameters
+        may be those of the other workers."""
         if self.has_joined:
             return False
         self.join()
@@ -331,7 +332,7 @@ class ElasticWorkers:
 
     def _once(self, dense: bool, seconds: float) -> bool:
         """Attempt a round. Returns True if it was committed and applied, and False if it was committed as rejected,
-        i.e. without changing the anchor. Raises RoundFailedError if it was not committed and must be repeated."""
+        since an update was invalid. Raises RoundFailedError if it was not committed and must be repeated."""
         # Wait until torchft has determined the set of workers; a worker that is behind receives another worker's state.
         manager = self.settings.manager
         try:
@@ -729,8 +730,8 @@ class ElasticWorkers:
         """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
         fails.
 
-        `exchanged` are the fragments of the round in progress. If there are any, the updates that will be pending once
-        the round is committed are written too.
+        `exchanged` are the fragments (parts of the model) that the round in progress exchanges. If there are any, the
+        updates that will be pending once the round is committed are written too.
         """
         if self._file is None:
             return False
