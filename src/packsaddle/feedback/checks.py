@@ -51,8 +51,8 @@ class Contraction:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the contraction at the last measurement; None: not measured
         self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor by name; 1 for a tensor whose v is 0
-        # Squared norms, two for each slice that was measured: first that of its vector v, then that of the residual of
-        # v. Each is float64[1], or float64[tensors] with a norm for each tensor.
+        # Squared norms, two for each vector v that was measured: first that of v, then that of the residual of v. Each
+        # is float64[1], or float64[tensors] with a norm for each tensor.
         self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:

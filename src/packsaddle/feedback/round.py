@@ -90,7 +90,7 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self.compressor: Compressor | None = None  # the compressor of the whole vector
+        self.compressor: Compressor | None = None  # the compressor of the vector of all parameters
         self._by_size: Compressor | None = None  # the compressor of this slice, with a budget proportional to its size
         self._choice: Choice | None = None
 

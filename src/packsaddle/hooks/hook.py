@@ -145,7 +145,7 @@ class GradientHook(Records, ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        # Slices are made when their gradients arrive.
+        # The slices (buckets or modules) are made when their gradients arrive.
         self._slices: dict[Any, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
@@ -264,14 +264,14 @@ class GradientHook(Records, ABC):
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
-        # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
+        # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. The mean of C(v) is computed below.
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
         usage = Usage(part, gradients) if self.may_be_unused else None
         flags = [] if usage is None else [usage.here]
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
-        # Lines 11 and 12: the user's optimizer applies the gradients to x.
+        # Lines 11 and 12 of Algorithm 1. The user's optimizer then applies the gradients to the parameters x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:

@@ -41,8 +41,8 @@ class Anchor:
         # The part of the local update that start - x does not contain, float[n]. It arises when the start point moves
         # without the parameters x, or when x is rounded to 16 bits. None: 0.
         self.owed: Tensor | None = None
-        # The coordinates that this worker owns in a two-way exchange, where its start point is a. The slice is empty
-        # unless `keeps` is set.
+        # The coordinates that this worker owns (averages for all workers) in a two-way exchange. There its start point
+        # is a. The slice is empty unless `keeps` is set.
         self.owned = slice(0, 0)
         self.set_from_parameters()
 

@@ -134,8 +134,8 @@ class Lockstep:
             same = hash_of(as_text({"frozen": frozen}))
             mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
             headers, norms = self._gather(mine, norm)
-            # A late comparison copies the headers to the host. The copy is queued before `work`, so it completes even
-            # if the workers' calls do not match and `work` hangs.
+            # If the headers are compared after `work`, start to copy them to the host before it, so that the copy
+            # completes even if the workers' calls do not match and `work` hangs.
             if is_late:
                 unchecked.append(Readback(headers))
             else:

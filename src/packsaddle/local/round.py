@@ -233,8 +233,9 @@ class LocalRound:
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange.
 
-        If they are frozen on all workers, their mean update is set to 0, so that no worker changes them. Otherwise this
-        worker has sent C(0) for them, and the residual 0 - C(0) is added to the error memory.
+        If they are frozen on all workers, their mean update is set to 0, so that the anchor (the parameters last agreed
+        on) keeps their values. Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the
+        error memory.
         """
         part = self.part
         if not self.frozen:

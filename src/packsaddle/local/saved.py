@@ -27,7 +27,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         Rule((*part, "owed", ANY), "error", like=error),
         Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
-        # Not restored: the next round checks the parameters again.
+        # These flags are not restored, since the next round checks the parameters again.
         Rule((*part, "exchange", "invalid"), "constant", value=False),
         Rule((*part, "invalid"), "constant", value=False),
         Rule(("reset",), "constant", value=False),

@@ -54,7 +54,7 @@ class EstimateMemory(ErrorMemory):
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self) -> Sequence[float]:
-        # Unequal learning rates would make x differ between workers.
+        # Unequal learning rates would make the parameters differ between workers.
         return self._rates()
 
     def close(self, *, apply: bool) -> None:

@@ -73,7 +73,7 @@ class FlatTarget:
 
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
-        self.x_was_large = False  # True once an update was so large that it could have overflowed x
+        self.x_was_large = False  # True once an update was so large that the parameters x could have overflowed
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Subtract the mean update g from the parameters x (line 11 of Algorithm 1). If x would overflow, x is
@@ -81,11 +81,11 @@ class FlatTarget:
 
         `magnitude` is the approximate maximum of the absolute values of g.
         """
-        # A sufficiently small step cannot overflow any x.
+        # A sufficiently small step cannot overflow any parameter.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # x may overflow: apply the mean, check x, and restore it if it has overflowed.
+        # The parameters x may overflow: apply the mean, check x, and restore x if it has overflowed.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
@@ -267,21 +267,23 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """
         self._check_rates()
         with self._busy():
-            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
+            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # this worker's grad F_i(x_t)
         t = self._begin()
-        update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
+        update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # applied by all workers, or by none
-            v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
             with self._direction.candidates.offer():
-                round.exchange([given, factors])  # line 10: g^(i) = C(v), and its mean over workers
+                round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
-            round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
+            # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
+            round.apply(self._target)
         self._finish_step(round)
         if round.absorbed:
-            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is at the new x
+            # Lines 4-8 of Algorithm 1, iteration t + 1, come here, so that the next gradient is at the new x.
+            self._check_escape()
         return loss
 
     def _check_rates(self) -> None:

@@ -74,7 +74,7 @@ class Attempt:
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
     weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
     norms: Sequence[float]  # norm that each worker's error memory has if the round is committed, by rank
-    parts: Sequence[Fragment]  # the exchanged fragments
+    parts: Sequence[Fragment]  # the exchanged fragments (parts of the model)
 
 
 class RoundFailedError(RuntimeError):
