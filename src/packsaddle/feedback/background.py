@@ -90,8 +90,8 @@ class Background:
 
     @torch.no_grad()
     def _run(self, work: Callable[[], object], results: Results, ready: torch.Event | None) -> None:
-        """Run `work` after the event `ready`, and complete the promises of its results in the stream in
-        which it ran."""
+        """Run `work` after the event `ready`, and complete the promises in `results`, in the stream in which it ran. If
+        `work` raises an exception, the promises are completed with the exception."""
         with nullcontext() if self._stream is None else self._stream:
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)

@@ -110,7 +110,8 @@ class Compression(Option):
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError for an exchange that only local updates support."""
+        """Raise ValueError if the exchange is "senders", which averages local updates and does not support
+        gradients."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 

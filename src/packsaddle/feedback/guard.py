@@ -226,13 +226,14 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return how many numbers an exchange sends uncompressed, including the flag of an invalid v. `dense` is the
-        number of uncompressed coordinates of v."""
+        """Return how many numbers an exchange sends uncompressed, including the flag that is sent if the vector to send
+        is invalid. `dense` is the number of the vector's uncompressed coordinates."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
-        """Return a bool[] that is True if v, float[n], is invalid, and a report, which on a CPU names the first invalid
-        tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be read to validate it."""
+        """Return a bool[] that is True if v, float[n], the vector to send, is invalid, and a report, which on a CPU
+        names the first invalid tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be
+        read to validate it."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -246,7 +247,8 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return the flag, float[1] or float[0], to average with `dense`, float[m], the uncompressed part of v.
+        """Return the flag of an invalid vector to send, v: float[1] or float[0], to average over workers together with
+        `dense`, float[m], the uncompressed part of v.
 
         With flag="dense", an invalid v is flagged by setting `dense` to NaN in place, unless `dense` is empty. Also
         returns the index in the vector [dense, flag] of a number whose NaN mean rejects the exchange, or None if there

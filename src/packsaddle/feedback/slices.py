@@ -243,19 +243,20 @@ def places(
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements. Always returns False if
-    `dense_below` is 0."""
+    """Return True if the tensor p has fewer than two dimensions or fewer than `dense_below` elements. Always returns
+    False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
 def strides_of_view(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of the view that represents p in a flat vector. They are the strides of p, so that formats
-    such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous tensor."""
+    """Return the strides of the view that represents the tensor p in a flat vector. They are the strides of p, so that
+    formats such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous
+    tensor."""
     return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:
-    """Return the number of elements of memory from p's first element to its last, gaps included."""
+    """Return the number of elements of memory from the first element of the tensor p to its last, gaps included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 

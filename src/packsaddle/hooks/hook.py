@@ -335,7 +335,7 @@ class GradientHook(Records, ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal at saving and at loading."""
+        """Return the settings, by name, that must be equal when a state is saved and when it is loaded."""
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields

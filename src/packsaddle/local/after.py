@@ -144,7 +144,8 @@ class Reactions:
             react(r)
 
     def fields(self) -> list[Vector | Value]:
-        """Return the saved-state fields of all reactions."""
+        """Return the fields of the saved state that belong to reactions: the counts of rejected rounds, the escape
+        check, and the records of resets and of differing anchors."""
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
         drifts = attribute(("drifts",), self.drift, "found", list[Drift])

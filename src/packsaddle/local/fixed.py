@@ -333,7 +333,7 @@ class FixedWorkers:
         return self._participation.share_after(self._schedule.next_begin(steps)) > 0
 
     def check_fixed(self, call: str) -> None:
-        """No-op: a fixed set of workers supports all methods of `LocalUpdates` that this check is for."""
+        """No-op: with a fixed set of workers, a `call` such as "error" or "sit_out" is always supported."""
 
     def join(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("join"))

@@ -161,8 +161,9 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather the headers of all workers, int64[W, 5 or 6]; collective. Returns the headers and a list. The list has
-        the workers' norms, float32[W], and standings, int64[W], or is empty if `norm` is None."""
+        """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`), int64[W, 5 or 6];
+        collective. Returns the headers and a list. The list has the workers' norms, float32[W], and standings,
+        int64[W], or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -179,8 +180,9 @@ class Lockstep:
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
-        """Compare the workers' `headers`, and append the workers' step times to `times`. Returns True if all workers
-        have the same frozen parameters. Raises RuntimeError as `run` does.
+        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append the workers'
+        step times to `times`. Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run`
+        does.
 
         In a call other than an exchange, such as `flush`, workers may have made different numbers of steps; rank 0 then
         logs a warning.

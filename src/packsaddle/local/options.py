@@ -30,7 +30,8 @@ def _is_number(value: object) -> bool:
 
 
 def _check_options(options: "Workers | Elastic") -> None:
-    """Validate the fields that `Workers` and `Elastic` have in common."""
+    """Validate `clip` and `compare_optimizers`, the fields that `Workers` and `Elastic` have in common. Raises
+    ValueError or TypeError."""
     clip = options.clip
     if not isinstance(options.compare_optimizers, bool):
         raise TypeError(f"compare_optimizers must be True or False, got {options.compare_optimizers!r}")
@@ -233,7 +234,7 @@ class Elastic(Option):
 
 
 class Manager(Protocol):
-    """A torchft Manager."""
+    """The interface of a torchft Manager, for type annotations."""
 
     def start_quorum(self, *args: Any, **kwargs: Any) -> Any: ...
 

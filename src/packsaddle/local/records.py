@@ -40,7 +40,7 @@ class Baseline:
 
 
 class LocalRecords(Records):
-    """The records of `LocalUpdates`, as properties. Reading one changes nothing and is not collective."""
+    """The records of `LocalUpdates`, as properties. Reading a property changes nothing and is not collective."""
 
     steps: int
     optimizers: Sequence[Optimizer]

@@ -44,7 +44,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
 
 
 class Counted(Protocol):
-    """An object that counts inner steps."""
+    """An object that counts this worker's inner steps, i.e. a `LocalUpdates`."""
 
     steps: int
 

@@ -296,8 +296,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     # Workers that skip a round, join and leave.
 
     def sit_out(self) -> None:
-        """Count the inner steps up to the next exchange without training, then run that exchange; collective.
-        Raises RuntimeError with a manager."""
+        """Count the inner steps up to the next exchange without training, then run that exchange; collective. Raises
+        RuntimeError if workers join and leave (see `Elastic`)."""
         self._check_between_steps("sit_out()")
         self._workers.check_fixed("sit_out")
         self._attempted()
@@ -310,7 +310,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         workers join and leave (see `Elastic`).
 
         Without this call the first step joins, and discards its gradient, which was computed at other parameters. A
-        worker that returns loads its error memory from its file. Raises RuntimeError without a manager.
+        worker that returns loads its error memory from its file. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("join()")
         self._set_anchor_before_first_step()
@@ -323,7 +323,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         `Elastic`), before the process ends early.
 
         The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError without a manager.
+        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError for a fixed set of
+        workers.
         """
         self._whole.check_closed("leave()")
         return self._workers.leave()
@@ -343,8 +344,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         set, float[d]; collective.
 
         Without an outer optimizer, the anchor (the parameters last agreed on) minus error() moves as in training
-        without compression. d is the number of elements in this process's shards. Raises RuntimeError with a manager:
-        use `pending`.
+        without compression. d is the number of elements in this process's shards. Raises RuntimeError if workers join
+        and leave (see `Elastic`): use `pending`.
         """
         self._workers.check_fixed("error")
         return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
@@ -495,7 +496,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     def check_call(self, call: Call) -> None:
         """Raise RuntimeError on all workers unless all of them make this `call`, such as "saves a checkpoint".
-        Collective; the bytes of this check are not counted in `ledger`. No-op with a manager."""
+        Collective; the bytes of this check are not counted in `ledger`. No-op if workers join and leave."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:

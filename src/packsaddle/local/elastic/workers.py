@@ -702,7 +702,7 @@ class ElasticWorkers:
         raise RuntimeError(_FIXED["average"])
 
     def check_call(self, call: str, steps: int) -> None:
-        """No-op: elastic workers may make different numbers of calls."""
+        """No-op: workers that join and leave may make different numbers of calls."""
 
     def exchanging(self, steps: int) -> bool:
         """Return True if a round followed the last inner step."""
