@@ -47,8 +47,9 @@ class ErrorMemory:
 
     On uncompressed coordinates it holds only the rounding error of the parameters, and the clipped part of local
     updates. In a two-way exchange of W workers, the worker that averages a chunk of the vector also keeps there W times
-    the residual of the compressed mean. With `spare`, v = e + u is computed in a second vector, which becomes the
-    memory on commit, so that a step can be rolled back; without it, v overwrites the memory.
+    the residual of the compressed mean. With `spare`, the vector to send, v = e + u for an update u, is computed in a
+    second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v overwrites the
+    memory.
     """
 
     kind = "buffer"  # the name of the class in saved states

@@ -76,11 +76,11 @@ class Noise:
     Args:
         std: r, the standard deviation of each coordinate of xi_t, finite and at least 0, or a function of the step that
             returns r (see `Ramp`). Its unit is that of a gradient; in local updates, it is that of a parameter.
-        lazy: draw the noise of a coordinate only when the coordinate is sent. This draws k numbers per step instead of
-            d, and does not change the distribution of the iterates x_0, x_1, ... (see
-            `packsaddle.sgd.lazy_noise.OutstandingNoise`). It requires `CompressedSGD`, RandomK by all-reduce, and no
-            escape check, since an escape check reads the error memory. None, the default, draws lazily if this is
-            possible.
+        lazy: draw the noise of a coordinate only when the coordinate is sent. This draws one number for each of the
+            coordinates that a step sends, instead of one for each coordinate of the parameters, and does not change the
+            distribution of the iterates x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). It requires
+            `CompressedSGD`, RandomK by all-reduce, and no escape check, since an escape check reads the error memory.
+            None, the default, draws lazily if this is possible.
 
     Raises ValueError if r is negative or not finite.
 
