@@ -47,7 +47,8 @@ class Background:
         weakref.finalize(self, _join, self._threads)
 
     def promise(self) -> Promise:
-        """Return a new promise. Any stream of the device may wait for its `future`."""
+        """Return a new promise of a tensor that is computed in the background. Any stream of the device may wait for
+        its `future`."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
         # DDP reads a future's value without checking for an error, so the future that it gets raises the error itself.
         return Promise(source, source.then(lambda done: done.value()))
@@ -89,8 +90,8 @@ class Background:
 
     @torch.no_grad()
     def _run(self, work: Callable[[], object], results: Results, ready: torch.Event | None) -> None:
-        """Run `work` after the event `ready`, and complete the promises of its results in the stream in
-        which it ran."""
+        """Run `work` after the event `ready`, and complete the promises in `results`, in the stream in which it ran. If
+        `work` raises an exception, the promises are completed with the exception."""
         with nullcontext() if self._stream is None else self._stream:
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)

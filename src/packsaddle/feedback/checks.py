@@ -37,9 +37,9 @@ class Every:
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form. All slices of a step are measured together. Coordinates that
-    this worker owns in a two-way exchange do not count, since it does not send them. Lazy noise (see
-    `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    v is the vector to send and C(v) its compressed form. If the vectors of several sets of parameters are sent in a
+    step, they are measured together. Coordinates that this worker averages for all workers in a two-way exchange do not
+    count, since it does not send them. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
         every: steps between two measurements; 0 never measures.
@@ -51,13 +51,14 @@ class Contraction:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the contraction at the last measurement; None: not measured
         self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor by name; 1 for a tensor whose v is 0
-        # Squared norms, two for each slice that was measured: first that of its vector v, then that of the residual of
-        # v. Each is float64[1], or float64[tensors] with a norm for each tensor.
+        # Squared norms, two for each vector v that was measured: first that of v, then that of the residual of v. Each
+        # is float64[1], or float64[tensors] with a norm for each tensor.
         self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
-        """Record the squared norm of `vector`, float[n]. Call once with a slice's vector to send, v, and then with the
-        residual v - C(v). Coordinates in `owned` do not count. No-op if no measurement is due."""
+        """Record the squared norm of `vector`, float[n]. Call once with a vector to send, v, and then with its residual
+        v - C(v). Coordinates in `owned`, which this worker does not send, do not count. No-op if no measurement is
+        due."""
         if not self._every.due(step):
             return
         vector = vector.clone()
@@ -69,8 +70,8 @@ class Contraction:
         self._energies.append(norms.square())
 
     def close(self, step: int, *, apply: bool) -> None:
-        """End a step, and compute the contraction mu_t from the norms measured in it. If the step was rejected (`apply`
-        is False), the norms are discarded."""
+        """End a step, and compute its contraction, the fraction of the squared norm that compression kept, from the
+        norms measured in the step. If the step was rejected (`apply` is False), the norms are discarded."""
         energies, self._energies = self._energies, []
         if not (apply and energies):
             return
@@ -89,8 +90,8 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return the contraction 1 - after / before, where before = ||v||^2 and after = ||v - C(v)||^2. It is 1 for v =
-    0."""
+    """Return the contraction 1 - after / before of a compression that sends C(v) for a vector v. Here `before` is
+    ||v||^2 and `after` is ||v - C(v)||^2. The contraction is 1 if v is 0."""
     # The result is NaN if `after` is NaN, also if both numbers are NaN.
     return 1.0 - after / before if before != 0 else 1.0
 

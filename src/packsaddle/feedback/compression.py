@@ -31,7 +31,8 @@ class Compression(Option):
             but each coordinate is averaged over the workers that sent it, as in SparseLoCo's code; error memories are
             then not exactly the unsent part of the updates. If None, it is "auto" in local updates of a fixed set of
             workers without `sample`, else "direct".
-        back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
+        back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator". If None, it is
+            `compressor` in "two-way", and in "coordinator" the mean is sent back uncompressed.
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
         decay: factor applied to the error memory in each step or round, in [0, 1]; 0 disables error feedback. It must
@@ -80,8 +81,8 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In exchanges other than "direct", the owner of a chunk keeps a residual of the mean in its error memory. EF21
-        # has no error memory.
+        # In exchanges other than "direct", the worker that averages a chunk keeps the residual of the mean in its error
+        # memory. EF21 has no error memory.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
@@ -104,12 +105,13 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the exchange that averages the messages of a compressor. It is "direct" if the
-        compressor is lossless."""
+        """Return the kind of exchange, such as "two-way", by which the messages of a compressor are averaged. It is
+        "direct" if the compressor is lossless."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError for an exchange that only local updates support."""
+        """Raise ValueError if the exchange is "senders", which averages local updates and does not support
+        gradients."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
@@ -129,8 +131,8 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if the schedule
-        returns an object that is not a compressor."""
+        """Return the compressor of a step. Raises ValueError if the schedule, i.e. the function of the step that was
+        given as `compressor`, returns an object that is not a compressor."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

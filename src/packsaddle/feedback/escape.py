@@ -1,4 +1,4 @@
-"""The escape check (Algorithm 1, lines 4-8): undo the steps since the last check unless they decreased the loss."""
+"""The escape check (lines 4-8 of Algorithm 1): undo the steps since the last check unless they decreased the loss."""
 
 import math
 from collections.abc import Callable
@@ -18,13 +18,14 @@ from packsaddle.numerics.sketches import NormSketch
 
 @dataclass(frozen=True)
 class EscapeRule:
-    """Settings of the escape check (Algorithm 1, lines 4-8): when it fires, and where it evaluates the loss."""
+    """Settings of the escape check (lines 4-8 of Algorithm 1), which rolls the parameters back to the start point of a
+    segment of steps unless the segment decreased the loss. They say when it runs, and where it evaluates the loss."""
 
     interval: int  # maximum length I of a segment in steps, at least 1; local updates count rounds
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
-    # "x" accepts if f(x_t) < f(x_t'), where x_t' is the start point, as in line 6 of the paper. "y" accepts if
-    # f(y_t) < f(x_t') for y_t = x_t - eta e_t, which is the point that is accepted. It needs an uncompressed all-reduce
-    # in each check.
+    # "x" accepts the segment if f(x_t) < f(x_t'), where f is the loss, x_t the current point and x_t' the start point,
+    # as in line 6 of Algorithm 1. "y" accepts it if f(y_t) < f(x_t'), where y_t is x_t minus the mean unsent update
+    # eta e_t. If a segment is accepted, training continues at y_t. "y" needs an uncompressed all-reduce in each check.
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
     # Steps between two tests of the distance. The interval is tested at each step.
     every: int = field(default=1, kw_only=True)
@@ -38,9 +39,10 @@ class EscapeRule:
 
 @dataclass(frozen=True)
 class Escape(EscapeRule):
-    """The escape check (Algorithm 1, lines 4-8): at the end of a segment of steps, accept x or roll it back.
+    """The escape check (lines 4-8 of Algorithm 1): after a segment of steps, accept the parameters or roll them back.
 
-    A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'.
+    A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'. The current
+    point is x_t, and eta e_t is the mean over workers of their unsent updates.
 
     Args:
         interval: maximum length I of a segment, at least 1. Like `every`, it counts steps, or rounds in local updates.
@@ -48,8 +50,9 @@ class Escape(EscapeRule):
         objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
             tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
             same function both times.
-        compare: "x" accepts if f(x_t) < f(x_t'), the loss at the start point (line 6 of the paper); "y" if
-            f(x_t - eta e_t) < f(x_t'), at the point that is accepted, with an uncompressed all-reduce per check.
+        compare: "x" accepts if f(x_t) < f(x_t'), the loss at the start point (line 6 of Algorithm 1). "y" accepts if
+            f(x_t - eta e_t) < f(x_t'), where x_t - eta e_t is the point at which training continues if a segment is
+            accepted. It needs an uncompressed all-reduce in each check.
         every: steps between tests of the distance; the interval is tested at each step.
         sketch: estimator of the distance if there are several workers.
 
@@ -75,8 +78,8 @@ class Escape(EscapeRule):
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8 of Algorithm
-    1)."""
+    """Record of an escape check that ended a segment of steps (lines 5-8 of Algorithm 1): its reason, the compared
+    losses and the decision to keep or to roll back the parameters."""
 
     step: int  # step t at which the check fired, and at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
@@ -87,8 +90,8 @@ class Reset:
 
 
 class EscapeCheck:
-    """Runs the escape check on x, float[d], the parameters `of` as one vector,
-    and stores the start point of the segment.
+    """Runs the escape check on x, float[d], i.e. on the parameters `of` as one vector. Stores the start point of the
+    segment, i.e. of the steps since the last check.
 
     The workers' unsent updates differ only in the compressed coordinates, or in all coordinates if `all_differ` is
     True.
@@ -103,15 +106,17 @@ class EscapeCheck:
         self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
-        """Set the start point of the first segment to the current parameters, which may have been loaded."""
+        """Set the start point, to which a check may roll the parameters back, to the current parameters. Call before
+        the first step, since parameters may have been loaded after construction."""
         self.start.copy_(self._x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
-        """Run the check at step t (lines 5-7 of Algorithm 1). `pending` is this worker's unsent update, float[d].
+        """Run the escape check at step t (lines 5-7 of Algorithm 1). `pending` is this worker's unsent update,
+        float[d].
 
         Returns a pair. The first item is a `Reset`, or None if the check does not fire. The second is the rounding
-        error of x, float[d], or None if it is zero; only 16-bit parameters have one. If the check fires, x is replaced,
-        and the caller must set `pending` to the rounding error.
+        error of the parameters x, float[d], or None if it is zero; only 16-bit parameters have one. If the check fires,
+        x is replaced, and the caller must set `pending` to the rounding error.
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.start_step > self._rule.interval
@@ -124,8 +129,9 @@ class EscapeCheck:
         return Reset(step, "interval" if late else "radius", distance, candidate, start_loss, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
-        """Return the distance from the start point to y_t = x_t - eta e_t, where eta e_t is the mean over workers of
-        their unsent updates `pending`. With several workers, the distance is estimated by sketches."""
+        """Return the distance from the start point of the segment to y_t = x_t - eta e_t, where x_t are the current
+        parameters and eta e_t is the mean over workers of their unsent updates `pending`. With several workers, the
+        distance is estimated by sketches."""
         moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=wide(moved.device)))
@@ -162,15 +168,15 @@ class EscapeCheck:
         return candidate, start_loss, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d]. `x` is x_t, and eta e_t is the mean over workers of their unsent
-        updates `pending`, computed by an uncompressed all-reduce."""
+        """Return y_t = x_t - eta e_t, float[d]. `x` are the parameters x_t, and eta e_t is the mean over workers of
+        their unsent updates `pending`, computed by an uncompressed all-reduce."""
         y, n = x.to(pending.dtype, copy=True), self._averaged
         y[:n].sub_(self._channel.mean(pending[:n].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))
 
     def _objective(self) -> float:
-        """Return f at the parameters' current values, i.e. the mean of the workers' f_i; collective. Returns inf if the
-        mean is NaN."""
+        """Return the loss f at the parameters' current values, i.e. the mean of the workers' objectives f_i;
+        collective. Returns inf if the mean is NaN."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=wide(self._x.device), device=self._x.device).detach()
         if value.numel() != 1:

@@ -1,5 +1,5 @@
-"""The common interface of `CompressedSGD`, hooks and `LocalUpdates`, and a registry of the one that exchanges the
-updates of each optimizer."""
+"""The common interface of `CompressedSGD`, hooks and `LocalUpdates`, and a registry that maps each optimizer to the
+object that exchanges its updates."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -24,8 +24,8 @@ class Exchanging:
     optimizers: Sequence[Optimizer] = ()
 
     def check_call(self, call: CheckpointCall) -> None:
-        """Check that all workers make the same call to save or load a checkpoint. No-op except in local updates, which
-        raise RuntimeError on all workers if one makes a different call."""
+        """Check that all workers make the same call to save or load a checkpoint. No-op except in `LocalUpdates`, which
+        raises RuntimeError on all workers if one makes a different call."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
@@ -46,7 +46,8 @@ def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> 
 
 
 def exchange_of(optimizer: object) -> Exchanging | None:
-    """Return the object that exchanges an optimizer's updates, which may be the optimizer itself, or None."""
+    """Return the object that exchanges an optimizer's updates, which may be the optimizer itself. Returns None if the
+    updates are not exchanged."""
     if isinstance(optimizer, Exchanging):
         return optimizer
     found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None

@@ -179,7 +179,7 @@ class Verdict:
         """Return the outcome as three numbers, float[3], which are all 0 if the exchange is applied.
 
         The first is the fraction of workers with an invalid vector, or NaN if a message is invalid. The second is 1 if
-        the result would overflow. The third is 1 if workers exchanged different slices (`is_unlike`).
+        the result would overflow. The third is 1 if workers exchanged different sets of parameters (`is_unlike`).
         """
         assert isinstance(self.fraction, Tensor)
         flags = [self.fits, is_unlike]
@@ -187,17 +187,18 @@ class Verdict:
         return torch.stack([self.fraction, 1 - fits, unlike])
 
     def read(self) -> bool:
-        """Return True if the exchange is applied. Waits for the device once."""
+        """Copy the numbers of this outcome to the host, and return True if the exchange is applied. The host waits for
+        the device once."""
         return self.settle(*read(*self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """Return the fraction and the magnitude as tensors, to be read on the host and passed to `settle`. If the
-        fraction is None, only the magnitude is returned."""
+        """Return two tensors, to be read on the host and passed to `settle`: the fraction of workers with an invalid
+        vector, and the magnitude of the mean update. If the fraction is None, only the magnitude is returned."""
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Set the fraction and the magnitude to `numbers`, which are the values of `tensors` on the host. Returns True
-        if the exchange is applied."""
+        """Set the fraction of workers with an invalid vector, and the magnitude of the mean update, to `numbers`, which
+        are the values of `tensors` on the host. Returns True if the exchange is applied."""
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction
@@ -225,13 +226,14 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return how many numbers an exchange sends uncompressed, including the flag of an invalid v. `dense` is the
-        number of uncompressed coordinates of v."""
+        """Return how many numbers an exchange sends uncompressed, including the flag that is sent if the vector to send
+        is invalid. `dense` is the number of the vector's uncompressed coordinates."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
-        """Return a bool[] that is True if v, float[n], is invalid, and a report, which on a CPU names the first invalid
-        tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be read to validate it."""
+        """Return a bool[] that is True if v, float[n], the vector to send, is invalid, and a report, which on a CPU
+        names the first invalid tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be
+        read to validate it."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -245,7 +247,8 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return the flag, float[1] or float[0], to average with `dense`, float[m], the uncompressed part of v.
+        """Return the flag of an invalid vector to send, v: float[1] or float[0], to average over workers together with
+        `dense`, float[m], the uncompressed part of v.
 
         With flag="dense", an invalid v is flagged by setting `dense` to NaN in place, unless `dense` is empty. Also
         returns the index in the vector [dense, flag] of a number whose NaN mean rejects the exchange, or None if there

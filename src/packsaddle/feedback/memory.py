@@ -1,8 +1,9 @@
 """Error memories: the accumulated residuals of compression (Stich et al. 2018; Algorithm 1, lines 10-12).
 
 In an exchange, `correct` adds an update u to the memory e, v = e + u (line 10), `apply_mean` subtracts the mean update
-from x (line 11), `absorb` stores the residual v - C(v) (line 12), and `close` commits or rolls back. `reset` clears the
-memory (line 7). `InPlaceMemory` is a variant for large vectors; `sgd.memories` has kinds for `CompressedSGD` only.
+from the parameters x (line 11), `absorb` stores the residual v - C(v) (line 12), and `close` commits or rolls back.
+`reset` clears the memory (line 7). `InPlaceMemory` is a variant for large vectors; `sgd.memories` has kinds for
+`CompressedSGD` only.
 
 If updates include the step size eta, `ErrorMemory` stores eta e^(i), the pending update, rather than e^(i). For a
 constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
@@ -44,10 +45,11 @@ class Update:
 class ErrorMemory:
     """This worker's error memory e of some parameters, float[n], in at least float32, in a buffer of its own.
 
-    On uncompressed coordinates it holds only the rounding error of x, and the clipped part of local updates. In a
-    two-way exchange an owner keeps W times the residual of the mean on its chunk. With `spare`, v = e + u is computed
-    in a second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v overwrites
-    the memory.
+    On uncompressed coordinates it holds only the rounding error of the parameters, and the clipped part of local
+    updates. In a two-way exchange of W workers, the worker that averages a chunk of the vector also keeps there W times
+    the residual of the compressed mean. With `spare`, the vector to send, v = e + u for an update u, is computed in a
+    second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v overwrites the
+    memory.
     """
 
     kind = "buffer"  # the name of the class in saved states
@@ -87,15 +89,16 @@ class ErrorMemory:
         return self._next.flat
 
     def apply_mean(self, x: Tensor, g: Averaged) -> None:
-        """Subtract the mean update g from x, float[n], in place (line 11 of Algorithm 1); x is in at least float32."""
+        """Subtract the mean update g from the parameters x, float[n], in place (line 11 of Algorithm 1). The tensor x
+        is in at least float32."""
         for term in g.mean:
             term.add_to(x[: self.compressed_d], -1.0)
         x[self.compressed_d :].sub_(g.dense)
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12 of
-        Algorithm 1). `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the
-        memory."""
+        Algorithm 1). The vector v was sent, and `sent` is C(v), its compressed form. `rounding`, float[n], the rounding
+        error of the parameters, is added to the memory."""
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)
@@ -120,34 +123,36 @@ class ErrorMemory:
             new.mul_(anywhere).add_(old * ~here)
 
     def close(self, *, apply: bool) -> None:
-        """Commit the new error memory, or roll back to the old one."""
+        """Commit the new error memory if `apply` is True, and otherwise roll back to the old one."""
         if apply:
             self._now, self._next = self._next, self._now
 
     # Methods called between exchanges.
 
     def pending(self) -> Tensor:
-        """Return the update of x that is not sent yet, eta e, float[n]; may be a view."""
+        """Return the update of the parameters that this worker has not sent yet, float[n]. It is the error memory
+        itself; the result may be a view."""
         return self.vector
 
     def add(self, update: Tensor) -> None:
-        """Add an update of x, float[at most n], to the first coordinates of the memory."""
+        """Add an unsent update of the parameters, float[at most n], to the first coordinates of the error memory."""
         self.vector[: len(update)].add_(update)
 
     def reset(self, rounding: Tensor | None = None) -> None:
         """Set the error memory to zero (line 7 of Algorithm 1). If `rounding`, float[n], is given, i.e. the rounding
-        error of x, the error memory becomes `rounding` instead."""
+        error of the parameters, the error memory becomes `rounding` instead."""
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of x by a mean
-        update whose largest magnitude is `magnitude`."""
+        """Return an upper bound on the change of any coordinate of the parameters by a mean update whose largest
+        magnitude is `magnitude`."""
         return magnitude
 
     def local_factors(self) -> Sequence[float]:
-        """Return the factors that this worker applies to the mean update, which must be equal on all workers."""
+        """Return the factors, such as learning rates, that this worker applies to the mean update. They must be equal
+        on all workers. The list is empty here, since an error memory applies no factors."""
         return []
 
     def vectors(self) -> dict[str, Tensor]:
@@ -166,8 +171,8 @@ class ErrorMemory:
 class InPlaceMemory(ErrorMemory):
     """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in the memory itself.
 
-    Rolling back subtracts the update, which needs the step's gradients and restores the memory up to rounding. If the
-    sum may be non-finite, v is computed in a temporary vector.
+    Here e is the memory, u the update, and v the vector to send. Rolling back subtracts u, which needs the step's
+    gradients and restores the memory up to rounding. If the sum may be non-finite, v is computed in a temporary vector.
     """
 
     def __init__(self, of: Slice) -> None:

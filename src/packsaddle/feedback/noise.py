@@ -63,7 +63,7 @@ class GaussianNoise:
     key: Keys
 
     def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
-        """Add alpha times the coordinates start, start + 1, ... of xi_t to out, float[n], in place."""
+        """Add alpha times n coordinates of the noise xi_t, from index `start` on, to out, float[n], in place."""
         add_gaussians(out, alpha * self.std, self.key, start)
 
 
@@ -76,11 +76,11 @@ class Noise:
     Args:
         std: r, the standard deviation of each coordinate of xi_t, finite and at least 0, or a function of the step that
             returns r (see `Ramp`). Its unit is that of a gradient; in local updates, it is that of a parameter.
-        lazy: draw the noise of a coordinate only when the coordinate is sent. This draws k numbers per step instead of
-            d, and does not change the distribution of the iterates x_0, x_1, ... (see
-            `packsaddle.sgd.lazy_noise.OutstandingNoise`). It requires `CompressedSGD`, RandomK by all-reduce, and no
-            escape check, since an escape check reads the error memory. None, the default, draws lazily if this is
-            possible.
+        lazy: draw the noise of a coordinate only when the coordinate is sent. This draws one number for each of the
+            coordinates that a step sends, instead of one for each coordinate of the parameters, and does not change the
+            distribution of the iterates x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). It requires
+            `CompressedSGD`, RandomK by all-reduce, and no escape check, since an escape check reads the error memory.
+            None, the default, draws lazily if this is possible.
 
     Raises ValueError if r is negative or not finite.
 
@@ -113,13 +113,14 @@ class Noise:
         return r
 
     def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
-        """Return the noise of `step` for the workers' shared `seed`, or None if its std is 0."""
+        """Return the noise vector of `step` for the workers' shared `seed`, from which coordinates can be drawn.
+        Returns None if its std is 0."""
         r = self.at_step(step)
         return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
 
     def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return the noise of `step` for the shared `seed`, in the dtype of `like` and on its device, float[d], or None
-        if its std is 0."""
+        """Return the noise vector of `step` for the workers' shared `seed`, float[d], in the dtype of `like` and on its
+        device. Returns None if its std is 0."""
         noise = self.drawn(seed=seed, step=step)
         if noise is None:
             return None

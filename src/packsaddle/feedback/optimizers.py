@@ -201,6 +201,7 @@ class Attempts:
         return " and ".join(type(o).__name__ for o in self._optimizers if self._stepped and o not in self._stepped)
 
     def restart(self) -> None:
-        """Discard the attempts of an incomplete step, for example after loading a state."""
+        """Discard the record of the optimizers that have attempted the current step, for example after loading a state.
+        The next attempt then begins a new step."""
         self._stepped.clear()
         self.are_discarded = False

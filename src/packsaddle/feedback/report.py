@@ -1,4 +1,5 @@
-"""A worker's report of an exchange: valid, or invalid because of a vector, a message or a failed reset."""
+"""A worker's report on an exchange: valid, or invalid because of its own vector, a message that it received, or an
+optimizer that could not be reset."""
 
 import json
 from dataclasses import astuple, dataclass
@@ -11,10 +12,10 @@ Kind = Literal["valid", "vector", "message", "reset"]
 
 @dataclass(frozen=True)
 class Report:
-    """One worker's report of an exchange.
+    """One worker's report on an exchange, in which it sends a vector and receives messages from other workers.
 
-    Kinds: "valid" (its vector, and all messages that it received, are valid), "vector" (its vector v is invalid),
-    "message" (it received an invalid message), "reset" (v is invalid although its optimizer was reset).
+    Kinds: "valid" (its vector, and all messages that it received, are valid), "vector" (its vector is invalid),
+    "message" (it received an invalid message), "reset" (its vector is invalid although its optimizer was reset).
     """
 
     kind: Kind = "valid"

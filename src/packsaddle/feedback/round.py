@@ -1,8 +1,9 @@
 """Error feedback as a transaction: lines 10 to 12 of Algorithm 1, for the optimizer, hooks and local updates.
 
-An `ErrorFeedback` is the error memory of a slice (parameters exchanged together), with the aggregator that averages its
-messages. A `Round` is one exchange. Its caller supplies an `Update`, the input u, and a `Target`, to which the mean
-update is applied:
+An `ErrorFeedback` is the error memory e^(i) of a slice (parameters exchanged together) on worker i, with the aggregator
+that averages its messages. A `Round` is one exchange. Its caller supplies an `Update`, the input u^(i), and a `Target`,
+i.e. the parameters x or gradients to which the mean update is applied. The verdict is the decision to apply or to
+reject the exchange, identical on all workers:
 
     with feedback.round(t) as round:
         round.correct(update)    # line 10: v = e^(i) + u^(i), validated
@@ -11,7 +12,7 @@ update is applied:
 
 On exit the round is committed or rolled back. A target that `defers`, such as gradients in a backward pass, is written
 before the verdict is read, and its caller commits the round later. Local updates call `absorb` instead of `apply`, and
-apply the mean to the anchor after the commit.
+apply the mean to the anchor (the parameters on which all workers last agreed) after the commit.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator, and the compressor with which it was saved."""
+    """The saved state of an aggregator, which averages the workers' messages, and the compressor that it used."""
 
     compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
     state: dict[str, Any]
@@ -53,20 +54,21 @@ class Applied:
 class Target(Protocol):
     """The parameters or gradients to which a mean update is applied (line 11 of Algorithm 1)."""
 
-    defers: bool  # True if the target is written before the verdict is read
+    defers: bool  # True if the target is written before it is known whether the exchange is applied or rejected
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Apply the mean update g; `magnitude` is the approximate maximum of its absolute values."""
+        """Apply the mean update g of an exchange. `magnitude` is the approximate maximum of its absolute values."""
 
 
 class ErrorFeedback:
-    """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
+    """Error feedback of a slice (parameters exchanged together): this worker's error memory, float[n], and the
+    aggregator, which averages the workers' messages.
 
     Args:
         memory: the error memory of the slice. A slice is a set of parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
-        contraction: measures the contraction from that vector and its residual.
+        contraction: measures, from that vector and its residual, the fraction that compression keeps.
         seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
             randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
         back: the compressor of the mean that is sent back, in exchanges that send one back.
@@ -88,7 +90,7 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self.compressor: Compressor | None = None  # the compressor of the whole vector
+        self.compressor: Compressor | None = None  # the compressor of the vector of all parameters
         self._by_size: Compressor | None = None  # the compressor of this slice, with a budget proportional to its size
         self._choice: Choice | None = None
 
@@ -98,17 +100,17 @@ class ErrorFeedback:
         return self._choice
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
-        """Return True if messages of this slice are predicted to be no larger with compressor `one` than with
-        compressor `other`."""
+        """Return True if the messages of these parameters are predicted to be no larger with compressor `one` than with
+        compressor `other`, in bytes."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
 
-        `compressor` is for the whole vector. `allotted`, if given, is the compressor of this slice, whose number of
-        coordinates to send depends on the other slices. Raises ValueError if
-        the exchange does not support the compressor.
+        `compressor` is for the vector of all parameters. `allotted`, if given, is the compressor of this slice, i.e. of
+        the parameters exchanged together here. Its number of coordinates to send depends on the other slices. Raises
+        ValueError if the exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -133,12 +135,13 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Remove the aggregator and the compressor, until `use` is called again."""
+        """Remove the compressor, and the aggregator that averages its messages. Call `use` before the next exchange."""
         self._choice = self.compressor = None
 
     @property
     def owned(self) -> slice:
-        """The coordinates for which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
+        """The coordinates that this worker averages for all workers in a two-way exchange. There its error memory also
+        contains the residual of the compressed mean (see `Owners`)."""
         if self._choice is None:
             return slice(0, 0)
         group = self.channel.group
@@ -148,8 +151,9 @@ class ErrorFeedback:
         return Round(self, step)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Clear the error memory (line 7 of Algorithm 1), and reset the aggregator. If `rounding`, float[n], is given,
-        i.e. the rounding error of x, the error memory becomes `rounding` instead."""
+        """Clear the error memory (line 7 of Algorithm 1), and reset the aggregator, which averages the messages. If
+        `rounding`, float[n], is given, i.e. the rounding error of the parameters, the error memory becomes `rounding`
+        instead."""
         self.memory.reset(rounding)
         if self._choice is not None:
             self._choice.aggregator.reset()
@@ -160,14 +164,16 @@ class ErrorFeedback:
         return SavedAggregator(identify(self.compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> None:
-        """Restore the aggregator's state, or reset it if it was saved with another compressor. Call after `use`."""
+        """Restore the state of the aggregator, which averages the messages. If it was saved with a compressor that
+        differs from the current one, reset it instead. Call after `use`."""
         assert self.compressor is not None
         fits = saved.compressor == identify(self.compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
 
 
 class Round:
-    """One exchange of a slice, as a transaction that `close` commits or rolls back (see the module's docstring)."""
+    """One exchange of a slice (parameters exchanged together), as a transaction that `close` commits or rolls back. The
+    order of the calls is in the module's docstring."""
 
     v: Tensor  # the vector to send, float[n], or after `absorb` its residual
     invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
@@ -185,8 +191,8 @@ class Round:
         self._unsent: Tensor | None = None  # the part of the uncompressed coordinates that clipping removed; None: 0
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n], for the error memory e and the update u (line 10 of Algorithm
-        1). If v is invalid, return zeros."""
+        """Return the vector to send (line 10 of Algorithm 1): v = e + u, float[n], for the error memory e and the
+        update u. If v is invalid, return zeros."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.report = f.guard.validate(v, update, f.slice)
@@ -204,9 +210,9 @@ class Round:
         """Average C(v) and v's uncompressed part over workers, and return the means (line 10 of Algorithm 1);
         collective.
 
-        `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
-        collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
-        the removed part is added to the residual. `measure` is a function of the vector that this worker sends,
+        `extras`, float[m] each, and a flag that reports an invalid v are averaged with the uncompressed part, without
+        another collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent
+        v, and the removed part is added to the residual. `measure` is a function of the vector that this worker sends,
         float[n], which consists of C(v) and the uncompressed part of v. It returns numbers, float[m], which are
         averaged like `extras`. This method may run in another thread.
         """
@@ -248,8 +254,9 @@ class Round:
         return self.report if error is None else Report.of_message(error)
 
     def apply(self, target: Target) -> None:
-        """Apply the mean update to the target (line 11 of Algorithm 1), and store the residual in the error memory.
-        No-op for a rejected exchange, unless the target defers."""
+        """Apply the mean update to `target`, the parameters or gradients (line 11 of Algorithm 1), and store the
+        residual in the error memory. No-op for a rejected exchange, unless the target must be written before it is
+        known that the exchange is rejected (`Target.defers`)."""
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers
@@ -259,8 +266,9 @@ class Round:
             self.absorb(done.rounding)
 
     def absorb(self, rounding: Tensor | None = None) -> None:
-        """Set the new error memory to the residual v - C(v), float[n] (line 12 of Algorithm 1). `rounding`, float[n],
-        is added to it: the error of rounding the updated parameters or gradients to 16 bits."""
+        """Set the new error memory to the residual v - C(v), float[n], of the vector v that was sent compressed as C(v)
+        (line 12 of Algorithm 1). `rounding`, float[n], is added to it: the error of rounding the updated parameters or
+        gradients to 16 bits."""
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)
@@ -270,8 +278,8 @@ class Round:
         del self.g
 
     def close(self, *, apply: bool) -> None:
-        """Commit the error memory, or roll back the error memory and the
-        aggregator. No-op if the round was closed before."""
+        """End the exchange. If `apply` is True, commit the new error memory; otherwise roll back the error memory and
+        the state of the aggregator, which averaged the messages. No-op if the round was closed before."""
         if self._is_open:
             self._is_open = False
             if not apply:

@@ -18,7 +18,7 @@ from packsaddle.feedback.noise import GaussianNoise
 
 @dataclass(frozen=True)
 class Shaped:
-    """A flat vector, float[d], and its views, one for each parameter of a slice, shaped as the parameter."""
+    """A flat vector, float[d], of some parameters, and its views: one for each parameter, shaped as the parameter."""
 
     flat: Tensor
     views: list[Tensor]
@@ -117,7 +117,8 @@ class Slice:
         return found
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
-        """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
+        """Add noise to out, float[d], a vector of the parameters in this slice, in place. A coordinate gets the noise
+        of its index in the vector of all parameters."""
         # Add noise to each range [first, last) of this slice that is contiguous in the vector of all parameters. In
         # that vector, the range starts at `begin`.
         first = last = begin = 0
@@ -193,11 +194,13 @@ class FlatParameters(Slice):
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 
     def in_order(self, flat: Tensor) -> Tensor:
-        """Return a flat vector rearranged in the user's order, i.e. the order of torch's parameters_to_vector."""
+        """Return a flat vector of all parameters, float[d], rearranged so that they are in the order in which the
+        optimizer has them, i.e. in the order of torch's parameters_to_vector."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Call `work`, which changes x in place, with x in at least float32. Frozen parameters keep their values.
+        """Call `work`, which changes the parameter vector x in place, with x in at least float32. Frozen parameters
+        keep their values.
 
         Returns the rounding error of x, float[d], or None if x is at least float32.
         """
@@ -210,7 +213,8 @@ class FlatParameters(Slice):
         return lost
 
     def check_attached(self) -> None:
-        """Raise RuntimeError if a parameter was moved or replaced, so that it is no longer a view of x."""
+        """Raise RuntimeError if a parameter was moved or replaced, so that it is no longer a view of the flat vector x
+        of all parameters."""
         base, size = self.x.data_ptr(), self.x.element_size()
         for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
             if p.numel() and p.data_ptr() != base + offset * size:
@@ -228,8 +232,9 @@ class FlatParameters(Slice):
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each `part(p)`, such as this process's shard of p, in one vector that contains all compressed
-    parameters first. The size of the whole p, not of the part, is compared with `dense_below`."""
+    """Return the `Place` of each parameter p, given as (name, p), i.e. its position in one vector of all parameters, in
+    which compressed parameters come first. Instead of p, the vector contains `part(p)`, such as this process's shard of
+    p. The size of the whole p, not of the part, is compared with `dense_below`."""
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
@@ -238,19 +243,20 @@ def places(
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements. Always returns False if
-    `dense_below` is 0."""
+    """Return True if the tensor p has fewer than two dimensions or fewer than `dense_below` elements. Always returns
+    False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
 def strides_of_view(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of the view that represents p in a flat vector. They are the strides of p, so that formats
-    such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous tensor."""
+    """Return the strides of the view that represents the tensor p in a flat vector. They are the strides of p, so that
+    formats such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous
+    tensor."""
     return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:
-    """Return the number of elements of memory from p's first element to its last, gaps included."""
+    """Return the number of elements of memory from the first element of the tensor p to its last, gaps included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 

@@ -8,9 +8,9 @@ A `Rule` gives the kind of the entries at a path, not of a field, since the load
 state (such as a pending exchange). The kind determines what happens if the number of workers changes:
 
     shared      identical on all workers; copied
-    error       averaged over workers: error memories, momenta, x at the start of an exchange
+    error       averaged over workers: error memories, momenta, the parameters at the start of an exchange
     own         different on each worker; new workers get worker 0's
-    constant    replaced by the value of that name in the new worker's identity, or by the rule's value
+    constant    replaced by the value of that name in the new worker's identity (see `State`), or by the rule's value
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class Rule:
     path: Path
     kind: Kind
     like: Path = ()  # for kind "error": path of the tensors that give the shapes of zeros if this entry is missing
-    value: Any = None  # for kind "constant": the new value if the identity has no value of that name
+    value: Any = None  # for kind "constant": the new value if `State.identity` has no value of that name
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class State:
         raise ValueError(f"{dotted(path)} is in the state, and {self._owner} has no rule for it")
 
     def split(self, leaves: Mapping[Path, Any]) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
-        """Return the tensors to average over workers, and the shared entries, of a saved state.
+        """Return the tensors of a saved state to average over workers, and its entries that are identical on all
+        workers.
 
         `leaves` are the tensors and plain values of one worker's state by path; so are the results. Raises ValueError
         if the state has another format or cannot be split.
@@ -209,14 +210,15 @@ class State:
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return the new values of all entries of kind "constant", by path, which replace the saved values when the
-        number of workers changes. `leaves` are the entries of one worker's state, as in `split`."""
+        """Return the new values, by path, of all entries of kind "constant" (see `Rule`). They replace the saved values
+        when the number of workers changes. `leaves` are the entries of one worker's state, as in `split`."""
         identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
         return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 
 
 def skip(saved: Any) -> None:
-    """No-op in place of a field's `load`, for a field that its owner restores itself after all other fields."""
+    """No-op, used as the `load` function of a field that the object with the state restores itself, after all other
+    fields."""
 
 
 def check_format(found: Any, what: str) -> None:

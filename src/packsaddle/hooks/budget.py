@@ -43,14 +43,14 @@ class Allocation:
         self.d = d
         # The stride is odd, to sample all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        self._last: Mapping[Names, _Sample] = {}  # samples of the previous step, by slice
+        self._last: Mapping[Names, _Sample] = {}  # samples of the previous step, by the names of the slice's parameters
         self._next: dict[Names, _Sample] = {}
         self._compressor: Compressor | None = None  # compressor of the whole model in this step
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
         """Begin a step: divide the budget of `compressor`, i.e. the number of coordinates that it sends, among the
-        slices that were sampled in the previous step."""
+        slices (buckets or modules) that were sampled in the previous step."""
         known, self._next, self._compressor = self._last, {}, compressor
         allotted = None
         if sum(sample.size for sample in known.values()) == self.d and len(known) > 1:
@@ -58,26 +58,28 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return the compressor of a slice in this step. Returns None if the slice was not sampled in the previous
-        step, or if `compressor` is not the one with which the step began."""
+        """Return the compressor of a slice (bucket or module) in this step. `part` has the names of its parameters.
+        Returns None if the slice was not sampled in the previous step, or if `compressor` is not the one with which the
+        step began."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
-        """Sample a slice's vector to send, float[n]. No-op if compressors of this
-        type do not divide their budget by magnitudes."""
+        """Sample the vector that a slice (bucket or module) sends, float[n], to divide the budget of the next step.
+        No-op if compressors of this type do not divide their budget by magnitudes."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def close(self, *, apply: bool) -> None:
-        """Commit the samples of this step, or roll back to the samples of the previous step."""
+        """End a step. If `apply` is True, the next step's budget is divided by the samples of this step, and otherwise
+        by those of the previous step."""
         if apply:
             self._last = self._next
         self._next = {}
 
     def field(self, device: Callable[[], torch.device]) -> Value:
-        """Return the saved-state field that contains the samples of all slices. Loading moves the samples to
-        `device()`."""
+        """Return the saved-state field that contains the samples of all slices (buckets or modules). Loading moves the
+        samples to `device()`."""
 
         def load(saved: Sequence[_Sample]) -> None:
             self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}

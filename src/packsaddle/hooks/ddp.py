@@ -126,7 +126,7 @@ def register_ddp_hook(
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
-    """Register the hook on the DistributedDataParallel in a model that a framework has wrapped.
+    """Register the hook of `register_ddp_hook` on the DistributedDataParallel in a model that a framework has wrapped.
 
     The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are those of
     `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
@@ -212,7 +212,8 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
-    """Raise ValueError if the compressor does not support the model's parameters, before the first step."""
+    """Raise ValueError if a parameter is not floating point, or if the compressor or the exchange does not support
+    vectors of the model's size. Warns if no tensor would be compressed. Call before the first step."""
     for place in found:
         if not place.parameter.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
@@ -225,7 +226,8 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
-    """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
+    """Make a forward pass of the model raise RuntimeError if earlier gradients were computed without a call of `hook`,
+    i.e. without an exchange. Once the hook was called, this check is removed."""
     # Remove the guards of an earlier DistributedDataParallel of the same module.
     for handle in _guards.pop(model.module, ()):
         handle.remove()

@@ -38,9 +38,9 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model. With scope="bucket", DDP may divide the parameters into buckets
-    differently in a resumed run than in the saved run. No update is lost then, but only with scope="model" is a resumed
-    run bitwise identical to an uninterrupted run.
+    `places` has each trained parameter of `module`, the model, with its position in the vector of all of them. With
+    scope="bucket", DDP may divide the parameters into buckets differently in a resumed run than in the saved run. No
+    update is lost then, but only with scope="model" is a resumed run bitwise identical to an uninterrupted run.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DDPHook(GradientHook, Exchanging):
         return [self._named[id(p)].name for p in parameters]
 
     def _average(self, buckets: Sequence[Bucket]) -> None:
-        """Average buckets over workers as one vector, in place.
+        """Average the gradients in `buckets` over workers as one vector, in place.
 
         After an error, DDP still submits the later buckets of the backward pass. They raise the same error.
         """
@@ -126,7 +126,7 @@ class DDPHook(GradientHook, Exchanging):
 
     def _begin(self) -> None:
         """Commit or roll back the last backward pass, compare parameters if a comparison is due, and draw the noise of
-        this pass (line 9)."""
+        this pass (line 9 of Algorithm 1)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -136,8 +136,9 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the error feedback of the parameters with these names. If there is none, because DDP has made or
-        rebuilt its buckets, make it with the error memories that these parameters had in old buckets."""
+        """Return the `ErrorFeedback`, which has the error memory, of the parameters with these names. If there is none,
+        because DDP has made or rebuilt its buckets, make it with the error memories that these parameters had in old
+        buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -176,7 +177,7 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The error feedback of all parameters. It is None with scope="bucket",
+        """The `ErrorFeedback` of all parameters together, which has their error memory. It is None with scope="bucket",
         and before the first exchange or loading."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 

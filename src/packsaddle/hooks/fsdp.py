@@ -82,7 +82,8 @@ _SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
 
 
 class FSDPHook(GradientHook, Exchanging):
-    """The hook of `register_fsdp_hook`. Every sharded module is averaged separately, with its own error memory.
+    """The hook of `register_fsdp_hook`. The gradients of every sharded module are averaged separately, with an error
+    memory of their own.
 
     A backward pass with an invalid gradient is rejected on all replicas of the shard, as in `register_fsdp_hook`.
     """
@@ -153,7 +154,7 @@ class FSDPHook(GradientHook, Exchanging):
         is_first = name not in self._slices
         seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
-        self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
+        self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9 of Algorithm 1
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, (code != 0).any(), float("nan"))
         # Reading the code waits for the GPU, so read it here only in a module's first exchange. `_settle` reads all
@@ -164,7 +165,8 @@ class FSDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def _end(self) -> None:
-        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN on all replicas."""
+        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN on all replicas, so that
+        a GradScaler or a protected optimizer skips the step."""
         if not self._pass:
             return
         bad = (torch.stack(self._codes) != 0).any()
@@ -203,8 +205,8 @@ class FSDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory by module, float[n].
-        During a backward pass, returns the memory after the previous step."""
+        """Return this worker's error memory for each sharded module, float[n], by name of the module. During a backward
+        pass, returns the memory after the previous step."""
         self._settle()
         return self._loose | {name: part.memory.vector.clone() for name, part in self._slices.items()}
 

@@ -67,8 +67,9 @@ class HookOptions(Option):
 
 @dataclass(frozen=True)
 class BucketUpdate(Update):
-    """The update of a slice's error memory e by gradients g and noise xi: v = decay * e + g / scale + xi.
-    `scale` is the GradScaler's factor."""
+    """The gradients g and the noise xi that are added to the error memory e of a slice (parameters exchanged together).
+    The vector to send is v = decay * e + g / scale + xi. `scale` is the factor by which a GradScaler has multiplied
+    g."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -77,8 +78,8 @@ class BucketUpdate(Update):
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay * base + g / scale + xi, where g are the gradients and xi is the noise. base and out are
-        float[n] and must not overlap."""
+        """Set out to decay * base + g / scale + xi, where base is the error memory, g are the gradients and xi is the
+        noise. base and out are float[n] and must not overlap."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
             g = self.gradients[place.name]
             if self.scale == 1.0:
@@ -104,7 +105,8 @@ class BucketTarget:
     defers = True
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Overwrite the gradients with scale times the mean update g. Only 16-bit gradients cause a rounding error."""
+        """Overwrite the gradients with the mean update g, multiplied by `scale`, the factor of the GradScaler, since
+        the scaler will divide by it. Only 16-bit gradients cause a rounding error."""
         total = self.of.zeros()
         g.write_to(total.flat)
         clear_unused(total.views, self.used)
@@ -143,7 +145,7 @@ class GradientHook(Records, ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        # Slices are made when their gradients arrive.
+        # The slices (buckets or modules) are made when their gradients arrive.
         self._slices: dict[Any, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
@@ -170,7 +172,7 @@ class GradientHook(Records, ABC):
 
     @property
     def steps(self) -> int:
-        """The number of applied backward passes, not counting `skipped` ones."""
+        """The number of backward passes whose exchanges were applied. Rejected passes are counted by `skipped`."""
         self._settle()
         return self._steps
 
@@ -182,8 +184,8 @@ class GradientHook(Records, ABC):
 
     @property
     def contraction(self) -> float | None:
-        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's vector v at the last measurement, or None if it
-        was not measured (see `Compression.monitor_every`)."""
+        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 at the last measurement, where this worker's vector v was
+        compressed to C(v). It is None if there was no measurement (see `Compression.monitor_every`)."""
         self._settle()
         return self._contraction.whole
 
@@ -231,8 +233,8 @@ class GradientHook(Records, ABC):
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice. Error memories of its parameters in `_loose`, where they are kept
-        while the parameters have no slice, are moved to it."""
+        """Return a new `ErrorFeedback` for a slice (parameters exchanged together). Error memories of its parameters in
+        `_loose`, where they are kept while the parameters have no slice, are moved to it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -241,8 +243,9 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of a slice to that of this step, with the slice's part of the number of coordinates to
-        send. Returns the compressor of this step, whose number of coordinates is for the whole model."""
+        """Set the compressor of `part`, a slice (parameters exchanged together), for this step: the step's compressor,
+        restricted to the part of the model's budget of coordinates that is allotted to the slice. Returns the step's
+        compressor as it is for the whole model."""
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
@@ -251,8 +254,8 @@ class GradientHook(Records, ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace a slice's gradients with their mean; return `Verdict.code`, float[3], which is 0 if the exchange is
-        applied.
+        """Replace the gradients of a slice (parameters exchanged together) with their mean over workers; return
+        `Verdict.code`, float[3], which is 0 if the exchange is applied.
 
         These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. The tensors of `identity`, [b] each,
         contain bits of 0 or 1 that identify the slice. They are compared between workers.
@@ -261,14 +264,14 @@ class GradientHook(Records, ABC):
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
-        # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
+        # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. The mean of C(v) is computed below.
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
         usage = Usage(part, gradients) if self.may_be_unused else None
         flags = [] if usage is None else [usage.here]
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
-        # Lines 11 and 12: the user's optimizer applies the gradients to x.
+        # Lines 11 and 12 of Algorithm 1. The user's optimizer then applies the gradients to the parameters x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
@@ -284,13 +287,14 @@ class GradientHook(Records, ABC):
         return self._codes[-1]
 
     def _complete(self) -> None:
-        """End the exchanges of a backward pass: begin to copy their outcome to the host, without waiting for it."""
+        """End the exchanges of a backward pass: start to copy their outcomes to the host, without waiting for the
+        copy."""
         self._outcome = Readback(torch.stack(self._codes))
 
     def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last backward pass, or roll it back if it was interrupted or a worker's gradient was invalid.
 
-        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
+        No-op during a backward pass. Raises RuntimeError if workers exchanged different modules with each other.
         """
         with self._lock:
             if not self._pass or not (self._outcome or interrupted):
@@ -331,7 +335,7 @@ class GradientHook(Records, ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal at saving and at loading."""
+        """Return the settings, by name, that must be equal when a state is saved and when it is loaded."""
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
@@ -344,7 +348,8 @@ class GradientHook(Records, ABC):
         ]
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by name, until slices are made for the next gradients."""
+        """Store loaded error memories by name of the parameter or module, until the next gradients arrive and their
+        error memories are made."""
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Parameters that a backward pass does not use (`find_unused_parameters`).
 
 DistributedDataParallel copies the mean gradient of a parameter to its p.grad if any worker used the parameter, and
-discards it if no worker did. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and
-keeps its error memory e. C(0) need not be 0. If the mean is applied, the residual 0 - C(0) is added to the error
-memory. If the mean is discarded, the residual is discarded too.
+discards it if no worker did. So a worker sends zeros instead of v = e + g, the sum of error memory and gradient, for a
+parameter that it did not use, and keeps e. The compressed zeros C(0) need not be 0. If the mean is applied, the
+residual 0 - C(0) is added to the error memory. If the mean is discarded, the residual is discarded too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """The parameters of a slice that this worker used in a backward pass, i.e. whose gradient is not 0. For these
-    parameters, `here`, bool[p], is True.
+    """The parameters that this worker used in a backward pass, i.e. whose gradient is not 0, among those that are
+    exchanged together. For these parameters, `here`, bool[p], is True.
 
     A parameter whose gradient is 0 on all workers counts as unused. Its mean gradient is then set to 0, so no update is
     lost if DistributedDataParallel applies it nevertheless.
@@ -27,9 +27,9 @@ class Usage:
         self.here = torch.stack([gradients[name].any() for name in part.slice.names])
 
     def restore(self, by_any: Tensor) -> None:
-        """Correct the new error memory of the parameters that this worker did not use, without waiting for a GPU (see
-        `ErrorMemory.restore_unused`). Call after `absorb`. `by_any`, bool[p], is True for the parameters that at least
-        one worker used."""
+        """Correct the new error memory of the parameters that this worker did not use, and for which it sent zeros (see
+        `ErrorMemory.restore_unused`). The host does not wait for a GPU. Call after `absorb`. `by_any`, bool[p], is True
+        for the parameters that at least one worker used."""
         self._part.memory.restore_unused(self.here, by_any)
 
 

@@ -79,7 +79,8 @@ class Attached:
 
 
 class WorkerState:
-    """The state of one worker that trains with `LocalUpdates`; a framework's checkpoint has only worker 0's state.
+    """The state of one worker that trains with `LocalUpdates`. A framework's own checkpoint contains only the state of
+    worker 0, while parameters and optimizer states differ between workers.
 
     It consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
     parameters and persistent buffers of `model`. Save it on every worker; load it after the framework has loaded its
@@ -99,8 +100,8 @@ class WorkerState:
         return self.local.steps
 
     def finish(self) -> None:
-        """Make the model identical on all workers at the end of training: flush `local`, then broadcast worker 0's
-        buffers; collective. Warns if the flush was rejected."""
+        """Make the model identical on all workers at the end of training: exchange all pending updates (see
+        `LocalUpdates.flush`), then broadcast worker 0's buffers; collective. Warns if the exchange was rejected."""
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():
@@ -291,7 +292,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of the file of the worker with this global `rank`, by default of this worker."""
+    """Return the path of the file in which `save_state` saves the state of the worker with this global `rank`, by
+    default that of this worker."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -348,8 +350,8 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
     """Return the numbers of a certificate as a dict for a logger, with keys such as certificate/grad_norm. Each
-    possible verdict has a key such as certificate/saddle, whose value is 1 if it is the certificate's verdict and 0 if
-    not."""
+    possible verdict on the model, such as "saddle", has a key such as certificate/saddle, whose value is 1 if it is the
+    certificate's verdict and 0 otherwise."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

@@ -37,7 +37,8 @@ _PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
 
 
 class _Attached(Attached, TrainerCallback):
-    """Base callback: attaches a hook or local updates when training begins, logs metrics, saves and restores state."""
+    """Base callback: attaches a DDP hook or local updates when training begins, logs their metrics, and saves and
+    restores their state."""
 
     def __init__(
         self,
@@ -138,7 +139,8 @@ class LocalUpdatesCallback(_Attached):
         **options: Any,
     ) -> None:
         super().__init__(trainer, compressor, resume_from=resume_from, **options)
-        self._at_anchor = False  # True during training, when evaluation and saving use the anchor
+        # True during training, when evaluation and saving use the anchor, on which all workers last agreed.
+        self._at_anchor = False
         self._ended_at_best = False
         # Wrap these methods, since callbacks run only after them.
         for name in ("evaluate", "predict", "save_model"):
@@ -177,13 +179,13 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Checks every `every_n_steps` steps if the model is at a saddle; logs the certificate, and prints the verdict.
+    """Checks every `every_n_steps` steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
     Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
     batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,
     identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
-    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError if
-    `every_n_steps` is below 1.
+    `LocalUpdatesCallback` in the trainer the anchor, i.e. the parameters on which all workers last agreed, is
+    certified. Raises ValueError if `every_n_steps` is below 1.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An optimizer that joins several optimizers, for frameworks that accept only one."""
+"""An optimizer that joins several optimizers, for frameworks that accept only one optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice

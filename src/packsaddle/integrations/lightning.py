@@ -35,7 +35,8 @@ from packsaddle.local.updates import LocalUpdates
 
 
 class _Attached(Attached, Callback):
-    """Base callback: attaches a hook or local updates when training starts, logs metrics, saves and restores state."""
+    """Base callback: attaches a DDP hook or local updates when training starts, logs their metrics, and saves and
+    restores their state."""
 
     def __init__(
         self,
@@ -78,8 +79,8 @@ class _Attached(Attached, Callback):
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read from `state` if the checkpoint has workers' states next to it. `on_train_start` restores them after
-        attaching."""
+        """Note that workers' states were saved next to the checkpoint, if `state` shows it. `on_train_start` restores
+        them after it has attached the hook or local updates."""
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
@@ -147,7 +148,8 @@ class LocalUpdatesCallback(_Attached):
         self._training = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the parameters to the anchor, identical on all workers. No-op in `trainer.validate` outside of `fit`."""
+        """Set the parameters to the anchor, i.e. to the parameters on which all workers last agreed, until the end of
+        validation. No-op in `trainer.validate` outside of `fit`."""
         self._evaluating = True
         self._evaluation.enter_context(self.together())
 
@@ -164,19 +166,20 @@ class LocalUpdatesCallback(_Attached):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make `together` a no-op, since the parameters may be changed after training, and must then not be set to the
-        anchor."""
+        """Make `together` a no-op. Parameters may be changed after training, and must then not be set to the anchor,
+        i.e. to the parameters on which all workers last agreed."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
-        """Context manager that sets the parameters to the anchor, identical on all workers. No-op outside training."""
+        """Context manager that sets the parameters to the anchor, i.e. to the parameters on which all workers last
+        agreed. No-op outside training."""
         return self.local.at_anchor() if self.local is not None and self._training else nullcontext()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Context manager that gives the model this worker's own parameters, to save this worker's state. During
-        validation, when Lightning may save a checkpoint, the model otherwise has the parameters of the anchor, which
-        are identical on all workers. No-op outside validation."""
+        validation, when Lightning may save a checkpoint, the model otherwise has the parameters on which all workers
+        last agreed (the anchor). No-op outside validation."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -211,13 +214,14 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        # Save with the parameters set to the anchor, since the checkpoint may contain views of the parameters.
+        # Save with the parameters set to the anchor, on which all workers last agreed, since the checkpoint may contain
+        # views of the parameters.
         with self._callback.together():
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the model's `state_dict`, as the strategy collects it, with the parameters set to the anchor. Its
-        tensors may be views of the parameters, or copies."""
+        """Return the model's `state_dict`, as the strategy collects it, with the parameters set to the anchor, on which
+        all workers last agreed. Its tensors are views of the parameters, or copies, as the strategy makes them."""
         with self._callback.together():
             found: dict[str, Any] = self._tensors()
         return found
@@ -232,13 +236,13 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Checks every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
+    """Checks every N epochs or steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
     The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
     batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of
     `packsaddle.certify`. `certificate` is the last certificate. With a LocalUpdatesCallback in the trainer the anchor,
-    the average of the workers, is certified. Raises ValueError unless exactly one of `every_n_epochs` and
-    `every_n_steps` is given.
+    i.e. the parameters on which all workers last agreed, is certified. Raises ValueError unless exactly one of
+    `every_n_epochs` and `every_n_steps` is given.
     """
 
     def __init__(
@@ -260,7 +264,8 @@ class CertificateCallback(Callback):
         self._seen = 0  # trainer.global_step after the last batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting steps at the trainer's current step, which a restored checkpoint sets."""
+        """Start the count of steps, by which certificates are due, at the trainer's current step, which is that of the
+        checkpoint in a resumed run."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

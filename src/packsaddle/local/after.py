@@ -27,8 +27,9 @@ After = Callable[[LocalRound], None]
 
 
 class CompareAnchors:
-    """Compares the workers' anchors with each other; collective. It runs after those applied rounds of the last
-    fragment in which `drift` has a comparison due."""
+    """Compares the workers' anchors (the parameters on which all workers last agreed) with each other; collective. It
+    runs after an applied round of the last fragment, i.e. of the last part of the model to be exchanged, if `drift` has
+    a comparison due."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -47,8 +48,8 @@ class CompareAnchors:
         anchors = [f.anchor.flat for f in self._fragments]
         compare = partial(self._drift.compare, r.t, anchors, named)
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
-        # Move the parameters by the same difference as a repaired anchor. Otherwise the next exchange would send the
-        # difference as a local update.
+        # Move this worker's parameters by as much as the repair has moved the anchor. Otherwise the next exchange would
+        # send the difference as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
             # Skip a fragment with a running exchange, which will move the parameters when it ends.
             if f.current is None:
@@ -56,10 +57,11 @@ class CompareAnchors:
 
 
 class EscapeAnchor:
-    """Runs the saddle escape check (Algorithm 1, lines 4-8) on the anchor of the only fragment. The fields `interval`
-    and `every` of `rule` count rounds here.
+    """Runs the saddle escape check (lines 4-8 of Algorithm 1) on the anchor, the parameters on which all workers last
+    agreed. The fields `interval` and `every` of `rule` count rounds here.
 
-    Raises ValueError if there are several fragments, if exchanges have a delay, or if parameters are DTensors.
+    Raises ValueError if the model is exchanged in several fragments, if exchanges have a delay, or if parameters are
+    DTensors.
     """
 
     def __init__(self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int) -> None:
@@ -91,7 +93,8 @@ class EscapeAnchor:
 
 
 class Reactions:
-    """The reactions to the end of a round, called in a fixed order. A reaction that the options do not enable is None.
+    """The reactions to the end of a round, such as an escape check, called in a fixed order. A reaction that the
+    options do not enable is None.
 
     `outcomes` counts rejected rounds and resets optimizers. It may raise NonFiniteError, after which no other reaction
     runs.
@@ -122,7 +125,8 @@ class Reactions:
         shards: Shards,
     ) -> "Reactions":
         """Return the reactions that the options of local updates enable. `lockstep` runs the collectives of a fixed set
-        of workers. It is None for elastic workers, which compare their anchors at the start of a round instead."""
+        of workers. It is None for workers that join and leave, since they compare their anchors (the parameters last
+        agreed on) at the start of a round instead."""
         spec, c, rank = options.compression, options.mean_momentum, channel.group.rank
         outcomes = Outcomes(optimizers, fragments, shards, spec.max_skipped, rank)
         momentum = MeanMomentum(optimizers, c, shards) if c else None
@@ -140,7 +144,8 @@ class Reactions:
             react(r)
 
     def fields(self) -> list[Vector | Value]:
-        """Return the saved-state fields of all reactions."""
+        """Return the fields of the saved state that belong to reactions: the counts of rejected rounds, the escape
+        check, and the records of resets and of differing anchors."""
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
         drifts = attribute(("drifts",), self.drift, "found", list[Drift])

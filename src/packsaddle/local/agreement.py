@@ -30,7 +30,8 @@ def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
 
 
 def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, shards: Shards) -> None:
-    """Multiply the mean update of each tensor by r^p, in place; collective over the shards of this worker.
+    """Multiply the mean update of each tensor by r^p, in place. Collective over the processes that have shards of this
+    worker's tensors.
 
     r is the root mean square of the norms of the workers' updates divided by the norm of their mean, and lies in
     [1, sqrt(workers)]. `squares` has one entry per tensor, the mean over workers of `squares_of`. A mean update of

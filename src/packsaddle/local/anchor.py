@@ -41,8 +41,8 @@ class Anchor:
         # The part of the local update that start - x does not contain, float[n]. It arises when the start point moves
         # without the parameters x, or when x is rounded to 16 bits. None: 0.
         self.owed: Tensor | None = None
-        # The coordinates that this worker owns in a two-way exchange, where its start point is a. The slice is empty
-        # unless `keeps` is set.
+        # The coordinates that this worker owns (averages for all workers) in a two-way exchange. There its start point
+        # is a. The slice is empty unless `keeps` is set.
         self.owned = slice(0, 0)
         self.set_from_parameters()
 
@@ -50,8 +50,8 @@ class Anchor:
         return [local_part(each.parameter) for each in self._trained]
 
     def values(self) -> list[Tensor]:
-        """Return the parameters on the anchor's device. If the anchor is on the CPU and the parameters are not, all
-        parameters are copied to the CPU, and the host waits once."""
+        """Return this worker's parameters, on the device of the anchor (which may be on the CPU to save GPU memory). If
+        the anchor is on the CPU and the parameters are not, they are copied to the CPU, and the host waits once."""
         return self._beside_anchor(self.tensors())
 
     def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -68,8 +68,9 @@ class Anchor:
         return self.layout.views(self.flat - self._kept()) if self.keeps else self.views
 
     def _kept(self) -> Tensor:
-        """Return the anchor minus this worker's start point, float[n]. This is the error memory, with zeros at the
-        coordinates that the worker owns in a two-way exchange. The result may be a view of the error memory."""
+        """Return the anchor minus this worker's start point, from which it continues after an exchange, float[n]. This
+        is the error memory, with zeros at the coordinates that the worker owns, i.e. averages for all workers, in a
+        two-way exchange. The result may be a view of the error memory."""
         kept = self._memory.vector
         if self.owned.start < self.owned.stop:
             kept = kept.clone()
@@ -112,8 +113,9 @@ class Anchor:
             a.copy_(old)
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed, and keep their progress since `before`:
-        x <- start + (x - before). `before` has one tensor per parameter. If it is empty, x <- start.
+        """Set the parameters x <- start + (x - before) after the anchor changed, so that x keeps its progress since
+        `before`. Here `start` is the new start point: the anchor, or with `keeps` the anchor minus the error memory.
+        `before` has one tensor per parameter. If it is empty, x <- start.
 
         With `blend`, x <- (1 - blend) start + blend x. Parameters whose names are in `frozen` keep their values; by
         default, `frozen` has all currently frozen parameters.
@@ -130,8 +132,8 @@ class Anchor:
             self._set((torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts), frozen)
 
     def move_to_start(self, frozen: Collection[str] | None = None) -> None:
-        """Reset the parameters x to this worker's start point, and clear `owed`, the part of the local update that
-        start - x does not contain.
+        """Reset the parameters x to this worker's start point, from which it continues after an exchange, and clear
+        `owed`, the part of the local update that start - x does not contain.
 
         Parameters whose names are in `frozen` keep their values; by default, `frozen` has all currently frozen
         parameters.
@@ -149,9 +151,9 @@ class Anchor:
                 assign(x, a - e)
 
     def move_to_anchor(self) -> None:
-        """Move the parameters x, except frozen ones, from this worker's start point to the anchor. The change of x is
-        recorded in `owed`, the part of the local update that start - x does not contain. So the next local update is
-        the same as without the move."""
+        """Move the parameters x, except frozen ones, from this worker's start point (the anchor, or with `keeps` the
+        anchor minus the error memory) to the anchor. The change of x is recorded in `owed`, the part of the local
+        update that start - x does not contain. So the next local update is the same as without the move."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
@@ -169,8 +171,8 @@ class Anchor:
                 assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
-        """Clear `owed`, the part of the local update that start - x does not contain. It is kept for the parameters
-        whose names are in `frozen`."""
+        """Clear `owed`, the part of the local update that is missing in start - x, the difference between this worker's
+        parameters after the last exchange and now. It is kept for the parameters whose names are in `frozen`."""
         if not frozen or self.owed is None:
             self.owed = None
             return
@@ -179,8 +181,8 @@ class Anchor:
 
     @property
     def is_rounded(self) -> bool:
-        """True if a parameter has a narrower dtype than the anchor, so that the
-        start point of the parameter is rounded."""
+        """True if a parameter has a narrower dtype than the anchor, so that the point at which it continues after an
+        exchange is rounded."""
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
@@ -202,15 +204,17 @@ class Anchor:
         self.owe(change)
 
     def own(self, owned: slice) -> None:
-        """Set the coordinates that this worker owns in a two-way exchange. The start point of the worker moves there,
-        but its parameters x and its local update do not change."""
+        """Set the coordinates that this worker owns, i.e. averages for all workers, in a two-way exchange. At these
+        coordinates the start point, from which its local update is measured, moves. The worker's parameters and its
+        local update do not change."""
         if self.keeps and owned != self.owned:
             with self.fixed_update(self.layout.names):
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return this worker's start point minus the start point that it would have if it owned no coordinates of a
-        two-way exchange, float[n]. Returns None if it owns none."""
+        """Return the difference, float[n], between this worker's start point, from which it continues after an
+        exchange, and the start point that it would have if it owned (averaged for all workers) no coordinates in a
+        two-way exchange. Returns None if it owns none."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
@@ -225,15 +229,16 @@ class Anchor:
         return found.flat
 
     def owe(self, change: Tensor) -> None:
-        """Add `change`, float[n], to `owed`, the part of the local update that start - x does not contain. Call after
-        the start point has moved by -change and the parameters x have not moved."""
+        """Add `change`, float[n], to `owed`, a correction of the local update. The local update is the difference
+        between the point at which this worker continued after the last exchange and its parameters, plus `owed`. Call
+        after that point has moved by -change and the parameters have not moved."""
         total = change if self.owed is None else self.owed.add_(change)
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed`, the part of the local update that start - x does not contain, from the parameters x that are
-        not frozen. Then start - x is the whole local update, except that for 16-bit parameters `owed` becomes the
-        rounding error of x."""
+        """Subtract `owed` from the parameters x that are not frozen. It is the part of the local update that is missing
+        in start - x, where `start` is the point at which this worker continued after the last exchange. Then start - x
+        is the whole local update, except that for 16-bit parameters `owed` becomes the rounding error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -243,8 +248,8 @@ class Anchor:
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
         """Set the parameters x to `values`, given in at least float32. For 16-bit parameters, the rounding error is
-        added to `owed`, the part of the local update that start - x does not contain. Parameters whose names are in
-        `frozen` keep their values."""
+        added to `owed`, the part of the local update that the change of x since the last exchange does not contain.
+        Parameters whose names are in `frozen` keep their values."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
@@ -263,8 +268,9 @@ class Anchor:
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
         """Add this worker's local update to `out`, float[n], and return `out`.
 
-        The local update is start - x, the change of the parameters x since their start point, plus the part `owed` that
-        this difference does not contain. If `starts` is None, the current start points are used.
+        The local update is start - x, where x are the parameters and `start` is the point at which they continued after
+        the last exchange, plus the part `owed` that this difference does not contain. `starts` has the start of each
+        parameter; if it is None, the current ones are used.
         """
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
@@ -276,9 +282,9 @@ class Anchor:
 class PseudoGradient(Update):
     """The local update of a worker, as the input of its error memory, float[n].
 
-    It is start - x, the change of the parameters x since their start point, plus the part that this difference does not
-    contain (`Anchor.owed`), plus noise. It is 0 for
-    parameters whose names are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
+    It is start - x, the change of the parameters x since the point at which they continued after the last exchange,
+    plus the part that this difference does not contain (`Anchor.owed`), plus noise. It is 0 for parameters whose names
+    are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
     """
 
     of: Anchor
@@ -287,8 +293,8 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, and
-        (start - x) + owed is the local update. out and base must not share memory."""
+        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, x are the
+        parameters, and (start - x) + owed is the local update. out and base must not share memory."""
         share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
@@ -301,8 +307,8 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
-        # At coordinates that this worker owns in a two-way exchange the start point is a, so v is decay e + a - x
-        # there.
+        # At coordinates that this worker owns (averages for all workers) in a two-way exchange, the start point is the
+        # anchor a, so v is decay e + a - x there.
         if share != self.decay:
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:
@@ -322,6 +328,6 @@ def beside(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which values of a parameter x are computed before they are rounded to the dtype of x. It is
-    at least float32."""
+    """Return the dtype in which new values of a parameter x are computed, before they are rounded to the dtype of x. It
+    is at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -22,13 +22,14 @@ _log = logging.getLogger("packsaddle")
 class Clip:
     """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`)."""
 
-    step: int  # index t of the round, counted per fragment
+    step: int  # index t of the round, counted per fragment (parameters exchanged together)
     worker: str  # rank of the worker, or with a manager its name in the log
     factor: float  # scale factor of the update, in [0, 1)
 
 
 class Clips:
-    """Records of a fragment's updates that were scaled down because they were too long.
+    """Records of the workers' updates that were scaled down because they were too long (see `Workers.clip`), for one
+    fragment, i.e. for parameters that are exchanged together.
 
     `found` lists the records since construction or loading, and `count` is their number over the whole training. With
     `logs`, the 1st, 2nd, 4th, ... consecutive clipped update of a worker is logged.

@@ -1,4 +1,4 @@
-"""A fixed set of workers, which run their collectives in one order, at the same points of one schedule."""
+"""Local updates of a fixed set of workers, all of which run the same collectives at the same points of a schedule."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,8 +56,8 @@ class Connection:
 
     @classmethod
     def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
-        """Return the connection of a worker to the others. `is_split` is True if each process of the worker has only a
-        part of the parameters."""
+        """Return this worker's connection to the other workers, as set by `options`. `is_split` is True if each process
+        of the worker has only a part of the parameters."""
         workers = options.workers
         group: Group
         if isinstance(workers, Elastic):
@@ -79,13 +79,14 @@ class Connection:
 
 
 class FixedWorkers:
-    """Runs the rounds of a fixed set of workers, and their other collectives.
+    """Runs the rounds of a fixed set of workers, in which they average their local updates, and their other
+    collectives.
 
     Args:
         options: options of the local updates.
         to: the connection to the other workers.
-        device: device of the anchor.
-        fragments: the fragments of the model.
+        device: device of the anchor, the parameters on which all workers last agreed.
+        fragments: the parts of the model, each of which is exchanged separately.
         schedule: the steps after which each fragment is exchanged.
         outer: the outer optimizer of the anchor, or None.
         announce: a function that announces a collective to the workers whose data has ended, within torch's `Join`.
@@ -152,12 +153,12 @@ class FixedWorkers:
         """Run the collectives that are due after inner step number `steps`: the check of the first step, and exchanges
         that begin or end. Returns True if any of them ran.
 
-        `has_ended` is True if this worker's data has ended, so that it takes part without training. After the first
-        step, `parameters` must have the gradients of that step.
+        `has_ended` is True if this worker's data has ended, so that it joins the exchanges without training. After the
+        first step, `parameters` must have the gradients of that step.
         """
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        # A worker whose data has ended no longer uses its own number of steps per round. It advances by one tick of the
-        # schedule in each step, and a round has `every` ticks.
+        # A worker whose data has ended no longer uses its own number of steps per round. In each step it advances by
+        # one tick, the schedule's unit of time, of which a round has `every`.
         if has_changed and self._is_paced:
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
         self._clock.steps += 1
@@ -176,9 +177,9 @@ class FixedWorkers:
         return ran
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
-        """Begin or end the exchanges that are due at one `tick` of the schedule, of which a round has `every`. Returns
-        True if there were any. `due` has pairs of a fragment and a bool, which is True if the exchange begins and False
-        if it ends."""
+        """Begin or end the exchanges that are due at one `tick`, the schedule's unit of time, of which a round has
+        `every`. Returns True if there were any. `due` has pairs of a fragment (parameters exchanged together) and a
+        bool, which is True if the exchange of the fragment begins and False if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
         # If all workers make the same steps, `after_step` has already announced
@@ -199,7 +200,7 @@ class FixedWorkers:
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
         """Apply the current paces, i.e. the numbers of inner steps that the workers make in a round, to this worker's
-        schedule from inner step `step` on. With weight="steps", they also become the weights of the workers.
+        schedule from inner step `step` on. With weight="steps", the paces also become the workers' weights in the mean.
 
         In the first `idle` steps after that, the schedule does not advance.
         """
@@ -212,14 +213,16 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds, summed over
-        the worker's shards so that it is identical on all of them. Returns 0 if the time is unknown."""
+        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. It is summed
+        over the processes that have shards of the worker, so that it is identical on all of them. Returns 0 if the time
+        is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
-        """Begin a round of one fragment at `tick`, the current time of the schedule. If exchanges have a delay, it runs
-        in the background. If the round is a flush, `flush` is its compressor; otherwise it is None."""
+        """Begin a round of one fragment (parameters exchanged together) at `tick`, the current time of the schedule. If
+        exchanges have a delay, the round runs in the background. If it is a flush, i.e. an exchange of all pending
+        updates at the end of training, `flush` is its compressor; otherwise `flush` is None."""
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
@@ -271,8 +274,8 @@ class FixedWorkers:
         return all(applied)
 
     def _check_flush(self, compressor: Compressor, steps: int) -> None:
-        """Raise TypeError or ValueError if the compressor is not valid for a flush, or if workers pass different
-        compressors; collective."""
+        """Raise TypeError or ValueError if the compressor is not valid for a flush, i.e. for an exchange of all pending
+        updates, or if workers pass different compressors; collective."""
         is_one = isinstance(compressor, Compressor)
         arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
         compare = partial(check_agreement, self.channel, arguments, self._device)
@@ -284,7 +287,7 @@ class FixedWorkers:
         compressor.validate(sum(part.compressed_d for part in self._fragments))
 
     def mean(self, vectors: Sequence[Tensor], steps: int) -> Sequence[Tensor]:
-        """Replace vectors with their weighted means over workers, in place; collective."""
+        """Replace vectors with their means over workers, weighted by `Workers.weight`, in place; collective."""
         steps = self._schedule.tick(steps)
         self._announce()
         for vector in vectors:
@@ -318,18 +321,19 @@ class FixedWorkers:
         checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
-    # Which rounds this worker is in.
+    # Queries of the rounds in which this worker takes part.
 
     def exchanging(self, steps: int) -> bool:
-        """Return True if an exchange began after inner step `steps`."""
+        """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""
         return any(event.begins for event in self._schedule.after(steps))
 
     def sampled(self, steps: int) -> bool:
-        """Return True if this worker is in the first exchange after inner step `steps`."""
+        """Return True if this worker is in the random sample of workers for the first exchange after its inner step
+        number `steps`. Without sampling, all workers are."""
         return self._participation.share_after(self._schedule.next_begin(steps)) > 0
 
     def check_fixed(self, call: str) -> None:
-        """No-op: a fixed set of workers supports all calls."""
+        """No-op: with a fixed set of workers, a `call` such as "error" or "sit_out" is always supported."""
 
     def join(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("join"))
@@ -351,8 +355,8 @@ class FixedWorkers:
         return self._pacing.steps
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps, summed over all workers. If workers make different numbers of steps in a
-        round, only the steps of complete rounds count."""
+        """Return the number of inner steps of all workers together after `steps` of this worker. If workers make
+        different numbers of steps in a round, only the steps of complete rounds count."""
         schedule = self._schedule
         return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 
@@ -367,8 +371,8 @@ class FixedWorkers:
         return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
-        """Restore the saved schedule. If the number of workers has changed, choose new paces, i.e. numbers of inner
-        steps of the workers in a round. Call after the saved paces are loaded."""
+        """Restore the saved schedule of exchanges. If the number of workers has changed, choose new paces, i.e. numbers
+        of inner steps of the workers in a round. Call after the saved paces are loaded."""
         self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh

@@ -1,4 +1,5 @@
-"""A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
+"""A fragment: a set of parameters whose local updates are exchanged together, with their error memory and their anchor
+(the parameters on which all workers last agreed).
 
 One exchange of a fragment is a `LocalRound` (module `round`). `Fragment.apply_round` applies its result to the anchor.
 """
@@ -39,7 +40,7 @@ class Fragment(Slice):
         parameters: all parameters of the optimizers, by name.
         options: options of the local updates.
         channel: the communicator of exchanges.
-        device: device of the anchor and the error memory.
+        device: device of the anchor (the parameters on which all workers last agreed) and of the error memory.
         agree: reductions over the processes of this worker.
         d: the number of compressed coordinates of all fragments.
     """
@@ -84,20 +85,22 @@ class Fragment(Slice):
         return [each.parameter for each in self.trained if each.requires_grad]
 
     def use(self, compressor: Compressor) -> None:
-        """Use another compressor from now on. The start point, from which the local update is measured, may move, but
-        the parameters x do not move. Raises ValueError if the exchange does not support the compressor."""
+        """Use `compressor` from now on. The start point, from which the local update is measured, may move, but the
+        parameters x do not move. Raises ValueError if the exchange does not support the compressor."""
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
-        """Remove the aggregator that a flush used. A saved state could not restore it, since the compressor of the next
-        round may be different. The parameters x do not move."""
+        """Remove the aggregator (which averages messages) that a flush, i.e. an exchange of all pending updates, has
+        used. A saved state could not restore it, since the compressor of the next round may be different. The
+        parameters do not move."""
         self.feedback.drop_aggregator()
         self.anchor.own(self.feedback.owned)
 
     def last_compressor(self) -> Compressor:
-        """Return the compressor that a flush uses by default: Rounded("int4"), with four bits per value, or Identity.
+        """Return the default compressor of a flush, i.e. of an exchange of all pending updates: Rounded("int4"), with
+        four bits per value, or Identity.
 
         It is Identity if there is only one worker, or if workers may be absent in a round. It is Identity too if the
         exchange is neither "auto" nor "two-way", if it compresses the mean again (`Compression.back`), or if the
@@ -111,8 +114,8 @@ class Fragment(Slice):
 
     @property
     def _of_last_round(self) -> Compressor:
-        """The compressor of the last round that was not a flush. If no round was applied yet, it is the compressor of
-        the first round."""
+        """The compressor of the last round, not counting flushes (exchanges of all pending updates, which may have
+        another compressor). If no round was applied yet, it is the compressor of the first round."""
         return self.options.compression.at(max(0, self.rounds - 1))
 
     def abandon(self) -> None:
@@ -130,11 +133,11 @@ class Fragment(Slice):
             r.finish(commit=False)
 
     def apply_round(self, outer: Optimizer | None) -> LocalRound:
-        """Close the current round, apply its mean to the anchor, and move the
-        parameters x with the anchor; return the round.
+        """Close the current round, apply its mean update to the anchor (the parameters on which all workers last
+        agreed), and move the parameters x with the anchor; return the round.
 
         If the round was rejected, the anchor does not change, and only a worker whose update was invalid resets x to
-        its start point.
+        the point at which it continued after the last exchange.
         """
         r = self.current
         assert r is not None
@@ -166,8 +169,8 @@ class Fragment(Slice):
         return r
 
     def unapplied(self) -> Tensor:
-        """Return the updates of this worker that the anchor does not include yet, float[n]. Call after the current
-        round is closed."""
+        """Return the updates of this worker that the anchor, on which all workers last agreed, does not include yet,
+        float[n]. Call after the current round is closed."""
         p, found = self.current, self.feedback.memory.pending().clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
@@ -177,8 +180,9 @@ class Fragment(Slice):
         return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
     def unapplied_after(self) -> Tensor:
-        """Return the updates of this worker that the anchor will not include once the current round is committed,
-        float[n]. Call after the round is exchanged; collective over the shards of this worker."""
+        """Return the updates of this worker that the anchor, on which all workers last agreed, will still not include
+        once the current round is committed, float[n]. Call after the round is exchanged; collective over the processes
+        of this worker."""
         r = self.current
         assert r is not None
         assert r.exchanged is not None
@@ -191,7 +195,7 @@ class Fragment(Slice):
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return this fragment's saved-state fields; `path` is the prefix of their keys.
+        """Return the saved-state fields of these parameters' exchanges; `path` is the prefix of their keys.
 
         Call after the current round is closed, and call `resume` after loading the fields. A delayed exchange is saved
         with its outcome.
@@ -234,8 +238,8 @@ class Fragment(Slice):
         self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator, and the part of the local update that the parameters x do not contain
-        (`Anchor.owed`). Call after the saved-state fields are loaded."""
+        """Restore the aggregator, which averages messages, and the part of the local update that the parameters do not
+        contain (`Anchor.owed`). Call after the saved-state fields are loaded."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if aggregator is not None:
             # The saved aggregator was used in the last round or, if an exchange with a delay was running, in that
@@ -277,8 +281,8 @@ class Fragment(Slice):
 
 
 def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
-    """Check the compressor of the first round, and set it in each fragment. Warnings are issued with `stacklevel` as if
-    the caller of this function called `warnings.warn`."""
+    """Check the compressor of the first round, and set it in each of the `fragments`, i.e. parts of the model. Warnings
+    are issued with `stacklevel` as if the caller of this function called `warnings.warn`."""
     d = sum(part.compressed_d for part in fragments)
     warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=stacklevel)
     spec.at(0).validate(d)

@@ -143,9 +143,9 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 class Shards:
     """Reductions over the processes of one worker. All methods are collective over these processes.
 
-    A worker has several processes if its parameters are DTensors, of which each process has a shard. If the worker is a
-    site, `within` is the group of all processes of the site. All reductions except `total` then include these
-    processes, even if each has the whole model.
+    A worker has several processes if its parameters are DTensors, of which each process has a shard, or if the worker
+    is a site, i.e. processes that train one model together. For a site, `within` is the group of all its processes. All
+    reductions except `total` then include these processes, even if each has the whole model.
     """
 
     def __init__(self, parameters: Iterable[Any], within: Group | None = None) -> None:
@@ -158,7 +158,7 @@ class Shards:
         self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[...], reduced with OR over all processes of this worker."""
+        """Return `bad`, bool[...], reduced with OR over all processes of this worker: True where it is True on one."""
         return self.digest(bad.to(torch.int32)) > 0 if self.groups else bad
 
     def any(self, bad: bool, device: torch.device) -> bool:
@@ -255,7 +255,8 @@ def _watch_steps() -> None:
 
 
 def stepped_optimizers() -> list[Optimizer]:
-    """Return the torch optimizers that have stepped since a `LocalUpdates` was made, ordered by their first steps."""
+    """Return all torch optimizers that have stepped since one of the existing `LocalUpdates` was made, ordered by their
+    first steps."""
     return [o for watch in list(_watches) for found in watch.stepped.keyrefs() if (o := found()) is not None]
 
 

@@ -42,7 +42,7 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Header:
-    """The integers that each worker sends in the check that all workers make the same call."""
+    """The integers that each worker sends before a collective, to check that all workers make the same call."""
 
     call: int  # index of the call in `Call`
     steps: int  # number of inner steps
@@ -76,9 +76,9 @@ class Lockstep:
     records the bytes of the check as "guard".
 
     `behind` runs collectives that overlap with inner steps; if it is None, no collective overlaps. With `norms`, every
-    check has room for a norm, so that the checks of all calls have the same size. With `paced`, every check also has
-    room for the time of an inner step, and calls other than exchanges may follow different numbers of steps on
-    different workers.
+    check has room for the norm of a worker's update, so that the checks of all calls have the same size. With `paced`,
+    every check also has room for the time of an inner step, and calls other than exchanges may follow different numbers
+    of steps on different workers.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Lockstep:
         compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls are always
         compared before `work`.
 
-        `norm`, float32[1], is gathered together with the workers' calls. Then `work` is called with all workers' norms,
-        float32[W], and standings, int64[W] (see `Standing`).
+        `norm`, float32[1], the norm of this worker's update, is gathered together with the workers' calls. Then `work`
+        is called with all workers' norms, float32[W], and standings, int64[W] (see `Standing`).
         """
         is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
@@ -134,8 +134,8 @@ class Lockstep:
             same = hash_of(as_text({"frozen": frozen}))
             mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
             headers, norms = self._gather(mine, norm)
-            # A late comparison copies the headers to the host. The copy is queued before `work`, so it completes even
-            # if the workers' calls do not match and `work` hangs.
+            # If the headers are compared after `work`, start to copy them to the host before it, so that the copy
+            # completes even if the workers' calls do not match and `work` hangs.
             if is_late:
                 unchecked.append(Readback(headers))
             else:
@@ -161,8 +161,9 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather the headers of all workers, int64[W, 5 or 6]; collective. Returns the headers and a list. The list has
-        the workers' norms, float32[W], and standings, int64[W], or is empty if `norm` is None."""
+        """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`), int64[W, 5 or 6];
+        collective. Returns the headers and a list. The list has the workers' norms, float32[W], and standings,
+        int64[W], or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -179,8 +180,9 @@ class Lockstep:
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
-        """Compare the workers' `headers`, and append the workers' step times to `times`. Returns True if all workers
-        have the same frozen parameters. Raises RuntimeError as `run` does.
+        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append the workers'
+        step times to `times`. Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run`
+        does.
 
         In a call other than an exchange, such as `flush`, workers may have made different numbers of steps; rank 0 then
         logs a warning.

@@ -77,8 +77,8 @@ class MeanMomentum:
     def __call__(self, r: LocalRound) -> None:
         """Mix the mean update of an applied round into the first moments.
 
-        No-op after a flush, since its update covers less than a round, and with one worker, since the worker's own
-        update is the mean.
+        No-op after a flush (an exchange of all pending updates), since its update covers fewer steps than a round, and
+        with one worker, since the worker's own update is the mean.
         """
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
@@ -91,9 +91,9 @@ class MeanMomentum:
         """Mix the mean update of each parameter into its first moment, in place. The update of a frozen parameter is
         None.
 
-        No-op for a parameter that is frozen, that has no moments of its shape, whose moments are infinite, or whose
-        mean update is 0. Collective over the shards of this worker. Logs a warning at the first call if no parameter
-        has moments, unless one of the optimizers is a torch optimizer with moments.
+        No-op for a parameter that is frozen, that has no moments of its shape, whose moments are non-finite, or whose
+        mean update is 0. Collective over the processes that have shards of this worker's parameters. Logs a warning at
+        the first call if no parameter has moments, unless one of the optimizers is a torch optimizer with moments.
         """
         # Compute the norms of each first moment m and its new direction d. They include parameters without moments, so
         # that all shards sum tensors of equal size even if one of them has lost its moments.

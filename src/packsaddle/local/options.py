@@ -1,4 +1,5 @@
-"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step of the anchor."""
+"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step by which the workers'
+mean update is applied."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,8 @@ def _is_number(value: object) -> bool:
 
 
 def _check_options(options: "Workers | Elastic") -> None:
-    """Validate the fields that `Workers` and `Elastic` have in common."""
+    """Validate `clip` and `compare_optimizers`, the fields that `Workers` and `Elastic` have in common. Raises
+    ValueError or TypeError."""
     clip = options.clip
     if not isinstance(options.compare_optimizers, bool):
         raise TypeError(f"compare_optimizers must be True or False, got {options.compare_optimizers!r}")
@@ -124,7 +126,8 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round, so that no worker can own a chunk of a two-way exchange."""
+        """True if workers may be absent in a round. An exchange in which one worker averages a chunk of the vector for
+        all workers (a two-way exchange) is then impossible."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -177,7 +180,8 @@ class Elastic(Option):
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed. The
             processes of a site leave together, after an inner step or a round; while they wait for other workers, they
             save their memories, and wait for the round or the end of `grace`.
-        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
+        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which the round that sends the worker's unsent
+            updates must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
             class or in a default setting. If they should differ, set it to False on all workers.
@@ -207,7 +211,7 @@ class Elastic(Option):
 
     @property
     def is_site(self) -> bool:
-        """True if the manager belongs to a worker of several processes."""
+        """True if this worker is a site, i.e. if its manager belongs to several processes."""
         return processes_of(self.manager) > 1
 
     def __post_init__(self) -> None:
@@ -230,7 +234,7 @@ class Elastic(Option):
 
 
 class Manager(Protocol):
-    """A torchft Manager."""
+    """The interface of a torchft Manager, for type annotations."""
 
     def start_quorum(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -243,7 +247,8 @@ AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | N
 
 @dataclass(frozen=True)
 class OuterSGD(Option):
-    """DiLoCo's outer optimizer: Nesterov SGD on the averaged parameters (the anchor), with DiLoCo's defaults.
+    """DiLoCo's outer optimizer, with DiLoCo's defaults: Nesterov SGD on the anchor, i.e. on the parameters on which all
+    workers last agreed.
 
     Args:
         lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
@@ -275,7 +280,8 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class OuterAgreement(Option):
-    """A step of the anchor that lengthens the mean update of each tensor where the workers' updates disagree.
+    """A step of the anchor (the parameters on which all workers last agreed) that lengthens the mean update of each
+    tensor if the workers' updates of the tensor disagree.
 
     The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
     r^p, where r is the ratio of the lengths (see `local.agreement`); r is 1 if all workers send the same update.
@@ -307,7 +313,9 @@ AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
 
 @dataclass(frozen=True)
 class LocalOptions(Option):
-    """The arguments of `LocalUpdates` as one value. Raises ValueError for incompatible arguments."""
+    """The arguments of `LocalUpdates` as one value. Raises ValueError or TypeError for invalid or incompatible
+    arguments.
+    """
 
     compression: Compression
     every: int
@@ -370,7 +378,8 @@ class LocalOptions(Option):
     def of(
         cls, compressor: Any, overlap: Any, workers: Any, noise: Any, outer: AnyOuter = None, **others: Any
     ) -> "LocalOptions":
-        """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
+        """Convert arguments of `LocalUpdates` to `LocalOptions`. In place of an option class, such as `Overlap` or
+        `Workers`, an argument may be its first field: a number, a process group or a Manager."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
         if hasattr(workers, "start_quorum"):
@@ -406,8 +415,8 @@ class LocalOptions(Option):
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
-        """Raise ValueError if these workers do not support the aggregator, or if they do not support DTensors and the
-        parameters are DTensors (`sharded`)."""
+        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages, or if the
+        parameters are DTensors (`sharded`), which `workers` does not support."""
         if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "

@@ -32,9 +32,9 @@ _log = logging.getLogger("packsaddle")
 class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
-    NonFiniteError is raised after more than `most` consecutive rejected rounds (None: no limit). The steps of reset
-    optimizers are checked until all local updates are finite again. `agree` reduces a bool[...] with OR over the
-    processes of this worker.
+    NonFiniteError is raised after more than `most` consecutive rejected rounds (None: no limit). After a reset, the
+    parameters are checked in each step until all local updates are finite again. `agree` reduces a bool[...] with OR
+    over the processes of this worker.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Outcomes:
 
     @property
     def _waits(self) -> bool:
-        """True while the last local update of a fragment was invalid on this
-        worker, so that a reset may be in progress."""
+        """True while this worker's last local update of a fragment (parameters exchanged together) was invalid, so that
+        a reset of its optimizers may be in progress."""
         return any(part.was_invalid for part in self._fragments)
 
     def register(self, r: LocalRound) -> None:
-        """Update the progress of a reset of this worker's optimizers at the beginning of a round. Call before the
-        exchange.
+        """Update the progress of a reset of this worker's optimizers at the beginning of a round of one fragment
+        (parameters exchanged together). Call before the exchange.
 
-        If the fragment's new update is valid, the fragment no longer counts as invalid. If the reset has failed, this
-        worker's report in the round says so to all workers.
+        If the fragment's new update is valid, the fragment no longer counts as invalid. If it is invalid and the reset
+        has failed, this worker reports the failure to all workers in the round.
         """
         part = r.part
         if self._waits and not bool(r.invalid):
@@ -119,7 +119,7 @@ class Outcomes:
         non-finite after an inner step with finite gradients.
 
         If parameters become non-finite once more after that, the reset has failed. No-op unless this worker's last
-        local update of a fragment was invalid. Collective over the processes that have shards of this worker.
+        local update of some parameters was invalid. Collective over the processes of this worker.
         """
         if not self._waits or self._failed:
             return
@@ -162,12 +162,12 @@ class Outcomes:
                 optimizer.state.pop(p, None)
 
     def _restore(self) -> None:
-        """Reset the parameters of each fragment that has non-finite ones, since gradients would spread an Inf or NaN;
-        collective over the shards of this worker."""
+        """Reset the parameters of each fragment (parameters exchanged together) that has non-finite ones, since
+        gradients would spread an Inf or NaN to other parameters. Collective over the processes of this worker."""
         for part in self._fragments:
             if not self._are_finite(part.trained_parameters):
-                # Reset to the values at the beginning of the current exchange if these values are valid. Otherwise
-                # reset to the start point.
+                # Reset to the values at the beginning of the running exchange, if there is one and the values are
+                # valid. Otherwise reset to the point at which this worker continued after the last exchange.
                 p = part.current
                 if p is not None and p.before and not bool(p.invalid):
                     part.anchor.set_parameters(p.before)

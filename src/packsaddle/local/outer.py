@@ -1,4 +1,5 @@
-"""The outer optimizer, a torch optimizer of the anchor's tensors, and its saved state."""
+"""The outer optimizer, which steps on the anchor, i.e. on the parameters on which all workers last agreed, and its
+saved state."""
 
 from collections.abc import Mapping
 from copy import deepcopy

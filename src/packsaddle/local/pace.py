@@ -22,8 +22,8 @@ _ROUNDS = 2  # number of consecutive rounds with changed speeds after which the 
 
 
 def paces(times: Sequence[int], total: int) -> list[int]:
-    """Return the number of inner steps of each worker, at least 1, in the round of
-    `total` steps that takes the least time.
+    """Return the number of inner steps of each worker in a round, at least 1, such that the workers make `total` steps
+    together, and the last of them ends the round as early as possible.
 
     `times` are positive times of the workers' steps, as integers, so that all workers compute the same result.
     """
@@ -50,8 +50,8 @@ class Pacing:
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
-        """Return the paces in `fixed`, or equal paces of `every` steps if `fixed` is None. Raises ValueError unless
-        `fixed` has one pace for each worker."""
+        """Return the paces in `fixed`, i.e. each worker's number of inner steps in a round. If `fixed` is None, all
+        paces are `every`. Raises ValueError unless `fixed` has one pace for each worker."""
         steps = [every] * workers if fixed is None else list(fixed)
         if len(steps) != workers:
             raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")
@@ -102,8 +102,8 @@ class StepClock:
         self._resumed = self._now()
 
     def read(self) -> int:
-        """Return the mean time of a step since the last reading in nanoseconds, or 0 if it is unknown. Call within
-        `paused`."""
+        """Return the mean time of an inner step since the last call of this method, in nanoseconds, or 0 if it is
+        unknown. Call within `paused`."""
         found = round(1e9 * self._seconds / self.steps) if self.steps else 0
         self.steps, self._seconds = 0, 0.0
         return found

@@ -36,7 +36,8 @@ class Participation:
             self.weights = [float(parts["weight"][0]) for parts in gathered]
 
     def members(self, step: int) -> list[int]:
-        """Return the sorted ranks of the workers in the exchange after inner step `step`; identical on all workers."""
+        """Return the sorted ranks of the workers in the random sample for the exchange after inner step `step`. The
+        result is identical on all workers."""
         chosen = sample_without_replacement(len(self.weights), self._chosen, seed=self._seed, step=step)
         return sorted(chosen.tolist())
 

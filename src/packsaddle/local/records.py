@@ -27,7 +27,7 @@ class Baseline:
 
     def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
         self._size = sum(local_part(p).nbytes for p in parameters) // processes
-        self._with_others = Bytes()  # correction for the steps before loading, if the number of workers was different
+        self._with_others = Bytes()  # correction of the bytes before loading, if the number of workers differed
 
     def bytes(self, steps: int, workers: int) -> Bytes:
         return self._with_others + ring_all_reduce(steps * self._size, workers)
@@ -40,7 +40,7 @@ class Baseline:
 
 
 class LocalRecords(Records):
-    """The records of `LocalUpdates`, as properties. Reading one changes nothing and is not collective."""
+    """The records of `LocalUpdates`, as properties. Reading a property changes nothing and is not collective."""
 
     steps: int
     optimizers: Sequence[Optimizer]
@@ -70,7 +70,7 @@ class LocalRecords(Records):
 
     @property
     def ledger(self) -> Ledger:
-        """The bytes this worker sent and received, by round and purpose."""
+        """The bytes that this worker sent and received, by round and purpose."""
         return self._workers.channel.ledger
 
     @property
@@ -80,17 +80,20 @@ class LocalRecords(Records):
 
     @property
     def clips(self) -> list[Clip]:
-        """A record of each update, of any worker, that `Workers.clip` scaled down since construction or loading."""
+        """A record of each update, of any worker, that exceeded the limit `Workers.clip` and so was scaled down. The
+        list starts at construction or loading."""
         return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
 
     @property
     def clipped(self) -> int:
-        """The total number of clipped updates of all workers."""
+        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. It
+        includes those in the saved state that was loaded."""
         return sum(part.clips.count for part in self._fragments)
 
     @property
     def resets(self) -> list[Reset]:
-        """Records of all firings of the saddle escape check: round, reason and decision (Algorithm 1, lines 4-8)."""
+        """A record of each time that the saddle escape check (lines 4-8 of Algorithm 1) fired: round, reason, compared
+        losses, and the decision to keep or to roll back the workers' common parameters."""
         return self._reactions.resets
 
     @property
@@ -101,29 +104,32 @@ class LocalRecords(Records):
     @property
     def paces(self) -> list[int]:
         """The number of inner steps of each worker in a round, by rank. It is `every`, unless weight is "steps" (see
-        `Workers`). With a manager, the list has only the number of this worker."""
+        `Workers`). If workers join and leave (see `Elastic`), the list has only the number of this worker."""
         return list(self._workers.paces)
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of error memories that workers lost; 0 with a fixed set of workers."""
+        """The sum of the norms of the error memories (unsent updates) that workers lost, for example because they ended
+        without saving them. The sum is 0 with a fixed set of workers."""
         return self._workers.lost
 
     @property
     def waiting(self) -> float:
-        """The sum of the norms of error memories that absent workers saved in files; 0 with a fixed set of workers."""
+        """The sum of the norms of the error memories (unsent updates) that absent workers have saved in files, to send
+        them when they return. The sum is 0 with a fixed set of workers."""
         return self._workers.waiting
 
     @property
     def position(self) -> int:
-        """The number of inner steps of all workers that the anchor includes. Workers that have left count too."""
+        """The number of inner steps of all workers whose updates are included in the anchor, i.e. in the parameters on
+        which all workers last agreed. Workers that have left count too."""
         return self._workers.position(self.steps)
 
     @property
     def contraction(self) -> float | None:
         """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C kept at the last
-        measurement (see `Compression.monitor_every`), or None if there was none. The value is a mean over the measured
-        fragments."""
+        measurement (see `Compression.monitor_every`), or None if there was no measurement. The value is a mean over the
+        measured fragments (parts of the model exchanged together)."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 

@@ -1,4 +1,4 @@
-"""A round: one exchange of the local updates of a fragment, for fixed and for elastic workers.
+"""A round: one exchange of the local updates of a fragment (parameters exchanged together).
 
 A round has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
 background of the next steps. `close` reads whether the round is applied, and commits or rolls back the error memory.
@@ -45,7 +45,7 @@ class SavedExchange:
 
 @dataclass
 class LocalRound:
-    """One round of a fragment, from `begin` until it is applied or rejected."""
+    """One round of a fragment (parameters exchanged together), from `begin` until it is applied or rejected."""
 
     part: "Fragment"
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
@@ -73,17 +73,19 @@ class LocalRound:
     def begin(
         cls, part: "Fragment", due: int, share: float, *, later: bool = False, flush: Compressor | None = None
     ) -> "LocalRound":
-        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
+        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise. Here e is the error memory, x
+        are the parameters, and `start` is the point at which they continued after the last exchange.
 
         v is replaced by zeros if it is invalid on any shard of this worker. It is 0 for frozen parameters, which keep
         their error memory.
 
         Args:
-            part: the fragment, of which the round becomes `current`.
+            part: the fragment (parameters exchanged together), of which the round becomes `current`.
             due: the inner step after which the round is applied.
             share: the weight of v in the mean; with 0 the worker sends zeros, and keeps its local update.
             later: True if the round is applied at a later step; the changes of the parameters until then are kept.
-            flush: a compressor with which v is sent, without noise; afterwards x is the anchor.
+            flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which
+                the parameters are those of the anchor; None in other rounds.
         """
         options = part.options
         t, spec = part.rounds, options.compression
@@ -147,9 +149,9 @@ class LocalRound:
     def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
-        At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
-        of a mean, so it belongs to the updates of all workers and is subtracted. `scale` is the factor by which `v` was
-        scaled.
+        At the coordinates that the worker owns, i.e. averages for all workers, in a two-way exchange, v also includes
+        decay e. There e is the residual of a mean, so it belongs to the updates of all workers and is subtracted.
+        `scale` is the factor by which `v` was scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -218,8 +220,8 @@ class LocalRound:
         return self.applied
 
     def _read(self) -> bool:
-        """Read the outcome (verdict) and the clipping factors of a completed exchange. Returns True if the round is
-        applied."""
+        """Read the outcome of a completed exchange (`Verdict`), and the factors by which updates were clipped, to the
+        host. Returns True if the round is applied."""
         assert self.exchanged is not None
         verdict = self.exchanged.verdict
         if self.factors is None:
@@ -231,8 +233,9 @@ class LocalRound:
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange.
 
-        If they are frozen on all workers, their mean update is set to 0, so that their anchor does not change.
-        Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the error memory.
+        If they are frozen on all workers, their mean update is set to 0, so that the anchor (the parameters last agreed
+        on) keeps their values. Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the
+        error memory.
         """
         part = self.part
         if not self.frozen:
@@ -248,7 +251,7 @@ class LocalRound:
                 mean[name].zero_()
 
     def finish(self, *, commit: bool) -> None:
-        """Commit the error memory, or roll it back, and end the exchange."""
+        """End the exchange. If `commit` is True, commit the new error memory, and otherwise roll it back."""
         part, exchanged = self.part, self.exchanged
         assert exchanged is not None
         exchanged.close(apply=commit)
@@ -265,14 +268,14 @@ class LocalRound:
 
     @property
     def leaves_rest(self) -> bool:
-        """True if this round is a flush that has not sent all of the update v. The parameters x are then moved to the
-        anchor instead of the start point."""
+        """True if this round is a flush, i.e. an exchange of all pending updates, that has not sent all of the update
+        v. The parameters are then moved to the anchor (on which all workers last agreed) instead of the start point."""
         if self.flush is None or not self.share:
             return False
         return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
 
     def saved(self) -> SavedExchange:
-        """Return this round, which must be closed, in the form in which a saved state contains it."""
+        """Return this round in the form in which a saved state contains it. Call after `close`."""
         assert self.applied is not None
         start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
         mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
@@ -281,7 +284,8 @@ class LocalRound:
 
     @classmethod
     def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
-        """Make a closed round from a saved state. Call after the fragment's number of rounds is loaded."""
+        """Make a round, which counts as closed, from a saved state. Call after the number of rounds of `part` is
+        loaded."""
         mean = part.zeros() if saved.applied else None
         for name, view in part.by_name(mean.flat).items() if mean is not None else ():
             view.copy_(saved.mean[name])

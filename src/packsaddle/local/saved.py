@@ -15,8 +15,8 @@ from packsaddle.local.records import Baseline
 
 
 def _rules(*, by_steps: bool) -> list[Rule]:
-    """Return the rules of the saved state. They say which entries are shared by all workers, and how entries that
-    differ between workers are converted to another number of workers.
+    """Return the rules of the saved state of local updates. They say which entries are identical on all workers, and
+    how entries that differ between workers are converted to another number of workers.
 
     `by_steps` is True if workers may make different numbers of steps, so that "steps" is not shared.
     """
@@ -27,7 +27,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         Rule((*part, "owed", ANY), "error", like=error),
         Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
-        # Not restored: the next round checks the parameters again.
+        # These flags are not restored, since the next round checks the parameters again.
         Rule((*part, "exchange", "invalid"), "constant", value=False),
         Rule((*part, "invalid"), "constant", value=False),
         Rule(("reset",), "constant", value=False),
@@ -44,7 +44,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
 
 
 class Counted(Protocol):
-    """An object that counts inner steps."""
+    """An object that counts this worker's inner steps, i.e. a `LocalUpdates`."""
 
     steps: int
 
@@ -59,8 +59,8 @@ def saved_state(
     reactions: Reactions,
     baseline: Baseline,
 ) -> State:
-    """Return the description of the saved state of `local`: its fields, and rules for loading them. `names` are the
-    names of the parameters."""
+    """Return the description of the saved state of `local`, a `LocalUpdates`: its fields, how each is read and loaded,
+    and rules for loading with another number of workers. `names` are the names of the parameters."""
     ledger: Ledger = workers.channel.ledger
 
     def identity() -> dict[str, Any]:

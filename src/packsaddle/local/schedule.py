@@ -14,7 +14,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The inner steps after which each fragment is exchanged. It is immutable; steps are counted from 1.
+    """The inner steps after which each fragment (part of the model) is exchanged. A schedule is immutable. Steps are
+    counted from 1.
 
     Time is counted in ticks, so that it is identical on workers that make different numbers of inner steps. A round has
     `every` ticks. A worker makes `pace` inner steps in a round, and spreads them evenly over the ticks. An exchange of
@@ -42,8 +43,8 @@ class Schedule:
         return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
-        """Return the exchanges that begin or end after inner step number `step`, in order. Without a delay, each
-        exchange ends before the next one begins."""
+        """Return the beginnings and ends of exchanges that are due after this worker's inner step number `step`, in
+        order. Without a delay, each exchange ends before the next one begins."""
         before = max(0, self.tick(step - 1))
         return [event for tick in range(before + 1, self.tick(step) + 1) for event in self._at(tick)]
 
@@ -69,12 +70,13 @@ class Schedule:
         return max(1, self.every // len(self.offsets))
 
     def in_rotation(self, rounds: int) -> int:
-        """Return the index of the fragment that is exchanged after `rounds` applied rounds, if workers join and leave
-        during training: fragments are then exchanged in rotation."""
+        """Return the index of the fragment (part of the model) that is exchanged after `rounds` applied rounds, if
+        workers join and leave during training: each round then exchanges one fragment, in rotation."""
         return rounds % len(self.offsets)
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return the offset of each of `parts` fragments in the schedule of a round of `every` steps, in steps. The
-    exchanges of consecutive fragments are every / parts steps apart."""
+    """Return for each of `parts` fragments (parts of the model that are exchanged separately) how many steps before the
+    end of a round of `every` steps its exchange begins. The exchanges of consecutive fragments are about every / parts
+    steps apart."""
     return [i * every // parts for i in range(parts)]

@@ -1,4 +1,5 @@
-"""The start and the end of local training: common start values, a check of the first step, a warning at the end.
+"""The start and the end of local training: equal parameters at the start, a check of the first step, a warning if the
+last steps were not exchanged.
 
 The check detects two faults that raise no other error: workers that start at different parameters, whose mean is
 meaningless, and a second exchange of the gradients, which costs all the bytes that local updates save.
@@ -117,7 +118,8 @@ def check_first_step(
 
 class StateDictWarning:
     """A hook of a model that warns once if `model.state_dict()` is called while this worker's parameters differ from
-    the anchor. A script that saves this state dict on rank 0 would save the model of one worker.
+    the anchor, on which all workers last agreed. A script that saves this state dict on rank 0 would save the model of
+    one worker.
 
     `owner` is the `LocalUpdates` of the model; the hook is removed when it is garbage-collected. `differs(owner)`
     returns True if the parameters differ from the anchor. The hook does not warn within `own_state`, in which
@@ -146,15 +148,16 @@ class StateDictWarning:
 
 
 def _no_op(*_: object) -> None:
-    """Do nothing: this function replaces the hook that warns, in a copy of the model."""
+    """Do nothing. A copy of the model has this function in place of the hook that warns (`StateDictWarning`)."""
 
 
 class UnsentSteps:
     """Logs a warning if a training ends while this worker has steps that no other worker has received.
 
     The training ends when `owner` is garbage-collected or the interpreter exits. The warning is logged if there were
-    steps since the last `flush`, checkpoint or use of the anchor, and `is_left()` returns True, i.e. this worker's
-    parameters differ from the anchor. No-op if `owner` is None, or if an exception ends the script.
+    steps since the last `flush`, checkpoint or use of the anchor (the parameters on which all workers last agreed), and
+    `is_left()` returns True, i.e. this worker's parameters differ from the anchor. No-op if `owner` is None, or if an
+    exception ends the script.
     """
 
     def __init__(self, owner: object | None, is_left: Callable[[], bool]) -> None:
@@ -169,7 +172,8 @@ class UnsentSteps:
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:
-        """Cancel the warning. Call when all workers have the same model, or when the anchor was read or saved."""
+        """Cancel the warning about unsent steps. Call when all workers have the same model, or when the anchor (the
+        parameters last agreed on) was read or saved."""
         self._is_pending = False
 
     def _warn(self) -> None:
@@ -183,7 +187,8 @@ class UnsentSteps:
 
 @dataclass(frozen=True)
 class Watches:
-    """The objects that detect mistakes in a training script."""
+    """The objects that detect mistakes in a training script: `others`, optimizers whose parameters are not exchanged,
+    and `unsent`, steps that are not exchanged when the training ends."""
 
     others: OtherOptimizers
     unsent: UnsentSteps

@@ -31,7 +31,7 @@ class Trained:
         return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
-        """Record `requires_grad` at a step of the parameter's optimizer."""
+        """Record the current `requires_grad` of the parameter. Call at each step of its optimizer."""
         self._since = bool(self._since) or self.parameter.requires_grad
 
     def begin_exchange(self) -> None:

@@ -272,14 +272,15 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     def _enter(self) -> bool:
         """If workers join and leave during training, join the others unless this worker has joined already. Returns
-        True if the other workers' parameters were loaded."""
+        True if it joined now, so that its parameters may be those of the other workers."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps) if entered else self.steps
         return entered
 
     @torch.no_grad()
     def _set_anchor_before_first_step(self) -> None:
-        """Set the anchor to the parameters if no step was made yet, since weights may have been loaded."""
+        """Set the anchor, from which local updates are measured, to the parameters if no step was made yet. Weights may
+        have been loaded after construction."""
         if self.steps == 0 and not self._has_begun and not self._workers.has_joined:
             self._whole.set_from_parameters()
             if self._reactions.escape is not None:
@@ -295,8 +296,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     # Workers that skip a round, join and leave.
 
     def sit_out(self) -> None:
-        """Count the inner steps up to the next exchange without training, then run that exchange; collective.
-        Raises RuntimeError with a manager."""
+        """Count the inner steps up to the next exchange without training, then run that exchange; collective. Raises
+        RuntimeError if workers join and leave (see `Elastic`)."""
         self._check_between_steps("sit_out()")
         self._workers.check_fixed("sit_out")
         self._attempted()
@@ -305,11 +306,11 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def join(self) -> None:
-        """Wait for the other workers' next round, and load their averaged parameters. Call with a manager, before
-        training.
+        """Wait for the other workers' next round, and load their averaged parameters. Call it before training, if
+        workers join and leave (see `Elastic`).
 
         Without this call the first step joins, and discards its gradient, which was computed at other parameters. A
-        worker that returns loads its error memory from its file. Raises RuntimeError without a manager.
+        worker that returns loads its error memory from its file. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("join()")
         self._set_anchor_before_first_step()
@@ -318,10 +319,12 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's pending updates, and leave. Call with a manager, before the process ends early.
+        """Save or send this worker's pending updates, and leave the run. Call it if workers join and leave (see
+        `Elastic`), before the process ends early.
 
         The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError without a manager.
+        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError for a fixed set of
+        workers.
         """
         self._whole.check_closed("leave()")
         return self._workers.leave()
@@ -330,23 +333,27 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step.
-        Collective over the processes of a site, as is every other method that waits for exchanges."""
+        """Wait for exchanges that run in the background, so that `ledger` includes their bytes. Their results are still
+        applied at the steps at which they are due. If a worker has several processes (a site), this method, like every
+        other one that waits for exchanges, is collective over them."""
         self._whole.wait()
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the mean of `pending` over workers, weighted by `weight` if set, float[d]; collective.
+        """Return the mean over workers of their pending updates (see `pending`), weighted by `Workers.weight` if it is
+        set, float[d]; collective.
 
-        Without an outer optimizer, the anchor minus error() moves as in training without compression. d is the number
-        of elements in this process's shards. Raises RuntimeError with a manager: use `pending`.
+        Without an outer optimizer, the anchor (the parameters last agreed on) minus error() moves as in training
+        without compression. d is the number of elements in this process's shards. Raises RuntimeError if workers join
+        and leave (see `Elastic`): use `pending`.
         """
         self._workers.check_fixed("error")
         return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
 
     @torch.no_grad()
     def pending(self) -> Tensor:
-        """Return this worker's updates still to be subtracted from the anchor, float[d], in the optimizer's order.
+        """Return this worker's updates that are still to be subtracted from the anchor, i.e. from the parameters on
+        which all workers last agreed: float[d], in the optimizer's order.
 
         They are the error memory, the local update since the last exchange, and the update in a running exchange, for
         which it waits.
@@ -375,7 +382,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
+        """Set the parameters to the anchor, on which all workers last agreed, within a context: to evaluate, certify or
+        save one model for all workers.
 
         Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. It is
         also a decorator, `@local.at_anchor()`, of an evaluation function.
@@ -406,13 +414,13 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def flush(self, compressor: Compressor | None = None) -> bool:
-        """Exchange pending updates, so that all workers have the same parameters, those of the anchor; collective.
+        """Exchange pending updates, so that all workers have the same parameters; collective.
 
         Call at the end of training. Running exchanges are applied first. Then pending updates of the whole model are
-        exchanged without noise, and their mean is subtracted from the anchor; an outer optimizer is not used. The part
-        of the updates that compression does not send stays in the error memories for later rounds.
-        Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round of all present
-        workers, also of those that continue training.
+        exchanged without noise, and their mean is subtracted from the anchor (the parameters last agreed on); an outer
+        optimizer is not used. The part of the updates that compression does not send stays in the error memories for
+        later rounds. Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round
+        of all present workers, also of those that continue training.
 
         Args:
             compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,
@@ -460,9 +468,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types; collective if an exchange is in progress.
 
-        It contains the anchor, the error memory, running exchanges, the outer optimizer's state and the counts.
-        Parameters and inner optimizers' states differ between workers, and must be saved separately, on every worker.
-        Raises RuntimeError if one optimizer has made the current step and another has not.
+        It contains the anchor (the parameters on which all workers last agreed), the error memory, running exchanges,
+        the outer optimizer's state and the counts. Parameters and inner optimizers' states differ between workers, and
+        must be saved separately, on every worker. Raises RuntimeError if one optimizer has made the current step and
+        another has not.
         """
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
@@ -486,8 +495,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError on all workers unless all make this `call`. Collective, and not counted in the ledger.
-        No-op with a manager."""
+        """Raise RuntimeError on all workers unless all of them make this `call`, such as "saves a checkpoint".
+        Collective; the bytes of this check are not counted in `ledger`. No-op if workers join and leave."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:

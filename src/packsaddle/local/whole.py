@@ -1,4 +1,5 @@
-"""The anchor of the whole model, i.e. the parameters on which all workers last agreed, joined from all fragments."""
+"""The anchor of the whole model, i.e. the parameters on which all workers last agreed. It is joined from the anchors of
+the fragments, the parts of the model that are exchanged separately."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from packsaddle.local.fragment import Fragment, by_parameter
 
 
 class WholeAnchor:
-    """The anchors of all fragments; `names` are the parameters' names, in the optimizers' order."""
+    """The anchor of the whole model, i.e. the parameters on which all workers last agreed. It joins the anchors of the
+    `fragments`, the parts of the model that are exchanged separately. `names` are the names of all parameters, in the
+    order in which the optimizers have them."""
 
     def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
         self._fragments, self._names = fragments, list(names)
@@ -28,7 +31,8 @@ class WholeAnchor:
         return [each.parameter for each in self.trained.values()]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the anchor's tensors as parameters for an outer optimizer, by name of the parameter."""
+        """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. They are
+        parameters for an outer optimizer, which makes its steps on the anchor."""
         leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
         return {name: leaves[name] for name in self._names}
 
@@ -37,13 +41,15 @@ class WholeAnchor:
         return {name: found[name].clone() for name in self._names}
 
     def joined(self, vectors: Iterable[Tensor]) -> Tensor:
-        """Concatenate one vector per fragment into float[d], with parameters in the optimizers' order."""
+        """Concatenate `vectors`, one for each fragment (part of the model), into one vector, float[d], in which
+        parameters are in the order in which the optimizers have them."""
         found = by_parameter(self._fragments, vectors)
         return torch.cat([found[name].reshape(-1) for name in self._names])
 
     @torch.no_grad()
     def is_left(self) -> bool:
-        """Return True if a parameter of this worker differs from the anchor. Returns False within `at_anchor`."""
+        """Return True if a parameter of this worker differs from the anchor, on which all workers last agreed. Returns
+        False within `at_anchor`."""
         pairs = [(x, a) for f in self._fragments for x, a in zip(f.anchor.tensors(), f.anchor.views, strict=True)]
         return not self._open and any(not torch.equal(x, a.to(x.device, x.dtype)) for x, a in pairs)
 
@@ -69,13 +75,14 @@ class WholeAnchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def wait(self) -> None:
-        """Wait for running exchanges; each is still applied at its due step."""
+        """Wait for exchanges that run in the background. Their results are still applied at the steps at which they are
+        due."""
         for part in self._fragments:
             if part.current is not None:
                 part.current.close()
 
     def unapplied(self) -> list[Tensor]:
-        """Wait for running exchanges, and return this worker's updates that the anchor does not include yet, one vector
-        per fragment."""
+        """Wait for exchanges that run in the background, and return this worker's updates that the anchor does not
+        include yet, one vector for each fragment (part of the model)."""
         self.wait()
         return [part.unapplied() for part in self._fragments]

@@ -54,7 +54,8 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi. Subclasses add momentum or STORM."""
+    """The direction of a step of plain SGD, u = gradient + weight_decay * x + xi, where x are the parameters and xi is
+    the noise. Subclasses add momentum or STORM."""
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
     started = True  # False if the vector kept between steps has no value yet, since no step was applied
@@ -73,8 +74,8 @@ class Gradient:
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale * u, where u is the direction; out and base are float[d], and out may be base.
-        `scales` has a scale for each parameter group."""
+        """Set out to base + scale * u, where u is this direction (for plain SGD the gradient with weight decay and
+        noise); out and base are float[d], and out may be base. `scales` has a scale for each parameter group."""
         if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
@@ -83,13 +84,14 @@ class Gradient:
             self.perturb(out.flat, scales, extras)
 
     def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
-        """Add noise and weight decay, scale * (xi + weight_decay * x), to out, float[d], in place."""
+        """Add scale * (xi + weight_decay * x) to out, float[d], in place, where xi is the noise and x the
+        parameters."""
         self._add_decay(out, scales, extras.decays)
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale * u to out, float[d], in place, where u is the direction. If the sum is not finite, the addition is
-        undone up to rounding, and the method returns False."""
+        """Add scale * u to out, float[d], in place, where u is this direction. If the sum is not finite, the addition
+        is undone up to rounding, and the method returns False."""
         # Collect candidates for the largest coordinates only if the sums below are final. Noise, weight decay and
         # frozen parameters would change `out` afterwards.
         self.candidates.discard()
@@ -102,8 +104,8 @@ class Gradient:
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Subtract scale * u from out, float[d], where u is the direction. Gradients and x must be unchanged since
-        scale * u was added."""
+        """Subtract scale * u from out, float[d], where u is this direction. Gradients and parameters must be unchanged
+        since scale * u was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
@@ -118,7 +120,8 @@ class Gradient:
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
-        """Commit the new values of the vectors kept between steps, or roll these vectors back."""
+        """End a step. If `apply` is True, commit the new values of the vectors kept between steps, such as the
+        momentum; otherwise roll these vectors back. Plain gradients have no such vectors."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         # Use one pass on a CPU. On a GPU a foreach call is faster.
@@ -148,7 +151,8 @@ class Gradient:
                 extras.noise.add_to(out[start : run.stop], scales[run.group], start)
 
     def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
-        """Add scale * weight_decay * x to out, float[d]: decay is part of the objective, so it is compressed too."""
+        """Add scale * weight_decay * x to out, float[d], where x are the parameters. Weight decay is part of the
+        objective, so it is added before compression."""
         for run in self._flat.ranges:
             if decays[run.group]:
                 stretch = slice(run.start, run.stop)
@@ -168,12 +172,14 @@ class Gradient:
         return {}
 
     def reset(self) -> None:
-        """Clear the vectors kept between steps. Call after the escape check has rolled x back."""
+        """Clear the vectors kept between steps, such as the momentum. Call after the escape check has rolled the
+        parameters back."""
 
 
 class _StatefulGradient(Gradient):
-    """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value of
-    the vector in `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can be rolled back."""
+    """A direction of steps that keeps a vector, such as the momentum, between steps: float[d], in at least float32. A
+    step computes the next value of the vector in `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can
+    be rolled back."""
 
     keeps = True
 
@@ -215,10 +221,11 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback and any compressor, y = x - eta e
-    moves as in SGD with momentum on the mean gradient; e is the workers' mean error memory (dist-EF-SGDM; Zheng, Huang
-    and Kwok 2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this
-    is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
+    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov` u
+    = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
+    gradient, where eta is the learning rate and e the workers' mean error memory (dist-EF-SGDM; Zheng, Huang and Kwok
+    2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this is
+    EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
     """
 
     kind = "momentum"
@@ -239,12 +246,12 @@ class Momentum(_StatefulGradient):
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): the direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
+    """STORM (Cutkosky and Orabona 2019): a step's direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
 
-    Both gradients g are computed on the examples of step t. So a step needs a closure that computes the loss and the
-    gradients on these examples, and calls the closure at x_t and at x_{t-1}. The gradient g includes
-    weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" this is EF21-STORM
-    (Fatkhullin et al. 2023).
+    Here x_t are the parameters at step t, and a is the weight of a new gradient. Both gradients g are computed on the
+    examples of step t. So a step needs a closure that computes the loss and the gradients on these examples, and calls
+    the closure at x_t and at x_{t-1}. The gradient g includes weight decay; noise is added to the direction d_t but not
+    accumulated. With memory="ef21" this is EF21-STORM (Fatkhullin et al. 2023).
     """
 
     kind = "storm"
@@ -303,8 +310,8 @@ class StormGradient(_StatefulGradient):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale * u, float[d], where u is the direction. It is computed when it is added to the
-    error memory. Each parameter group has its own scale."""
+    """The update of one step, scale * u, float[d], where u is the direction of the step: the gradient, momentum or
+    STORM. It is computed when it is added to the error memory. Each parameter group has its own scale."""
 
     direction: Gradient
     scales: Sequence[float]
@@ -330,8 +337,9 @@ class GradientUpdate(Update):
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the direction (gradient, momentum or STORM) for these options. `spare` allocates the buffer for rolling
-    back skipped steps. Raises ValueError for values out of range and for unsupported combinations."""
+    """Return the object that computes the direction of steps, by gradient, momentum or STORM, for these options.
+    `spare` allocates the buffer for rolling back skipped steps. Raises ValueError for values out of range and for
+    unsupported combinations."""
     if isinstance(momentum, Storm):
         if nesterov:
             raise ValueError(f"nesterov must be False with {momentum}")

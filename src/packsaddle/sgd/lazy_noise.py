@@ -24,13 +24,14 @@ _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclass
 class OutstandingNoise:
-    """The noise that is not applied to x yet, represented by its variance: one number per cell (block of coordinates).
+    """The noise that is not applied to the parameters yet, represented by its variance: one number per cell, i.e. block
+    of coordinates.
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
-    sum_s eta_s xi_s to x, where s runs over the steps since the cell was last sent, eta_s is the learning rate and xi_s
-    the noise of standard deviation r_s. This sum is Gaussian with variance sum_s (eta_s r_s)^2, and independent of the
-    noise of earlier sends. So one Gaussian per coordinate is drawn when the cell is sent, and the iterates x_t have the
-    joint distribution of Algorithm 1.
+    sum_s eta_s xi_s to the parameters x, where s runs over the steps since the cell was last sent, eta_s is the
+    learning rate and xi_s the noise of standard deviation r_s. This sum is Gaussian with variance sum_s (eta_s r_s)^2,
+    and independent of the noise of earlier sends. So one Gaussian per coordinate is drawn when the cell is sent, and
+    the iterates x_t have the joint distribution of Algorithm 1.
 
     To read the error memory e or y = x - eta e, the outstanding noise is drawn separately. Such a draw has the exact
     distribution at its step, but not the exact joint distribution with other draws or with later iterates x_t.
@@ -54,14 +55,14 @@ class OutstandingNoise:
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the outstanding noise of the `cells` that are sent, m cells of b coordinates each, and add it to out,
-        float[m b]. These cells then have no outstanding noise."""
+        """Draw the outstanding noise, i.e. the noise that is not applied yet, of the `cells` that are sent, m cells of
+        b coordinates each, and add it to out, float[m b]. These cells then have no outstanding noise."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return a draw of the outstanding noise of all coordinates, float[d], in the dtype of `like`. The variance of
-        the outstanding noise does not change."""
+        """Return a draw of the outstanding noise, i.e. the noise that is not applied yet, of all coordinates, float[d],
+        in the dtype of `like`. The recorded variance of that noise does not change."""
         noise = like.new_zeros(len(self.kept) * self.size)
         # Use a different random stream from that of `take` at this step, since both draws may reach x.
         self._add(self.total - self.kept, noise, keys(seed, step, Stream.SETTLED))
@@ -94,7 +95,7 @@ class Perturber:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
-        self.grown = 0.0  # std of the last step's lazy noise, in units of x; 0: that step had no lazy noise
+        self.grown = 0.0  # std of the last step's lazy noise, in units of the parameters; 0: it had none
         # The grid is (number of cells, size of a cell) if all workers send the
         # same cells in each step, and None otherwise.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
@@ -149,8 +150,8 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of x by `add_outstanding`. It is 7 standard deviations, since the normal numbers
-        that are drawn have magnitudes of at most 7."""
+        """An upper bound on the change of any coordinate of the parameters by `add_outstanding`. It is 7 standard
+        deviations, since the normal numbers that are drawn have magnitudes of at most 7."""
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
@@ -162,8 +163,9 @@ class Perturber:
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def load(self, saved: OutstandingNoise | None, step: int) -> None:
-        """Restore the outstanding noise of a saved state. If noise is not lazy in this run, or if the saved number or
-        size of the cells differs, the saved noise is drawn and added to the error memory."""
+        """Restore the outstanding noise, i.e. the noise that is not applied yet, of a saved state. If noise is not lazy
+        in this run, or if the cells (blocks of coordinates) of the saved noise differ in number or size from those of
+        this run, the saved noise is drawn and added to the error memory."""
         here = self.outstanding
         if here is not None:
             here.clear()

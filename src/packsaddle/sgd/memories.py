@@ -1,6 +1,7 @@
 """The memories of CompressedSGD: an error memory, or with memory="ef21" EF21's estimates of the gradient.
 
-EF21's memory applies the mean estimate to x, scaled by the learning rates, so it needs to read them.
+EF21's memory subtracts the workers' mean estimate from the parameters, scaled by the learning rates, so it needs to
+read them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +22,10 @@ _LARGE = 1 << 20
 class EstimateMemory(ErrorMemory):
     """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
-    The method is from Richtarik, Sokolov and Fatkhullin 2021. With its update u and estimate g^(i), a worker sends
-    C(u - g^(i)) and adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: the error e is 0. EF21's
-    proof does not assume bounded gradients. With small batches the method needs momentum. Raises ValueError for 16-bit
-    parameters.
+    The method is from Richtarik, Sokolov and Fatkhullin 2021. With its update u and estimate g^(i), a worker sends C(u
+    - g^(i)), compressed by C, and adds it to g^(i). The parameters x become x - eta mean_i g^(i), where eta is the
+    learning rate. So no update is ever unsent, and there is no error memory. EF21's proof does not assume bounded
+    gradients. With small batches the method needs momentum. Raises ValueError for 16-bit parameters.
     """
 
     kind = "ef21"
@@ -42,8 +43,8 @@ class EstimateMemory(ErrorMemory):
         self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of x in a step. `magnitude` is the largest absolute
-        value of the mean update that the step adds to the mean estimate.
+        """Return an upper bound on the change of any coordinate of the parameters in a step. `magnitude` is the largest
+        absolute value of the mean update that the step adds to the mean estimate.
 
         The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to it.
         """
@@ -53,7 +54,7 @@ class EstimateMemory(ErrorMemory):
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self) -> Sequence[float]:
-        # Unequal learning rates would make x differ between workers.
+        # Unequal learning rates would make the parameters differ between workers.
         return self._rates()
 
     def close(self, *, apply: bool) -> None:
@@ -95,7 +96,7 @@ class EstimateMemory(ErrorMemory):
         raise NotImplementedError("an estimate takes no update: nothing is ever pending")
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """No-op: the estimates stay valid when x is rolled back."""
+        """No-op: the estimates of the gradient stay valid when the escape check rolls the parameters back."""
 
     def vectors(self) -> dict[str, Tensor]:
         return {"mean_estimate": self.mean}

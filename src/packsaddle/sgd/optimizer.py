@@ -73,18 +73,19 @@ class FlatTarget:
 
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
-        self.x_was_large = False  # True once an update was so large that it could have overflowed x
+        self.x_was_large = False  # True once an update was so large that the parameters x could have overflowed
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Subtract the mean update g from x (Algorithm 1, line 11). If the result would overflow, x is unchanged.
+        """Subtract the mean update g from the parameters x (line 11 of Algorithm 1). If x would overflow, x is
+        unchanged.
 
         `magnitude` is the approximate maximum of the absolute values of g.
         """
-        # A sufficiently small step cannot overflow any x.
+        # A sufficiently small step cannot overflow any parameter.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # x may overflow: apply the mean, check x, and restore it if it has overflowed.
+        # The parameters x may overflow: apply the mean, check x, and restore x if it has overflowed.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
@@ -97,7 +98,8 @@ class FlatTarget:
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
-        """Subtract the mean update g from x, after adding to g the lazy noise of the coordinates that were sent.
+        """Subtract the mean update g from the parameters x, after adding to g the lazy noise of the coordinates that
+        were sent, i.e. their noise of all steps since they were last sent.
 
         Returns the rounding error of x, float[d], or None if x is at least float32.
         """
@@ -265,21 +267,23 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """
         self._check_rates()
         with self._busy():
-            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
+            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # this worker's grad F_i(x_t)
         t = self._begin()
-        update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
+        update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # applied by all workers, or by none
-            v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
             with self._direction.candidates.offer():
-                round.exchange([given, factors])  # line 10: g^(i) = C(v), and its mean over workers
+                round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
-            round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
+            # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
+            round.apply(self._target)
         self._finish_step(round)
         if round.absorbed:
-            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is at the new x
+            # Lines 4-8 of Algorithm 1, iteration t + 1, come here, so that the next gradient is at the new x.
+            self._check_escape()
         return loss
 
     def _check_rates(self) -> None:
@@ -322,7 +326,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return self._step
 
     def _update(self, t: int) -> GradientUpdate:
-        """Return the update eta (gradient + weight_decay x + noise xi_t), with momentum or STORM applied (line 9)."""
+        """Return the update of step t, eta (gradient + weight_decay x + xi_t), with momentum or STORM applied (line 9
+        of Algorithm 1). Here eta is the learning rate, x are the parameters and xi_t is the noise."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(lrs, t)
         if self.channel.group.size > 1:
@@ -392,8 +397,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _check_escape(self) -> None:
-        """Run the escape check (Algorithm 1, lines 4-8). If the check fires, clear the error memory. If the check also
-        rolls x back, clear the state of momentum or STORM too."""
+        """Run the escape check (lines 4-8 of Algorithm 1), which ends a segment of steps and rolls the parameters back
+        if the loss did not decrease in it. If a segment ends, clear the error memory. If the parameters are rolled
+        back, clear the state of momentum or STORM too."""
         if self._escape is None:
             return
         with self._busy():
@@ -406,7 +412,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def steps(self) -> int:
-        """The number of applied steps, t."""
+        """The number of steps that were applied, i.e. not skipped. It is the index t of the next step."""
         return self._step
 
     @property
@@ -416,8 +422,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def mu(self) -> float:
-        """The contraction 1 - E||v - C(v)||^2 / ||v||^2 of a step with the vector v, float[d], under the assumption
-        that all coordinates of v have equal mean squares.
+        """The contraction 1 - E||v - C(v)||^2 / ||v||^2 of a step in which the vector v, float[d], is compressed to
+        C(v), under the assumption that all coordinates of v have equal mean squares.
 
         It exceeds `compressor.mu` if some coordinates are sent uncompressed, and so exactly. `compressor.mu` is a lower
         bound that holds for every v.
@@ -428,17 +434,19 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def compressed_numel(self) -> int:
-        """The number of compressed coordinates; the other `numel - compressed_numel` are sent uncompressed."""
+        """The number of coordinates, i.e. elements of parameters, that are compressed before they are sent. The other
+        `numel - compressed_numel` coordinates are sent uncompressed."""
         return self._flat.compressed_d
 
     @property
     def numel(self) -> int:
-        """The number of coordinates, d."""
+        """The number of coordinates d, i.e. of elements of all parameters."""
         return self._flat.d
 
     def waits(self) -> list[float] | None:
-        """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-        Returns None if this number depends on the values of v (see `Compressor.rates`)."""
+        """Return the mean number of steps between two sends of a coordinate: one number for each parameter, in the
+        order of the parameters in the optimizer. Returns None if this number depends on the values of the vector to
+        send (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -461,7 +469,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def corrected(self) -> Tensor:
-        """Return x_t minus the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
+        """Return the parameters x_t minus the workers' mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in
+        `error`; collective.
 
         With lazy noise, the results of `corrected` and `error` have the exact distribution at each step t, but not the
         exact joint distribution over steps, since every call draws the noise that was not applied yet anew.
@@ -480,8 +489,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: the error memory, the start point of the escape check, and
-        the vectors that the memory and the direction keep between steps."""
+        """Return the flat vectors of a checkpoint by name: the error memory, the start point of the escape check (to
+        which it may roll the parameters back), and the vectors that EF21, momentum and STORM keep between steps."""
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {self._memory.name: self._memory.vector, **start, **kept}
@@ -495,9 +504,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the state of this worker as tensors and plain types. It differs between workers.
 
         Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
-        "start" (its start point), as views. Each group has format, step t, start step t' of the escape check, seed,
-        rank and number of workers. Further entries are the aggregator, outstanding noise, skips, ledger totals, resets
-        and drifts.
+        "start" (the point to which it may roll back), as views. Each group has format, step t, start step t' of the
+        escape check, seed, rank and number of workers. Further entries are the aggregator, outstanding noise, skips,
+        ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 

@@ -108,10 +108,10 @@ class OwnFile:
         """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
         `save`.
 
-        The memory is that in the file. It is zero if the file's worker has sent updates since the file was written: the
-        worker's later memory is then lost. An outdated or unreadable file, or one of another run, is renamed, with a
-        warning. Raises ConfigError if the file's worker was in the last round: the file is then a copy, or locks do not
-        work.
+        It is the memory in the file. If the file's worker has sent updates since the file was written, the memory is
+        zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of another run, is
+        renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file is then a copy,
+        or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True

@@ -1,7 +1,8 @@
 """Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
 
 A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
-committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor.
+committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor
+(the parameters on which all workers last agreed).
 """
 
 import logging
@@ -64,7 +65,7 @@ def most(values: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """The record of one worker in the roster, made in the worker's last round."""
+    """The record of one worker in a run whose workers join and leave, made in the worker's last round."""
 
     norm: float  # norm of the worker's error memory after its last round
     keeps: bool  # True if the worker reported that its file contains its error memory
@@ -72,7 +73,8 @@ class Member:
 
 
 class Roster:
-    """Records of the run, identical on all workers: its name, a hash of its rounds, its inner steps and its workers."""
+    """Records of a run whose workers join and leave, identical on all workers: the run's id, a hash of its rounds, its
+    number of inner steps, and its workers."""
 
     def __init__(self) -> None:
         self.run = 0  # id of the run; 0: no round has been committed

@@ -1,4 +1,4 @@
-"""SIGTERM handling: a worker leaves the run at its next inner step, or while it waits for other workers."""
+"""SIGTERM handling: on the signal, a worker leaves the run after its next inner step, or while it waits for others."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class LeavingError(BaseException):
 
 class Sigterm:
     """Handles SIGTERM. The signal ends a wait for other workers immediately if `may_leave()` returns True, and
-    otherwise after `grace` seconds. `asked` is True after the signal."""
+    otherwise after `grace` seconds. `asked` is True once the signal was received."""
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
         self.asked = False

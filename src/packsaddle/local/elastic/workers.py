@@ -74,7 +74,7 @@ class Attempt:
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
     weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
     norms: Sequence[float]  # norm that each worker's error memory has if the round is committed, by rank
-    parts: Sequence[Fragment]  # the exchanged fragments
+    parts: Sequence[Fragment]  # the exchanged fragments (parts of the model)
 
 
 class RoundFailedError(RuntimeError):
@@ -89,10 +89,11 @@ class ElasticWorkers:
         options: options of the local updates.
         channel: the communicator of the workers. Its group is a `ManagedGroup`, or a `SiteGroup` that contains one.
         within: the processes of this site; None: this worker is one process.
-        fragments: the fragments of the model.
-        schedule: the steps after which a fragment is exchanged.
+        fragments: the parts of the model, each of which is exchanged separately.
+        schedule: the steps after which one of the fragments is exchanged.
         inner: the optimizers of the parameters.
-        outer: the outer optimizer of the anchor, or None.
+        outer: the outer optimizer, which steps on the anchor (the parameters on which all workers last agreed), or
+            None.
     """
 
     lockstep: Lockstep | None = None  # elastic workers do not make their calls in lockstep
@@ -179,36 +180,38 @@ class ElasticWorkers:
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of error memories that workers lost."""
+        """The sum of the norms of error memories (unsent updates) that workers lost, such as those of absent workers
+        that did not save them."""
         return self.roster.gone + self.roster.absent(keeps=False)
 
     @property
     def waiting(self) -> float:
-        """The sum of the norms of error memories that absent workers saved in files."""
+        """The sum of the norms of error memories (unsent updates) that absent workers have saved in files."""
         return self.roster.absent(keeps=True)
 
     # Agreement of the processes of a site; collective over them.
 
     def _totals(self, *numbers: int) -> list[int]:
-        """Return integers, each summed over the processes of the site, modulo 2^64."""
+        """Return `numbers`, integers, each summed over the processes of this worker (a site), modulo 2^64."""
         totals = torch.tensor(numbers, dtype=torch.int64)
         self._site.all_reduce(totals)
         return totals.tolist()
 
     def _any(self, flag: bool) -> bool:
-        """Return True if the flag is True on one of the site's processes."""
+        """Return True if the flag is True on one of the processes of this worker, which is a site if it has several."""
         return self._totals(flag)[0] > 0
 
     def _weight(self) -> float:
-        """Return the weight that this worker's update would have in a round now. If the weight is set by a function,
-        its values in the processes of this worker's site are summed."""
+        """Return the weight that this worker's update would have in a round now. If the weight is set by a function and
+        the worker has several processes (a site), the function's values in these processes are summed."""
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self._objects.gather(float(rule())))) if callable(rule) else rule)
 
     # Rounds.
 
     def enter(self) -> bool:
-        """Join, unless this worker has joined; return True if the other workers' parameters were loaded."""
+        """Join the run, unless this worker has joined already. Returns True if it joined now, so that its parameters
+        may be those of the other workers."""
         if self.has_joined:
             return False
         self.join()
@@ -231,8 +234,8 @@ class ElasticWorkers:
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def _claim_memory(self, file: OwnFile) -> None:
-        """Continue as the worker to which the memory file belongs: use its name, attempts and error memory, and move
-        the parameters to its start point.
+        """Continue as the worker to which the memory file belongs: use its name, its count of attempts at rounds and
+        its error memory, and move the parameters to the point at which that worker would continue after an exchange.
 
         The processes of a site have a file each. A process without an up-to-date file has lost its memory, unless each
         process has the whole model: then all continue with the memory of the first process that has it.
@@ -328,8 +331,8 @@ class ElasticWorkers:
         return applied
 
     def _once(self, dense: bool, seconds: float) -> bool:
-        """Attempt a round; return True if it was applied, False if it was rejected. Raises RoundFailedError if it was
-        not committed."""
+        """Attempt a round. Returns True if it was committed and applied, and False if it was committed as rejected,
+        since an update was invalid. Raises RoundFailedError if it was not committed and must be repeated."""
         # Wait until torchft has determined the set of workers; a worker that is behind receives another worker's state.
         manager = self.settings.manager
         try:
@@ -375,8 +378,8 @@ class ElasticWorkers:
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange the updates of one round with the workers of the quorum; return the attempt, on which the workers
-        have not voted yet."""
+        """Exchange the updates of one round with the workers that torchft has determined for it. Returns the attempt at
+        the round, on which the workers have not voted yet."""
         self._group.renew()
         self.channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
@@ -456,7 +459,8 @@ class ElasticWorkers:
         )
 
     def _message(self) -> str:
-        """Return a text that identifies the messages of the next compressed round: version, compressor, d and round."""
+        """Return a text that identifies the messages of the next compressed round: packsaddle's version, the
+        compressor, the number of coordinates d, and the index of the round."""
         part = self._due
         compressor = self._compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._rounds})
@@ -466,8 +470,8 @@ class ElasticWorkers:
         return self._fragments[self._schedule.in_rotation(self._rounds)]
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages match on all workers. The value that most workers have is the
-        right one; in a tie, the first is.
+        """Check that the workers' arguments, anchors (the parameters last agreed on) and kinds of messages match, by
+        the hashes in `hellos`. The value that most workers have is the right one; in a tie, the first is.
 
         Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker with other arguments
         or messages, or if workers have different anchors in their first round. In a later round, a worker with another
@@ -519,7 +523,7 @@ class ElasticWorkers:
         return math.sqrt(sum(map(_energy, errors)))
 
     def _commit(self, attempt: Attempt) -> bool:
-        """Commit a round after the vote; return True if all its exchanges are applied."""
+        """Commit a round after all workers have voted for it. Returns True if all of its exchanges are applied."""
         taken = self._close_exchanges()
         names = {hello.worker for hello in attempt.hellos}
         for worker, member in self.roster.members.items() if self._group.rank == 0 and self._group.leads else ():
@@ -582,8 +586,8 @@ class ElasticWorkers:
     # Workers that join.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state for a worker that is behind: the anchor, the roster, and
-        the states of the outer and inner optimizers."""
+        """Return the state for a worker that has missed rounds: the anchor (the parameters last agreed on), the records
+        of the run (`Roster`), and the states of the outer and inner optimizers."""
         inner = [local_state(o) for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
@@ -594,9 +598,9 @@ class ElasticWorkers:
         return [*found, *outer, *self.roster.fields(("roster",))]
 
     def _receive(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead of this one. In a site, i.e. a worker of several processes, only
-        keep the state: it is loaded once all processes of the site have received one. torchft calls this method at a
-        quorum."""
+        """Load the state of a worker that has made rounds which this one has missed. In a site, i.e. a worker of
+        several processes, only keep the state: it is loaded once all processes of the site have received one. torchft
+        calls this method when it determines the workers of a round."""
         if self._site.size > 1:
             self._received = state
         else:
@@ -622,10 +626,10 @@ class ElasticWorkers:
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead of this one.
+        """Load the state of a worker that has made rounds which this one has missed.
 
-        Unsent local updates are kept: the parameters move with the anchor. A worker that has never been in a round, or
-        was restored to a state from before its last round, starts at the anchor.
+        Unsent local updates are kept: the parameters move with the anchor, on which all workers last agreed. A worker
+        that has never been in a round, or was restored to a state from before its last round, starts at the anchor.
         """
         self._sigterm.hold()  # SIGTERM must not interrupt the loading
         try:
@@ -698,7 +702,7 @@ class ElasticWorkers:
         raise RuntimeError(_FIXED["average"])
 
     def check_call(self, call: str, steps: int) -> None:
-        """No-op: elastic workers may make different numbers of calls."""
+        """No-op: workers that join and leave may make different numbers of calls."""
 
     def exchanging(self, steps: int) -> bool:
         """Return True if a round followed the last inner step."""
@@ -708,7 +712,8 @@ class ElasticWorkers:
         return True
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps of all workers that the anchor includes."""
+        """Return the number of inner steps, of all workers, whose updates are included in the anchor, i.e. in the
+        parameters on which all workers last agreed."""
         return self.roster.position
 
     def identity(self) -> dict[str, Any]:
@@ -725,8 +730,8 @@ class ElasticWorkers:
         """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
         fails.
 
-        `exchanged` are the fragments of the round in progress. If there are any, the updates that will be pending once
-        the round is committed are written too.
+        `exchanged` are the fragments (parts of the model) that the round in progress exchanges. If there are any, the
+        updates that will be pending once the round is committed are written too.
         """
         if self._file is None:
             return False
