@@ -28,6 +28,7 @@ STEPS: dict[str, Waits] = {
     "CompressedSGD, QSGD": 4,
     "CompressedSGD, LowRank": 2,
     **dict.fromkeys((f"LocalUpdates{options}" for options in ROUNDS), (0, 0, 0, 1, 1)),
+    "LocalUpdates, elastic": (0, 0, 0, 8, 7),
     "LocalUpdates, GradScaler": (1, 1, 1, 2, 1),
     "LocalUpdates, Sign two-way": (0, 0, 0, 1, 2),
     **dict.fromkeys((f"LocalUpdates, overlap{options}" for options in OVERLAPS), (0, 1, 0, 0, 2)),

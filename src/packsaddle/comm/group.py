@@ -3,8 +3,8 @@
 `Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL).
 `packsaddle.simulate` adds a group of threads.
 
-A TorchGroup stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on CUDA
-with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
+A `StagingGroup` stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on
+CUDA with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
 current stream wait for this, so it overlaps with training if it runs in a background thread.
 """
 
@@ -95,7 +95,53 @@ class Solo(Group):
         pass
 
 
-class TorchGroup(Group):
+class StagingGroup(Group):
+    """Base of groups that exchange copies on the host of the tensors on an accelerator for which `stages` is True.
+    Subclasses override `stages`, and implement the four collectives of all other tensors."""
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if self.stages(tensor.device):
+            self._all_reduce(host := to_host(tensor))
+            assign(tensor, host)
+        else:
+            self._all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        if self.stages(tensor.device):
+            return [to_device(t, tensor.device) for t in self._all_gather(to_host(tensor))]
+        return self._all_gather(tensor)
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        lengths, joined = [len(t) for t in outgoing], torch.cat(list(outgoing))
+        if self.stages(joined.device):
+            received = to_device(self._all_to_all(to_host(joined), lengths, sizes), joined.device)
+        else:
+            received = self._all_to_all(joined, lengths, sizes)
+        return list(torch.split(received, list(sizes)))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self.stages(tensor.device):
+            self._broadcast(host := to_host(tensor))
+            assign(tensor, host)
+        else:
+            self._broadcast(tensor)
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _all_to_all(self, outgoing: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Send the next lengths[r] elements of `outgoing` to worker r; return the concatenated tensors received, by
+        rank: sizes[r] elements from rank r."""
+
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor) -> None: ...
+
+
+class TorchGroup(StagingGroup):
     """A torch.distributed process group, by default torch's default group."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -114,17 +160,11 @@ class TorchGroup(Group):
         assert group is not None
         return group
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self.all_reduce(host := to_host(tensor))
-            assign(tensor, host)
-            return
+    def _all_reduce(self, tensor: Tensor) -> None:
         with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        if self.stages(tensor.device):
-            return [to_device(t, tensor.device) for t in self.all_gather(to_host(tensor))]
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size > 2 and tensor.device.type == "cpu" and 0 < tensor.nbytes <= SMALL:
             stacked = tensor.new_empty((self.size, *tensor.shape))
             with self.naming_lost_workers():
@@ -135,24 +175,13 @@ class TorchGroup(Group):
             dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
-    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        device = outgoing[0].device
-        if self.stages(device):
-            joined = to_host(torch.cat(list(outgoing)))  # a single copy to the host, for all messages
-            found = self.all_to_all(torch.split(joined, [len(t) for t in outgoing]), sizes)
-            return list(torch.split(to_device(torch.cat(found), device), list(sizes)))
-        received = outgoing[0].new_empty(sum(sizes))
+    def _all_to_all(self, outgoing: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        received = outgoing.new_empty(sum(sizes))
         with self.naming_lost_workers():
-            dist.all_to_all_single(
-                received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
-            )
-        return list(torch.split(received, list(sizes)))
+            dist.all_to_all_single(received, outgoing, list(sizes), list(lengths), self._group)
+        return received
 
-    def broadcast(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self.broadcast(host := to_host(tensor))
-            assign(tensor, host)
-            return
+    def _broadcast(self, tensor: Tensor) -> None:
         whole = tensor.contiguous()  # gloo ignores the strides of its output
         data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no 8-bit floats
         with self.naming_lost_workers():
