@@ -16,17 +16,14 @@ Outcomes = dict[Key, Outcome]
 Waits = int | tuple[int, ...]
 NEVER = ("torch: SGD", "torch: AdamW", "torch: DDP", "torch: FSDP2", "DDP hook, uncoded", "DDP hook, RandomK")
 HOOKS = ("DDP hook", "DDP hook, unprotected", "DDP hook, TopK model", "FSDP hook")
-ONCE = tuple(
-    f"CompressedSGD{options}" for options in ("", ", noise", ", momentum", ", SharedTopK", ", TopK", ", TopK two-way")
-)
+ONCE = ("", ", noise", ", momentum", ", SharedTopK", ", TopK", ", TopK two-way", ", QSGD uncoded", ", LowRank")
 ROUNDS = ("", ", fused", ", capturable", ", Muon and AdamW", ", outer", ", mean_momentum", ", clip", ", TopK int2")
 OVERLAPS = ("", " agreement", " TopK int2")
 # Two workers of an NCCL group: waits in each step, or in each step of a round, and in the flush after it.
 STEPS: dict[str, Waits] = {
     **dict.fromkeys((*NEVER, *HOOKS, "FSDP hook, uncoded"), 0),
-    **dict.fromkeys((*ONCE, "CompressedSGD, QSGD uncoded", "torch: DDP, GradScaler"), 1),
+    **dict.fromkeys((*(f"CompressedSGD{options}" for options in ONCE), "torch: DDP, GradScaler"), 1),
     "CompressedSGD, QSGD": 4,
-    "CompressedSGD, LowRank": 2,
     **dict.fromkeys((f"LocalUpdates{options}" for options in ROUNDS), (0, 0, 0, 1, 1)),
     "LocalUpdates, elastic": (0, 0, 0, 8, 7),
     "LocalUpdates, GradScaler": (1, 1, 1, 2, 1),
