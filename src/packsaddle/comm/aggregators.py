@@ -320,9 +320,8 @@ class LowRankAllReduce(Aggregator):
         # If there is a valid warm start, Q is the warm start plus a tenth of a fresh Gaussian matrix. Otherwise Q is
         # that Gaussian matrix.
         qs = fresh = compressor.gaussian(v, seed=seed, step=step)
-        warm, is_valid = self._warm or ([], None)
-        if is_valid is not None and [q.shape for q in warm] == [f.shape for f in fresh]:
-            qs = [torch.where(is_valid, q + 0.1 * f, f) for q, f in zip(warm, fresh, strict=True)]
+        if self._warm and [q.shape for q in self._warm[0]] == [f.shape for f in fresh]:
+            qs = [torch.where(self._warm[1], q + 0.1 * f, f) for q, f in zip(self._warm[0], fresh, strict=True)]
         # The first all-reduce: the mean of M_i Q. The columns of P are an orthonormal basis of its columns.
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
@@ -367,8 +366,7 @@ class LowRankAllReduce(Aggregator):
         self._warm = snapshot
 
     def state_dict(self) -> dict[str, Any]:
-        warm, is_valid = self._warm or ([], None)
-        return {"qs": warm if is_valid else []}
+        return {"qs": self._warm[0] if self._warm and self._warm[1] else []}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         warm = [q.to(device, copy=True) for q in state.get("qs", [])]

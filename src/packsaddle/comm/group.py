@@ -10,7 +10,7 @@ current stream wait for this, so it overlaps with training if it runs in a backg
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -97,48 +97,36 @@ class Solo(Group):
 
 class StagingGroup(Group):
     """Base of groups that exchange copies on the host of the tensors on an accelerator for which `stages` is True.
-    Subclasses override `stages`, and implement the four collectives of all other tensors."""
+    Subclasses override `stages`, and implement the collectives of all other tensors, whose names begin with _."""
+
+    _all_reduce: Callable[[Tensor], None]
+    _all_gather: Callable[[Tensor], list[Tensor]]
+    # Sends the next lengths[r] elements of `outgoing` to worker r, and returns the tensors received, concatenated:
+    # _all_to_all(outgoing, lengths, sizes), with sizes[r] elements from rank r.
+    _all_to_all: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+    _broadcast: Callable[[Tensor], None]
 
     def all_reduce(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self._all_reduce(host := to_host(tensor))
-            assign(tensor, host)
-        else:
-            self._all_reduce(tensor)
+        self._in_place(self._all_reduce, tensor)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        if self.stages(tensor.device):
-            return [to_device(t, tensor.device) for t in self._all_gather(to_host(tensor))]
-        return self._all_gather(tensor)
+        return [to_device(t, tensor.device) for t in self._all_gather(self._staged(tensor))]
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        lengths, joined = [len(t) for t in outgoing], torch.cat(list(outgoing))
-        if self.stages(joined.device):
-            received = to_device(self._all_to_all(to_host(joined), lengths, sizes), joined.device)
-        else:
-            received = self._all_to_all(joined, lengths, sizes)
-        return list(torch.split(received, list(sizes)))
+        joined = torch.cat(list(outgoing))  # a single copy to the host, for all messages
+        received = self._all_to_all(self._staged(joined), [len(t) for t in outgoing], sizes)
+        return list(torch.split(to_device(received, joined.device), list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self._broadcast(host := to_host(tensor))
-            assign(tensor, host)
-        else:
-            self._broadcast(tensor)
+        self._in_place(self._broadcast, tensor)
 
-    @abstractmethod
-    def _all_reduce(self, tensor: Tensor) -> None: ...
+    def _in_place(self, collective: Callable[[Tensor], None], tensor: Tensor) -> None:
+        collective(staged := self._staged(tensor))
+        if staged is not tensor:
+            assign(tensor, staged)
 
-    @abstractmethod
-    def _all_gather(self, tensor: Tensor) -> list[Tensor]: ...
-
-    @abstractmethod
-    def _all_to_all(self, outgoing: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Send the next lengths[r] elements of `outgoing` to worker r; return the concatenated tensors received, by
-        rank: sizes[r] elements from rank r."""
-
-    @abstractmethod
-    def _broadcast(self, tensor: Tensor) -> None: ...
+    def _staged(self, tensor: Tensor) -> Tensor:
+        return to_host(tensor) if self.stages(tensor.device) else tensor
 
 
 class TorchGroup(StagingGroup):
