@@ -106,34 +106,36 @@ def test_crafted_levels_are_refused(levels: list[int], loops: type[contextlib.nu
 
 
 CRAFTED_INDICES = {
-    "an unknown code": [7, 0, 0, 0, 0],
-    "a bitmap of two": [0, 0b00110000, *[0] * 4],
-    "equal indices": [1, *wire.pack(torch.tensor([3, 3, 4]), 6).tolist()],
-    "falling indices": [1, *wire.pack(torch.tensor([3, 5, 4]), 6).tolist()],
-    "an index beyond the end": [1, *wire.pack(torch.tensor([3, 5, 41]), 6).tolist()],
-    "two gaps": [2, 0b11000000, 0, 0],
-    "four gaps": [2, 0b11110000, 0, 0],
-    "gaps beyond the end": [2, 0b00000111, 0, 0],
-    "no gap": [2, 0, 0, 0],
+    "seven gaps": [0b11111110, 0, 0, 0, 0, 0],
+    "nine gaps": [255, 128, 0, 0, 0, 0],
+    "a gap after a byte of padding": [255, 0, 128, 0, 0, 0],
+    "gaps beyond the end": [0, 0, 255, 0, 0, 0],
+    "a last gap beyond the end": [0b11111110, 0, 0b00010000, 0, 0, 255],
+    "no gap": [0, 0, 0, 0, 0, 0],
+    "a byte too few": [255, 0, 0, 0, 0],
+    "a byte too many": [255, 0, 0, 0, 0, 0, 0],
 }
 
 
 @by_loops
 @pytest.mark.parametrize("indices", CRAFTED_INDICES.values(), ids=CRAFTED_INDICES.keys())
 def test_crafted_indices_are_refused(indices: list[int], loops: type[contextlib.nullcontext[None]]) -> None:
-    parts = {"indices": torch.tensor(indices, dtype=torch.uint8), "values": torch.ones(3)}
+    """Of 8 of 100: three bytes of quotients, and three of remainders below 8."""
+    parts = {"indices": torch.tensor(indices, dtype=torch.uint8), "values": torch.ones(8)}
     with loops():
-        assert outcome(TopK(k=3), parts, 40) == "refused"
+        assert outcome(TopK(k=8), parts, 100) == "refused"
+        valid = torch.tensor([255, 0, 0, 0, 0, 0], dtype=torch.uint8)
+        assert outcome(TopK(k=8), replaced(parts, "indices", valid), 100) == "valid"
 
 
 @by_loops
 def test_a_gap_that_leads_beyond_its_chunk_is_refused(loops: type[contextlib.nullcontext[None]]) -> None:
     """Of four of each eight: four gaps of 0, then one of 4 that no later gap makes up for."""
     c = TopK(0.5, chunk=8)
-    assert wire.shortest_rice(8, 4) == 0
+    assert wire.gap_parameter(8, 4) == 0
     with loops():
-        for bits, expected in ((0b1111_0000_1111_1111, "valid"), (0b1110_0000_1111_1111, "refused")):
-            indices = wire.pack(torch.tensor([bits]), 16)
+        for bits, expected in ((0b1111_0000_1111_1111 << 8, "valid"), (0b1110_0000_1111_1111 << 8, "refused")):
+            indices = wire.pack(torch.tensor([bits]), 24)
             assert outcome(c, {"indices": indices, "values": torch.ones(12)}, 24) == expected
 
 

@@ -30,7 +30,7 @@ def _held(kind: Kind, delay: int, fragments: int, library: Path) -> tuple[list[b
     step was reached meanwhile, and the faults."""
     device = start(kind, library, devices=1 if kind == "mps" else 2)
     where, turn, done, reached = _here(kind), threading.Condition(), 0, []
-    gather = TorchGroup.all_gather
+    gather = TorchGroup._all_gather
 
     def held(group: TorchGroup, tensor: torch.Tensor) -> list[torch.Tensor]:
         if threading.current_thread().name == "packsaddle" and tensor.device.type == "cpu" and len(tensor) > 100:
@@ -43,7 +43,7 @@ def _held(kind: Kind, delay: int, fragments: int, library: Path) -> tuple[list[b
     model = torch.nn.Sequential(torch.nn.Linear(24, 64), torch.nn.Linear(64, 24)).to(where)  # two fragments of one size
     batches = [batch(i, dist.get_rank(), where) for i in range(2 * STEPS)]  # the host waits here
     training = local(ps.Rounded("int4"), overlap=ps.Overlap(delay, fragments=fragments))(model)
-    with mock.patch.object(TorchGroup, "all_gather", held), device.record() as log:
+    with mock.patch.object(TorchGroup, "_all_gather", held), device.record() as log:
         for i in range(len(batches)):
             step(training, *batches[i])
             with turn:
@@ -80,7 +80,7 @@ def _hooked(folder: Path, library: Path) -> tuple[bool, list[str]]:
     where, device = _on_cuda("gloo", folder, library)
     net = DistributedDataParallel(network(where), device_ids=[where.index], bucket_cap_mb=0.005)
     hook, turn, reached, first = ps.register_ddp_hook(net, ps.Rounded("int4")), threading.Condition(), [], 0
-    call, gather = DDPHook.__call__, TorchGroup.all_gather
+    call, gather = DDPHook.__call__, TorchGroup._all_gather
 
     def called(self: DDPHook, bucket: Any) -> Any:
         future = call(self, bucket)
@@ -94,7 +94,7 @@ def _hooked(folder: Path, library: Path) -> tuple[bool, list[str]]:
                 reached.append(turn.wait_for(lambda: hook.calls > first, timeout=20))
         return gather(group, tensor)
 
-    replaced = mock.patch.object(TorchGroup, "all_gather", held), mock.patch.object(DDPHook, "__call__", called)
+    replaced = mock.patch.object(TorchGroup, "_all_gather", held), mock.patch.object(DDPHook, "__call__", called)
     with replaced[0], replaced[1], device.record() as log:
         for i in range(4):
             first = hook.calls + 1 if i == 2 else 0  # DistributedDataParallel has made its final buckets

@@ -15,36 +15,32 @@ from packsaddle.compressors import compressors, describe
 Outcomes = dict[Key, Outcome]
 Waits = int | tuple[int, ...]
 NEVER = ("torch: SGD", "torch: AdamW", "torch: DDP", "torch: FSDP2", "DDP hook, uncoded", "DDP hook, RandomK")
-HOOKS = ("DDP hook", "DDP hook, unprotected", "FSDP hook")
-ONCE = ("CompressedSGD", "CompressedSGD, noise", "CompressedSGD, momentum", "CompressedSGD, SharedTopK")
-ROUNDS = ("", ", fused", ", capturable", ", Muon and AdamW", ", outer", ", mean_momentum", ", clip")
+HOOKS = ("DDP hook", "DDP hook, unprotected", "DDP hook, TopK model", "FSDP hook")
+ONCE = ("", ", noise", ", momentum", ", SharedTopK", ", TopK", ", TopK two-way", ", QSGD uncoded", ", LowRank")
+ROUNDS = ("", ", fused", ", capturable", ", Muon and AdamW", ", outer", ", mean_momentum", ", clip", ", TopK int2")
+OVERLAPS = ("", " agreement", " TopK int2")
 # Two workers of an NCCL group: waits in each step, or in each step of a round, and in the flush after it.
 STEPS: dict[str, Waits] = {
     **dict.fromkeys((*NEVER, *HOOKS, "FSDP hook, uncoded"), 0),
-    **dict.fromkeys((*ONCE, "CompressedSGD, QSGD uncoded", "torch: DDP, GradScaler"), 1),
-    "CompressedSGD, TopK": 3,
-    "CompressedSGD, TopK two-way": 6,
+    **dict.fromkeys((*(f"CompressedSGD{options}" for options in ONCE), "torch: DDP, GradScaler"), 1),
     "CompressedSGD, QSGD": 4,
-    "CompressedSGD, LowRank": 2,
     **dict.fromkeys((f"LocalUpdates{options}" for options in ROUNDS), (0, 0, 0, 1, 1)),
+    "LocalUpdates, elastic": (0, 0, 0, 8, 7),
     "LocalUpdates, GradScaler": (1, 1, 1, 2, 1),
-    "LocalUpdates, TopK int2": (0, 0, 0, 4, 1),
     "LocalUpdates, Sign two-way": (0, 0, 0, 1, 2),
-    **dict.fromkeys(("LocalUpdates, overlap", "LocalUpdates, overlap agreement"), (0, 1, 0, 0, 2)),
-    "LocalUpdates, overlap TopK int2": (0, 1, 0, 2, 2),
+    **dict.fromkeys((f"LocalUpdates, overlap{options}" for options in OVERLAPS), (0, 1, 0, 0, 2)),
     "LocalUpdates, overlap fragments": (1, 0, 1, 0, 3),
     **dict.fromkeys(("DDP hook, coded", "DDP hook, GradScaler"), 3),
-    "DDP hook, TopK model": 2,
     "FSDP hook, coded": 9,
 }
 # The same over gloo for CPU tensors and NCCL for the device's.
 MIXED_STEPS: dict[str, Waits] = dict.fromkeys((f"LocalUpdates, offload{o}" for o in ("", " overlap")), (0, 0, 0, 1, 3))
 # One worker: a message encoded and decoded, and other programs. Those of other compressors never wait.
 PROGRAMS: dict[str, Waits] = dict.fromkeys(map(describe, compressors(0.05)), 0) | {
-    **dict.fromkeys(("TopK(ratio=0.05)", "TopK(ratio=0.05, values='int8')", "QSGD(levels=127)"), 3),
-    "TopK(ratio=0.05, values='int2', chunk=4096)": 2,
-    "AdaptiveTopK(share=0.5)": 38,
+    **dict.fromkeys((f"TopK(ratio=0.05{o})" for o in ("", ", values='int8'", ", values='int2', chunk=4096")), 1),
+    "AdaptiveTopK(share=0.5)": 36,
     "QSGD()": 8,
+    "QSGD(levels=127)": 3,
     "certify": 68,
     "RandomK without numba": 2,
 }

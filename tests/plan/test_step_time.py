@@ -172,7 +172,8 @@ def test_a_step_by_hand() -> None:
     for compressor, d, hops, fan in (
         (ps.Sign(), 10**6, 1 + 3, 2),
         (ps.Sign(), 8, 2, 4),
-        (ps.TopK(0.1), 10**5, 2 + 1 + 3, 6),
+        (ps.TopK(0.1), 10**6, 1 + 3, 2),
+        (ps.QSGD(), 10**6, 2 + 1 + 3, 6),
     ):
         protocol = choose(compressor, "two-way", d=d, dense=0, workers=4).aggregator
         cost = compressed(protocol, d, 0, 4, lambda work: 0.0).cost

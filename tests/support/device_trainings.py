@@ -8,12 +8,14 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import leftovers
 import torch
 import torch.distributed as dist
+from elastic_fakes import FakeManager
 from pretended_device import FAULTS, Device, Kind, Log, start
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_loops import torch_only
 
 import packsaddle as ps
+from packsaddle.comm import ManagedGroup, Solo, resolve
 from packsaddle.compressors import compressors, describe
 
 EVERY = 4  # inner steps between exchanges
@@ -127,6 +130,40 @@ def local(
     return make
 
 
+class TorchftGloo:
+    """A wrapper of a process group like torchft's with gloo: its only backend is for tensors on the CPU."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        c10d: Any = dist  # its type stubs are incomplete
+        store = dist.PrefixStore("torchft", c10d.distributed_c10d._get_default_store())
+        backend = c10d.ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
+        backend._set_sequence_number_for_group()
+        self._group = c10d.ProcessGroup(store, rank, size)
+        self._group._set_default_backend(c10d.ProcessGroup.BackendType.GLOO)
+        self._group._register_backend(torch.device("cpu"), c10d.ProcessGroup.BackendType.GLOO, backend)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def getBackendName(self) -> str:  # noqa: N802 -- torchft's name
+        return "torchft-gloo"
+
+
+class FakeManagedGroup(ManagedGroup):
+    """The managed group of a fake Manager, over `TorchftGloo`."""
+
+    def __init__(self, manager: FakeManager) -> None:
+        self.manager, self.site = manager, Solo()
+        self.renew()
+        self._group = TorchftGloo(self.rank, self.size)
+
+
+def elastic(model: nn.Module) -> Training:
+    manager = FakeManager(resolve(None))
+    workers = ps.Elastic(manager, group=FakeManagedGroup(manager), leave_on_sigterm=False)
+    return local(TOPK, workers=workers)(model)
+
+
 def muon(model: nn.Module) -> Training:
     matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) is found] for found in (True, False))
     optimizers = [torch.optim.Muon(matrices, 1e-2), torch.optim.AdamW(rest, 1e-3)]
@@ -198,6 +235,7 @@ LOCALS: dict[str, Make] = {
     "LocalUpdates, overlap agreement": local(overlap=2, outer=ps.OuterAgreement()),
     "LocalUpdates, overlap TopK int2": local(ps.TopK(1 / 32, values="int2"), overlap=2),
     "LocalUpdates, overlap fragments": local(overlap=ps.Overlap(1, fragments=2)),
+    "LocalUpdates, elastic": elastic,
     "LocalUpdates, offload": local(offload=True),
     "LocalUpdates, offload overlap": local(offload=True, overlap=2),
 }
@@ -222,10 +260,19 @@ HOOKS: dict[str, Make] = {
 BACKENDS = {"nccl": "nccl", "mixed": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
 # The cases for the backends "mixed" and "gloo". They are few, since these differ from NCCL in few places of the code.
 MIXED = ("LocalUpdates", "LocalUpdates, offload", "LocalUpdates, offload overlap", "DDP hook")
-GLOO = (*MIXED, "CompressedSGD, TopK", "LocalUpdates, overlap", "DDP hook, TopK model", "FSDP hook, uncoded")
+GLOO = (
+    *(*MIXED, "CompressedSGD, TopK", "LocalUpdates, elastic", "LocalUpdates, overlap", "DDP hook, TopK model"),
+    "FSDP hook, uncoded",
+)
 # The cases for devices whose tensors are always exchanged through the host, where torch has no DistributedDataParallel.
 STAGED = (
-    *("CompressedSGD, TopK", "CompressedSGD, QSGD uncoded", "LocalUpdates", "LocalUpdates, clip"),
+    *(
+        "CompressedSGD, TopK",
+        "CompressedSGD, QSGD uncoded",
+        "LocalUpdates",
+        "LocalUpdates, clip",
+        "LocalUpdates, elastic",
+    ),
     *("LocalUpdates, overlap", "LocalUpdates, overlap fragments", "LocalUpdates, offload"),
 )
 # The cases without a process group: those that run different code without a group, and on devices except CUDA.

@@ -12,8 +12,8 @@ from packsaddle import OuterSGD, simulate
 from packsaddle.comm import Solo, resolve
 
 ROUNDS = 6
-# Number of the collective, counted from 0, that confirms the second round. A join has two collectives, a round five.
-CONFIRM = 11
+# Number of the collective, counted from 0, that confirms the second round. A join has two collectives, a round four.
+CONFIRM = 9
 
 
 def adamw(tensors: Any) -> torch.optim.Optimizer:

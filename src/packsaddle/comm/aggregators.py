@@ -319,18 +319,19 @@ class LowRankAllReduce(Aggregator):
 
     def __init__(self, compressor: LowRank) -> None:
         super().__init__(compressor)
-        self._qs: list[Tensor] | None = None
+        # The warm start of each matrix, and a bool[] that is True if it is valid; None: there is no warm start.
+        self._warm: tuple[list[Tensor], Tensor] | None = None
 
     def average(
         self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
-        # If there is a warm start, Q is the warm start plus a tenth of a fresh Gaussian matrix. Otherwise Q is the
-        # Gaussian matrix.
-        fresh = compressor.gaussian(v, seed=seed, step=step)
-        warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
-        qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
+        # If there is a valid warm start, Q is the warm start plus a tenth of a fresh Gaussian matrix. Otherwise Q is
+        # that Gaussian matrix.
+        qs = fresh = compressor.gaussian(v, seed=seed, step=step)
+        if self._warm and [q.shape for q in self._warm[0]] == [f.shape for f in fresh]:
+            qs = [torch.where(self._warm[1], q + 0.1 * f, f) for q, f in zip(self._warm[0], fresh, strict=True)]
         # The first all-reduce: the mean of M_i Q. The columns of P are an orthonormal basis of its columns.
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
@@ -343,18 +344,20 @@ class LowRankAllReduce(Aggregator):
         right = own.parts["right"] if d else dense[:0]
         mean, mean_dense = mean_with_dense(channel, right, "right", dense)
         message = Message({"left": own.parts["left"], "right": mean}) if d else own
-        self._qs = self._next_qs(message, qs)
+        self._warm = self._next(message, qs)
         return Averaged(self._terms(own, d), self._terms(message, d), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         left, right = self.compressor.factor_sizes(d)
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
-    def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the matrices from which the next exchange starts: for each matrix M, (P^T M)^T divided by its largest
-        magnitude, where P and P^T M are the low-rank factors of M in `message`. `qs` are the start matrices of this
-        exchange. Returns None if one of the new start matrices is zero or non-finite, or if the compressor has no
-        matrix shapes."""
+    def _next(self, message: Message, qs: list[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+        """Return the matrices from which the next exchange starts, and a bool[] that is True if they are valid.
+
+        For each matrix M that is (P^T M)^T divided by its largest magnitude, where P and P^T M are the low-rank factors
+        of M in `message`. It is invalid if one of them is zero or non-finite. `qs` are the start matrices of this
+        exchange. Returns None if the compressor has no matrix shapes.
+        """
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
@@ -363,25 +366,25 @@ class LowRankAllReduce(Aggregator):
         # A compressor that `for_tensors` has not bound to shapes has no warm start: Q stays Gaussian.
         if len(following) != len(qs):
             return None
-        # Read a single number, since each read makes the host wait for a GPU.
         valid = [q.any() & q.isfinite().all() for q in following if q.numel()]
-        return following if not valid or torch.stack(valid).all() else None
+        return (following, torch.stack(valid).all()) if valid else None
 
     def reset(self) -> None:
-        self._qs = None
+        self._warm = None
 
     def snapshot(self) -> Any:
         # The list is replaced at every step and never modified in place, so it need not be copied.
-        return self._qs
+        return self._warm
 
     def restore(self, snapshot: Any) -> None:
-        self._qs = snapshot
+        self._warm = snapshot
 
     def state_dict(self) -> dict[str, Any]:
-        return {"qs": self._qs or []}
+        return {"qs": self._warm[0] if self._warm and self._warm[1] else []}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
+        warm = [q.to(device, copy=True) for q in state.get("qs", [])]
+        self._warm = (warm, torch.ones((), dtype=torch.bool, device=device)) if warm else None
 
 
 def mean_of_dense(

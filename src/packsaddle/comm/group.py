@@ -3,14 +3,14 @@
 `Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL).
 `packsaddle.simulate` adds a group of threads.
 
-A TorchGroup stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on CUDA
-with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
+A `StagingGroup` stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on
+CUDA with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
 current stream wait for this, so it overlaps with training if it runs in a background thread.
 """
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -95,7 +95,41 @@ class Solo(Group):
         pass
 
 
-class TorchGroup(Group):
+class StagingGroup(Group):
+    """Base of groups that exchange copies on the host of the tensors on an accelerator for which `stages` is True.
+    Subclasses override `stages`, and implement the collectives of all other tensors, whose names begin with _."""
+
+    _all_reduce: Callable[[Tensor], None]
+    _all_gather: Callable[[Tensor], list[Tensor]]
+    # Sends the next lengths[r] elements of `outgoing` to worker r, and returns the tensors received, concatenated:
+    # _all_to_all(outgoing, lengths, sizes), with sizes[r] elements from rank r.
+    _all_to_all: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+    _broadcast: Callable[[Tensor], None]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._in_place(self._all_reduce, tensor)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [to_device(t, tensor.device) for t in self._all_gather(self._staged(tensor))]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        joined = torch.cat(list(outgoing))  # a single copy to the host, for all messages
+        received = self._all_to_all(self._staged(joined), [len(t) for t in outgoing], sizes)
+        return list(torch.split(to_device(received, joined.device), list(sizes)))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._in_place(self._broadcast, tensor)
+
+    def _in_place(self, collective: Callable[[Tensor], None], tensor: Tensor) -> None:
+        collective(staged := self._staged(tensor))
+        if staged is not tensor:
+            assign(tensor, staged)
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        return to_host(tensor) if self.stages(tensor.device) else tensor
+
+
+class TorchGroup(StagingGroup):
     """A torch.distributed process group, by default torch's default group."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -114,17 +148,11 @@ class TorchGroup(Group):
         assert group is not None
         return group
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self.all_reduce(host := to_host(tensor))
-            assign(tensor, host)
-            return
+    def _all_reduce(self, tensor: Tensor) -> None:
         with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        if self.stages(tensor.device):
-            return [to_device(t, tensor.device) for t in self.all_gather(to_host(tensor))]
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         if self.size > 2 and tensor.device.type == "cpu" and 0 < tensor.nbytes <= SMALL:
             stacked = tensor.new_empty((self.size, *tensor.shape))
             with self.naming_lost_workers():
@@ -135,24 +163,13 @@ class TorchGroup(Group):
             dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
-    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        device = outgoing[0].device
-        if self.stages(device):
-            joined = to_host(torch.cat(list(outgoing)))  # a single copy to the host, for all messages
-            found = self.all_to_all(torch.split(joined, [len(t) for t in outgoing]), sizes)
-            return list(torch.split(to_device(torch.cat(found), device), list(sizes)))
-        received = outgoing[0].new_empty(sum(sizes))
+    def _all_to_all(self, outgoing: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        received = outgoing.new_empty(sum(sizes))
         with self.naming_lost_workers():
-            dist.all_to_all_single(
-                received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
-            )
-        return list(torch.split(received, list(sizes)))
+            dist.all_to_all_single(received, outgoing, list(sizes), list(lengths), self._group)
+        return received
 
-    def broadcast(self, tensor: Tensor) -> None:
-        if self.stages(tensor.device):
-            self.broadcast(host := to_host(tensor))
-            assign(tensor, host)
-            return
+    def _broadcast(self, tensor: Tensor) -> None:
         whole = tensor.contiguous()  # gloo ignores the strides of its output
         data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no 8-bit floats
         with self.naming_lost_workers():

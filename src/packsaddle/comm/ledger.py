@@ -64,11 +64,10 @@ class Ledger:
     >>> print(simulate(work, 2)[0])
     bytes    payload    sent  received
     start     16,392  16,392         8
-    sizes         16      16        16
-    indices       43      43        43
+    indices       44      44        44
     values       164     164       164
     dense          4       4         4
-    total     16,619  16,619       235
+    total     16,604  16,604       220
     """
 
     def __init__(self) -> None:

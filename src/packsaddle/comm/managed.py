@@ -16,7 +16,6 @@ import socket
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from packsaddle.comm.communicator import ObjectCollectives
-from packsaddle.comm.group import Group, Solo, TorchGroup
+from packsaddle.comm.group import Group, Solo, StagingGroup, TorchGroup
 from packsaddle.comm.launching import bound_store, replaced
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
@@ -37,8 +36,10 @@ _CPU = torch.device("cpu")
 _c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
 
 
-class ManagedGroup(Group):
+class ManagedGroup(StagingGroup):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
+
+    It has no all-to-all and no broadcast, since no round of elastic workers needs them.
 
     `site` is the group of this worker's processes. Raises MissingExtraError if torchft is not installed, and
     ConfigError if the Manager has another number of processes than torch's default group.
@@ -67,22 +68,16 @@ class ManagedGroup(Group):
         """Close the connections of the latest quorum, so that no other worker waits for this one in a collective."""
         self._group.abort()
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def stages(self, device: torch.device) -> bool:
+        return device.type != "cpu" and "gloo" in self._group.getBackendName()
+
+    def _all_reduce(self, tensor: Tensor) -> None:
         self._group.allreduce([tensor], _c10d.AllreduceOptions()).wait()
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         self._group.allgather([gathered], [tensor], _c10d.AllgatherOptions()).wait()
         return gathered
-
-    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        received = outgoing[0].new_empty(sum(sizes))
-        options, lengths = _c10d.AllToAllOptions(), [len(t) for t in outgoing]
-        self._group.alltoall_base(received, torch.cat(list(outgoing)), list(sizes), lengths, options).wait()
-        return list(torch.split(received, list(sizes)))
-
-    def broadcast(self, tensor: Tensor) -> None:
-        self._group.broadcast_one(tensor, 0).wait()
 
 
 def processes_of(manager: Any) -> int:

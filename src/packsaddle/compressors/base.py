@@ -33,7 +33,7 @@ class Message:
     >>> sorted(message.parts), message.parts["values"]
     (['indices', 'values'], tensor([-3.,  2.]))
     >>> message.nbytes
-    10
+    9
     """
 
     parts: Mapping[str, Tensor]  # flat tensors [n] of any dtype, by name: "values", "indices", "scales", ...

@@ -1,15 +1,12 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
-A chunk is a run of consecutive coordinates; all chunks have the same length except the last, which may be shorter. The
-number of coordinates kept in each chunk is fixed. An index is coded by its gap from the previous index in its chunk, as
-a Rice code. For k random indices of n coordinates, the codes take log2(n / k) + 1.5 bits per index. For any other k
-indices they take at most 2 log2(e) bits per index more, since the gaps add up to less than n.
+A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
+kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. The code always has the
+size that the most unfavorable k of n indices need, at most log2(n / k) + 2 bits per index (see `wire.encode_indices`).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,7 +66,7 @@ class Chunks:
         coordinates are kept."""
         if self.total == self.whole * self.size + self.rest:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
-        return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)
+        return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter, self._unary_bits)
 
     def decode(self, coded: Tensor) -> Tensor:
         """Decode indices from `encode`, int64[total]. Raises MessageError if any is missing or outside its chunk."""
@@ -81,18 +78,17 @@ class Chunks:
     def expected(self) -> Expected:
         if self.total == self.whole * self.size + self.rest:
             return octets(0)
-        return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
-
-    def bits(self) -> float:
-        if self.total == self.whole * self.size + self.rest:
-            return 0.0
-        b = self._rice_parameter
-        quotients = self.whole * _quotients(self.size, self.kept, b) + _quotients(self.rest, self.kept_of_rest, b)
-        return 8 * (math.ceil((quotients + self.total) / 8) + math.ceil(self.total * b / 8))
+        return octets(wire.rice_bytes(self.total, self._rice_parameter, self._unary_bits))
 
     @property
     def _rice_parameter(self) -> int:
-        return wire.shortest_rice(*((self.size, self.kept) if self.whole else (self.rest, self.kept_of_rest)))
+        return wire.gap_parameter(*((self.size, self.kept) if self.whole else (self.rest, self.kept_of_rest)))
+
+    @property
+    def _unary_bits(self) -> int:
+        """The largest number of bits that the quotients of all gaps take in unary."""
+        b = self._rice_parameter
+        return self.whole * wire.gap_bits(self.size, self.kept, b) + wire.gap_bits(self.rest, self.kept_of_rest, b)
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
@@ -105,17 +101,3 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
     above, equal = magnitudes > least, magnitudes == least
     kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return kept.view(-1).nonzero().squeeze(1)
-
-
-@cache
-def _quotients(n: int, k: int, b: int) -> float:
-    """Return the expected sum of floor(gap / 2^b) for k random indices in [0, n). The gap of an index is the number of
-    integers between it and the previous index."""
-    total, m = 0.0, 1 << b
-    while m <= n - k:
-        log = sum(s * math.lgamma(x) for s, x in ((1, n - m + 1), (-1, n - m - k + 1), (-1, n + 1), (1, n - k + 1)))
-        total += math.exp(log)
-        if log < -30:
-            break
-        m += 1 << b
-    return k * total

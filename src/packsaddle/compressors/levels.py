@@ -60,7 +60,8 @@ class Layer:
 
     @property
     def gaps(self) -> Expected:
-        return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
+        most = wire.gap_bits(self.members, self.coded, self.rice)
+        return octets(*(wire.rice_bytes(self.coded, self.rice, unary) for unary in (self.coded, most)))
 
     @property
     def bits(self) -> float:

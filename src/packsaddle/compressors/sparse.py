@@ -3,7 +3,6 @@
 A vector is divided into cells of consecutive coordinates, so that memory is accessed in contiguous runs.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
-from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
+from packsaddle.compressors.parts import Expected, check_expected, decoding, floats, octets
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
 from packsaddle.compressors.values import (
     ValueFormat,
@@ -331,7 +330,7 @@ class _CodedSupport(Compressor):
         must be at most d."""
         k = min(d, value_count(parts, self.values)) if "values" in parts else 0
         with decoding(self):
-            check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
+            check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Tensor:
         check_values(parts, self.values)
@@ -396,6 +395,12 @@ class TopK(_CodedSupport, _OfEachTensor):
         if self.per_tensor:
             raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
 
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if the number of coordinates follows from the vector's length. A given k may be varied by `apportion`,
+        differently on each worker."""
+        return self.k is None
+
     def chunks(self, d: int) -> Chunks | None:
         """Return the division of a vector of d coordinates into chunks, or None if `chunk` is None."""
         return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
@@ -426,7 +431,8 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         chunks, k = self.chunks(d), self.count(d)
-        return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
+        indices = chunks.expected() if chunks else octets(wire.index_bytes(d, k))
+        return {"indices": indices, **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
         """Raise MessageError unless `parts` fit a vector of d coordinates. If this compressor was given k, the number
@@ -447,11 +453,6 @@ class TopK(_CodedSupport, _OfEachTensor):
         if self.k is None:
             return wire.decode_indices(parts["indices"], self.count(d), d)
         return super()._decode_indices(parts, d)
-
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        chunks, k = self.chunks(d), self.count(d)
-        indices = math.ceil(wire.index_bits(d, k) / 8) if chunks is None else chunks.bits() / 8
-        return indices + sum(part.nbytes(itemsize) for part in value_parts(k, self.values).values())
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.parts import Expected, octets, require
+from packsaddle.compressors.parts import require
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.transfers import indices_where
 
-_BITMAP, _FIXED, _RICE = 0, 1, 2
 _COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
 _SLAB = 1 << 18  # numbers expanded to bits at a time, a multiple of 8, to bound scratch memory
 
@@ -71,26 +70,26 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
 
 
-def pack_rice(numbers: Tensor, b: int, unary: int | None = None) -> Tensor:
+def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
     """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
     The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits. `unary` is
-    the number of bits of the quotients. If it is None, the host waits for it on a GPU."""
+    the number of bits for the quotients, at least `unary_bits`; the rest of these bits are zeros."""
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
-        coded: Tensor = loop(numbers, b)
+        coded: Tensor = loop(numbers, b, unary)
         return coded
     ends = torch.cumsum((numbers >> b) + 1, 0)
-    if unary is None:
-        unary = int(ends[-1]) if len(ends) else 0
     bits = torch.zeros(unary, dtype=torch.bool, device=numbers.device).index_fill_(0, ends - 1, True)
     return torch.cat([pack_bits(bits), pack(numbers & ((1 << b) - 1), b)])
 
 
-def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unpack_rice(
+    packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype, *, padded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Invert `pack_rice`: return the n numbers, and a bool[] that is True if `packed` encodes exactly n numbers, all at
-    most `most`."""
+    most `most`. With `padded`, whole bytes of zeros may follow the quotients."""
     wrong = packed.new_zeros((), dtype=torch.bool)
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
-        found: Tensor | None = loop(packed, n, b, most, dtype)
+        found: Tensor | None = loop(packed, n, b, most, dtype, padded)
         return packed.new_zeros(n, dtype=dtype) if found is None else found, ~wrong if found is not None else wrong
     split = len(packed) - math.ceil(n * b / 8)
     bits = unpack_bits(packed[: max(0, split)], 8 * max(0, split))
@@ -100,17 +99,18 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
     quotients = torch.nn.functional.pad(ends, (1, 0), value=-1).diff() - 1
     numbers = (quotients << b) | unpack(packed[split:], b, n)
     # Check the quotients too: a number with a very long quotient could overflow.
-    is_whole = (bits.sum() == n) & (ends[-1] // 8 + 1 == split)
+    is_whole = (bits.sum() == n) & (padded | (ends[-1] // 8 + 1 == split))
     return numbers.to(dtype), is_whole & (quotients.max() <= most >> b) & (numbers.max() <= most)
 
 
-def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; nothing else is stored.
+def pack_gaps(index: Tensor, kept: int, size: int, b: int, unary: int) -> Tensor:
+    """Encode the gaps between increasing indices, int64[k], in Rice codes with parameter b; nothing else is stored.
+    `unary`, the number of bits for their quotients, must not be too small.
 
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
     c = floor(i / kept), and the first gap of a chunk is relative to its start.
     """
-    return pack_rice(gaps_of(index, kept, size), b)
+    return pack_rice(gaps_of(index, kept, size), b, unary)
 
 
 def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
@@ -129,96 +129,62 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
-    below `stop`; an error names `part`."""
-    index, is_valid = unpack_rice(packed, k, b, stop, torch.int64)
+    below `stop`; an error names `part`. Only the part "indices" may be padded (see `unpack_rice`)."""
+    index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=part == "indices")
     # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
     whole = index.add_(1)[:edge].view(-1, kept)
     whole.cumsum_(1).add_(starts[: edge // kept, None])
     index[edge:].cumsum_(0).add_(starts[edge // kept :])
-    is_valid = is_valid & (whole[: max(0, len(starts) - 1), -1] <= starts[1:]).all()
-    return _required(index, is_valid, stop, part, f"the gaps between {k} numbers below {stop}", len(packed))
-
-
-def _required(index: Tensor, is_valid: Tensor, stop: int, part: str, expected: str, size: int) -> Tensor:
-    """Return increasing indices, decoded from a message's `part` of `size` bytes, after checking with `require` that
-    they are valid and below `stop`. Except on the CPU the check is deferred, so the indices are clamped: memory may be
-    accessed at them before the check."""
-    require(is_valid & (index[-1:] < stop).all(), part, expected, f"{size} bytes that are not")
+    is_valid = is_valid & (whole[: max(0, len(starts) - 1), -1] <= starts[1:]).all() & (index[-1:] < stop).all()
+    require(is_valid, part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
+    # Except on the CPU the check is deferred, and memory may be accessed at the indices before it, so they are clamped.
     return index if index.device.type == "cpu" else index.clamp_(0, max(0, stop - 1))
 
 
 def encode_indices(index: Tensor, d: int) -> Tensor:
-    """Encode increasing indices of [0, d), int64[k], in the shortest of three codes, uint8[...]; k is not stored.
+    """Encode k increasing indices of [0, d), int64[k], as uint8[index_bytes(d, k)]; k is not stored.
 
-    A bitmap takes d bits. Indices of fixed width take k ceil(log2 d) bits. Rice codes of the gaps between indices, with
-    parameter b, take k (b + 1) bits plus the sum of floor(gap / 2^b), which is about log2(d / k) + 1.5 bits per index
-    for a random set. On average, the shortest code exceeds log2 C(d, k) bits, the entropy of a random set, by at most
-    7.5% and three bytes if k/d is at most 1/2.
+    This is the code of Elias and Fano, in terms of gaps. The gaps add up to at most d - k, so their quotients by 2^b
+    take at most k + (d - k) / 2^b bits in unary. The code always has this size, at most log2(d / k) + 2 bits per index,
+    so it need not be announced. With b = 0, it is a bitmap.
     """
     k = len(index)
     if k in (0, d):
         return torch.empty(0, dtype=torch.uint8, device=index.device)
-    width, b = _width(d), _rice_parameter(d, k)
-    # If b is 0, there are no remainders, and the Rice codes are the bits of the bitmap up to its last 1.
-    rice = pack_gaps(index, k, d, b) if b else _bitmap(index, d)[: int(index[-1]) // 8 + 1]
-    sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
-    code = min(sizes, key=lambda c: sizes[c])
-    body = pack(index, width) if code == _FIXED else _bitmap(index, d) if code == _BITMAP and b else rice
-    return torch.cat([body.new_full((1,), code), body])
-
-
-def _bitmap(index: Tensor, d: int) -> Tensor:
-    return pack_bits(torch.zeros(d, dtype=torch.bool, device=index.device).index_fill_(0, index, True))
+    b = gap_parameter(d, k)
+    return pack_gaps(index, k, d, b, gap_bits(d, k, b))
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`. Raises
+    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must have `index_bytes` bytes. Raises
     MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
-    # The encoder uses the shortest code, so the code follows from the length. The first byte is only compared with this
-    # code, on the device, since the host would have to wait for a GPU to read it.
-    sizes, body = {code: math.ceil(bits / 8) for code, bits in ((_BITMAP, d), (_FIXED, k * _width(d)))}, coded[1:]
-    code = _RICE if len(body) < min(sizes.values()) else min(sizes, key=lambda c: sizes[c])
-    require(coded[0] == code, "indices", f"in code {code} if it has {len(coded)} bytes", "another code")
-    if code == _RICE:
-        return unpack_gaps(body, k, k, d, _rice_parameter(d, k), d)
-    bits = unpack_bits(body, d) if code == _BITMAP else None
-    index = unpack(body, _width(d), k) if bits is None else indices_where(bits, k)
-    is_valid = (index[1:] > index[:-1]).all() if bits is None else bits.sum() == k
-    return _required(index, is_valid, d, "indices", f"{k} increasing numbers below {d}", len(coded))
+    return unpack_gaps(coded, k, k, d, gap_parameter(d, k), d)
 
 
-def index_bytes(d: int, k: int) -> Expected:
-    return octets(0) if k in (0, d) else octets(2, 1 + math.ceil(min(d, k * _width(d)) / 8))
-
-
-def gap_bytes(k: int, chunks: int, size: int, b: int) -> Expected:
-    remainders = math.ceil(k * b / 8)
-    return octets(remainders + math.ceil(k / 8), remainders + math.ceil((k + chunks * (size >> b)) / 8))
-
-
-def index_bits(d: int, k: int) -> float:
-    """Predict the number of bits of `encode_indices` for k random indices of [0, d), including the first byte."""
+def index_bytes(d: int, k: int) -> int:
+    """Return the number of bytes of `encode_indices` for k indices of [0, d)."""
     if k in (0, d):
-        return 0.0
-    b = _rice_parameter(d, k)
-    # A gap is nearly geometric with success probability p = k / d. With q = (1 - p)^(2^b), its quotient by 2^b has the
-    # mean q / (1 - q).
-    q = (1 - k / d) ** (1 << b)
-    rice = k * (b + 1 + q / (1 - q))
-    return 8 + min(d, k * _width(d), rice)
+        return 0
+    b = gap_parameter(d, k)
+    return rice_bytes(k, b, gap_bits(d, k, b))
 
 
-def _width(d: int) -> int:
-    return max(1, (d - 1).bit_length())
+def gap_parameter(n: int, k: int) -> int:
+    """Return the Rice parameter b that minimizes the bits of k gaps in [0, n): k b + `gap_bits`."""
+    return max(0, ((n - k) // k).bit_length() - 1)
 
 
-def _rice_parameter(d: int, k: int) -> int:
-    """Return the Rice parameter, the least b with 2^b >= log(2) * mean gap, for k indices below d (Golomb 1966)."""
-    mean_gap = (d - k) / k
-    return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
+def gap_bits(n: int, k: int, b: int) -> int:
+    """Return the largest number of bits that the quotients of k gaps in [0, n) by 2^b take in unary."""
+    return k + ((n - k) >> b)
+
+
+def rice_bytes(n: int, b: int, unary: int) -> int:
+    """Return the number of bytes of `pack_rice` for n numbers."""
+    return math.ceil(unary / 8) + math.ceil(n * b / 8)
 
 
 def shortest_rice(n: int, k: int) -> int:

@@ -117,7 +117,9 @@ class ElasticWorkers:
         self._compression, self._schedule = options.compression, schedule
         self._arguments_hash = 0
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
-        self._device = fragments[0].anchor.flat.device
+        # The device of small messages, such as `Hello`: the CPU, unless the group cannot exchange its tensors.
+        device = fragments[0].anchor.flat.device
+        self._device = torch.device("cpu") if channel.group.stages(device) else device
         self._site = within or Solo()
         self._objects = ObjectCollectives(self._site, torch.device("cpu"))
         splits = {is_split(p) for part in fragments for p in part.parameters}

@@ -250,20 +250,17 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
         out[place] = np.uint8((accumulator << np.uint64(8 - held)) & np.uint64(255))
 
 
-def pack_rice(numbers: Tensor, b: int) -> Tensor:
+def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
     """Encode nonnegative integers in Rice codes with remainders of b bits, uint8[...]. See `wire.pack_rice`."""
-    return torch.from_numpy(_pack_rice(numbers.numpy(), b))
+    return torch.from_numpy(_pack_rice(numbers.numpy(), b, unary))
 
 
 @compiled_loop
-def _pack_rice(numbers: Array, b: int) -> Array:
-    bits = np.int64(len(numbers))
-    for i in range(len(numbers)):
-        bits += np.int64(numbers[i]) >> b
-    coded = np.zeros((bits + 7) // 8 + (len(numbers) * b + 7) // 8, np.uint8)
+def _pack_rice(numbers: Array, b: int, unary: int) -> Array:
+    coded = np.zeros((unary + 7) // 8 + (len(numbers) * b + 7) // 8, np.uint8)
     # Write all quotients by 2^b in unary, as zeros and a one; then all remainders, one group of numbers at a time.
     remainders, bit = np.empty(_GROUP, np.int64), np.int64(0)
-    rest = coded[(bits + 7) // 8 :]
+    rest = coded[(unary + 7) // 8 :]
     for group in range(0, len(numbers), _GROUP):
         held = numbers[group : group + _GROUP]
         for i in range(len(held)):
@@ -311,7 +308,7 @@ def pack_layer(
         _list_places(codes.numpy(), low, high, True, places)
     gaps = np.diff(places[:coded], prepend=dtype(-1))
     gaps -= 1
-    return torch.from_numpy(_pack_rice(gaps, b)), kept
+    return torch.from_numpy(_pack_rice(gaps, b, int((gaps >> b).sum()) + coded)), kept
 
 
 @compiled_loop
@@ -325,13 +322,14 @@ def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Arra
         n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
 
 
-def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
-    """Invert `pack_rice`: return the n numbers, or None unless `packed` encodes exactly n numbers of at most `most`."""
+def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype, padded: bool) -> Tensor | None:
+    """Invert `pack_rice`: return the n numbers, or None unless `packed` encodes exactly n numbers of at most `most`.
+    With `padded`, whole bytes of zeros may follow the quotients."""
     split = len(packed) - -(-n * b // 8)
     if split < 0:
         return None
     coded, out = packed.numpy(), torch.empty(n, dtype=dtype)
-    return out if _unpack_rice(coded[:split], coded[split:], b, most, out.numpy()) else None
+    return out if _unpack_rice(coded[:split], coded[split:], b, most, padded, out.numpy()) else None
 
 
 _IS_ONE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
@@ -341,7 +339,7 @@ _PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)
 
 
 @compiled_loop
-def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bool:
+def _unpack_rice(unary: Array, rest: Array, b: int, most: int, padded: bool, out: Array) -> bool:
     ends, remainders = np.empty(_GROUP + 17, np.int64), np.zeros(_GROUP, np.int64)
     # `ends` begins with the place of the last 1 bit of the previous group. The places of the next 1 bits follow.
     ends[0] = -1
@@ -368,6 +366,8 @@ def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bo
         pending -= n
         for i in range(pending + 1):
             ends[i] = ends[n + i]
+    while padded and byte_at < len(unary) and unary[byte_at] == 0:
+        byte_at += 1
     # Check the longest quotient too: shifted by b bits, it could overflow to a small `number`.
     return bool(pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most)
 
