@@ -6,6 +6,7 @@ Memories on disk are in test_memory_file.py.
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,7 @@ def test_a_worker_that_is_behind_or_alone_in_a_round_takes_its_pending_updates_a
 ) -> None:
     """What it sent in a round that the others do not have is lost, and counted; what it kept is not."""
     worker, other = joined(), joined()
+    membership(other).roster.run = membership(worker).roster.run
     other.train(3 + extra // 2)
     worker.train(2 + extra)
     pending = worker.local.pending()
@@ -152,7 +154,75 @@ def test_a_worker_that_is_behind_or_alone_in_a_round_takes_its_pending_updates_a
     worker.train(2)
     lost = membership(worker).roster.gone
     assert lost == pytest.approx(sent, abs=1e-12)
-    assert f"was in a round that the others do not have: what it sent, of norm {lost:.3g}, is lost" in caplog.text
+    line = f"was in a round that the others do not have: what it sent, of norm {lost:.3g}, is lost"
+    assert (line in caplog.text) == (extra > 0)
+    assert ("what it sent" in caplog.text) == (extra > 0)
+
+
+@pytest.mark.parametrize("rounds", [1, 70])
+def test_a_worker_that_is_only_behind_loses_nothing(rounds: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Not by more rounds than the others' history remembers either."""
+
+    def run(rank: int) -> Worker:
+        worker = joined()
+        worker.train(3)
+        if rank == 0:  # goes on alone, and the other one with its state
+            worker.manager.group = Solo()
+            worker.train(3 * rounds)
+            states.append(worker.manager.save())
+        return worker
+
+    states: list[Any] = []
+    first, behind = simulate(run, 2)
+    pending = behind.local.pending()
+    behind.manager.load(states[0])
+    assert torch.equal(behind.anchor(), first.anchor())
+    torch.testing.assert_close(behind.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    assert membership(behind).account.found_lost == 0
+    assert "what it sent" not in caplog.text
+
+
+# ---- two runs
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("same", [False, True])
+def test_a_worker_that_has_trained_keeps_its_run(same: bool, tmp_path: Path) -> None:
+    """Two newcomers have formed a quorum without it, and made more rounds than it has: it is refused, and loses
+    nothing. Nor does it load fewer rounds of its own run, from an old checkpoint."""
+
+    def run(rank: int) -> Worker:
+        newcomer = joined()
+        newcomer.train(9)
+        return newcomer
+
+    survivor = joined(settings={"memory_file": tmp_path / "memory"})
+    survivor.train(13 if same else 4)
+    file = (tmp_path / "memory").read_bytes()
+    state = simulate(run, 2)[0].manager.save()
+    if same:
+        state["roster"]["run"] = membership(survivor).roster.run
+        state["fragments"][0]["rounds"] = 2
+    survivor.manager.before_quorum = lambda: survivor.manager.load(state)
+    with pytest.raises(ConfigError, match="would replace . rounds of run .* of this worker, which keeps its state"):
+        survivor.train(2)
+    check_nothing_is_lost([survivor], pending=True)
+    assert (tmp_path / "memory").read_bytes() == file
+    survivor.manager.before_quorum = lambda: None  # the newcomers are gone
+    assert survivor.local.flush()
+    check_nothing_is_lost([survivor], pending=False)
+
+
+def test_a_worker_that_has_only_joined_may_change_its_run() -> None:
+    """It has nothing that is lost: its steps since are kept."""
+    alone, other = joined(), joined()
+    other.train(3)
+    alone.train(2)
+    pending = alone.local.pending()
+    alone.manager.load(other.manager.save())
+    assert torch.equal(alone.anchor(), other.anchor())
+    torch.testing.assert_close(alone.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    assert membership(alone).roster.run == membership(other).roster.run
 
 
 # ---- newcomers

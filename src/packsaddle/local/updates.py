@@ -273,7 +273,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def _enter(self) -> bool:
         """Join elastic workers unless this worker has joined; return True if their parameters were loaded."""
         entered = self._workers.enter()
-        self.steps = max(self.steps, self._workers.steps) if entered else self.steps
+        self.steps = max(self.steps, self._workers.steps)
         return entered
 
     @torch.no_grad()
@@ -428,7 +428,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
-        return self._workers.flush(compressor, self.steps)
+        applied = self._workers.flush(compressor, self.steps)
+        self.steps = max(self.steps, self._workers.steps)  # elastic workers may have joined
+        return applied
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:

@@ -189,6 +189,8 @@ class ElasticWorkers:
 
     def _totals(self, *numbers: int) -> list[int]:
         """Return integers, each summed over the processes of the site, modulo 2^64."""
+        if self._site.size == 1:
+            return list(map(int, numbers))
         totals = torch.tensor(numbers, dtype=torch.int64)
         self._site.all_reduce(totals)
         return totals.tolist()
@@ -334,6 +336,7 @@ class ElasticWorkers:
             with fail_together(self._site), self._sigterm.waiting():
                 manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
         except (ConfigError, PeerLostError):
+            self._break()
             raise
         except Exception as error:  # torchft raises errors of several types
             # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
@@ -629,6 +632,7 @@ class ElasticWorkers:
             self._shared_state.validate(state)
         except ValueError as error:  # the arguments, which would explain the error, are only compared later
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
+        self._check_run(state)
         # Commit the exchange in doubt if the anchor of the others includes this worker's last attempt; else roll it
         # back.
         own, is_new = self.account, not self.roster.past
@@ -649,7 +653,7 @@ class ElasticWorkers:
             for part in self._fragments:
                 part.feedback.reset()
             own.start_count(self._weight())
-        elif not is_new and self.roster.history not in (*state["roster"]["past"], state["roster"]["history"]):
+        elif included < own.included:
             own.found_lost += own.sent
             _log.warning(
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
@@ -674,6 +678,24 @@ class ElasticWorkers:
                     load_states(self._inner, state["inner"])
                 except ValueError as error:
                     raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
+
+    def _check_run(self, state: Mapping[str, Any]) -> None:
+        """Raise ConfigError, with nothing changed, if this worker would lose rounds by loading the state of another
+        worker: a state from another run, or one with fewer rounds of this run.
+
+        torchft lets newcomers begin a run of their own if the other workers do not answer in time.
+        """
+        mine, theirs = self._rounds, sum(part["rounds"] for part in state["fragments"])
+        run = state["roster"]["run"]
+        # A worker may be one round ahead, which the others have rolled back. It has as many exchanges as there are
+        # fragments if it was uncompressed.
+        if mine and (run != self.roster.run or theirs < mine - len(self._fragments)):
+            raise ConfigError(
+                f"the state of the others has {theirs} rounds of run {run:x}, and would replace {mine} rounds of run "
+                f"{self.roster.run:x} of this worker, which keeps its state and its memory file. Restart the workers "
+                f"of the run that must end, and set the lighthouse's --join_timeout_ms above connect(timeout=); load "
+                f"manager.state_dict() with a checkpoint"
+            )
 
     def fields(self) -> list[Value]:
         """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
