@@ -204,7 +204,7 @@ def test_a_worker_that_has_trained_keeps_its_run(same: bool, tmp_path: Path) -> 
         state["roster"]["run"] = membership(survivor).roster.run
         state["fragments"][0]["rounds"] = 2
     survivor.manager.before_quorum = lambda: survivor.manager.load(state)
-    with pytest.raises(ConfigError, match="would replace . rounds of run .* of this worker, which keeps its state"):
+    with pytest.raises(ConfigError, match=r"would replace . rounds of run .* of this worker, which keeps its state"):
         survivor.train(2)
     check_nothing_is_lost([survivor], pending=True)
     assert (tmp_path / "memory").read_bytes() == file
@@ -562,7 +562,7 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
 def test_an_identity_says_version_size_and_round() -> None:
     worker = joined()
     worker.train(6)
-    lines = membership(worker)._message().split("\n")
+    lines = membership(worker)._greeting._message().split("\n")
     assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
     assert lines[1].startswith("compressor=TopK(")
     assert lines[2:] == ["d=30", "round=2"]

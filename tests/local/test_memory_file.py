@@ -105,7 +105,7 @@ def test_a_worker_that_is_killed_within_a_round_loses_no_memory(committed: bool,
     killed.manager.should_commit = kill  # type: ignore[method-assign]
     with pytest.raises(KilledError):
         killed.train(1)
-    file = membership(killed)._file
+    file = membership(killed)._pending.file
     assert file is not None
     file.close()
     state = twin.manager.save()

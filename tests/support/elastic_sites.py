@@ -195,7 +195,7 @@ class Process:
         workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False, memory_file=file)
         self.local = LocalUpdates(self.optimizer, run.compression, every=2, workers=workers)
         assert isinstance(self.local._workers, ElasticWorkers)
-        run.files_of[life.number, process] = self.local._workers._file
+        run.files_of[life.number, process] = self.local._workers._pending.file
         self.moved = torch.zeros(30, dtype=torch.float64)
         self.before = self.moved.clone()
         self.steps = 0
@@ -207,7 +207,7 @@ class Process:
         while True:
             over = torch.tensor([local.rounds >= self.run.rounds and (self.life.name != "0" or self.run.is_last())])
             assert isinstance(local._workers, ElasticWorkers)
-            local._workers._site.all_reduce(over := over.int())
+            local._workers.site.group.all_reduce(over := over.int())
             if over == PROCESSES:
                 break
             self.step()
