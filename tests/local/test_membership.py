@@ -29,7 +29,7 @@ from packsaddle import Compression, Compressor, Elastic, Identity, LocalUpdates,
 from packsaddle.comm import PeerLostError, Solo, connect, resolve
 from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.local.participation import share
+from packsaddle.local.participation import share_of
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ CASES: list[dict[str, Any]] = [
     },
     {"compressor": Compression(RandomK(0.3), dense_below=0), "noise": 0.01, "decay": 0.9},
     {"inner": adamw, "outer": nesterov, "agreement": 0.5, "mean_momentum": 0.0, "exchange": "direct"},
+    {"inner": adamw, "compressor": Compression(TopK(0.25, values="int8"), "two-way", dense_below=0)},
 ]
 
 
@@ -289,9 +290,9 @@ def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) 
 
 
 def test_shares() -> None:
-    assert [share([0.1] * 7, i) for i in range(7)] == [1.0] * 7  # exactly, so that equal weights change no bit
-    assert [share([1.0, 3.0], i) for i in (0, 1)] == [0.5, 1.5]
-    assert [share([0.0, 3.0], i) for i in (0, 1)] == [0.0, 2.0]
+    assert [share_of([0.1] * 7, i) for i in range(7)] == [1.0] * 7  # exactly, so that equal weights change no bit
+    assert [share_of([1.0, 3.0], i) for i in (0, 1)] == [0.5, 1.5]
+    assert [share_of([0.0, 3.0], i) for i in (0, 1)] == [0.0, 2.0]
 
 
 def test_a_faster_worker_does_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:

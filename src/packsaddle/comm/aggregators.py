@@ -1,7 +1,7 @@
 """Aggregators: averaging of compressed vectors over workers. Each class here returns the exact mean of the messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +120,9 @@ class Work:
 
 class Aggregator(ABC):
     """A method of averaging compressed vectors C(v), and uncompressed parts, over workers."""
+
+    # Ranks of the workers that may own a chunk in the next exchange (see `Owners`), sorted; None: all workers.
+    owners: Sequence[int] | None = None
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor

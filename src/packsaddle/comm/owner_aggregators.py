@@ -1,16 +1,22 @@
 """Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star.
+With `TwoWay` each worker of the exchange owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the
+paper's star.
 
 In its own chunk an owner averages its v uncompressed, since it need not send it. It may compress the mean again. If r
 is the residual of the compressed mean, it keeps W r in its error memory, so that the next mean contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
+
+The workers that own a chunk may differ from one exchange to the next, since e_j is part of the v_j that worker j sends.
 """
 
 from abc import abstractmethod
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Aggregator, Averaged, Dense, Invalid, Term, Work, dense_of, mean_of_dense
@@ -192,14 +198,22 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends the
-    means, by default also compressed, to all workers."""
+    """Each of the `owners` owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends
+    the means, by default also compressed, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
 
     def bounds(self, d: int, workers: int) -> list[int]:
-        return [j * d // workers for j in range(workers + 1)]
+        owners = range(workers) if self.owners is None else self.owners
+        ends = {rank: j * d // len(owners) for j, rank in enumerate(owners, start=1)}
+        return [0, *accumulate((ends.get(rank, 0) for rank in range(workers)), max)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.owners is None else {"owners": list(self.owners)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.owners = state.get("owners")
 
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None

@@ -103,12 +103,19 @@ class ErrorFeedback:
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
-    def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
+    def use(
+        self,
+        compressor: Compressor,
+        exchange: str = "direct",
+        *,
+        allotted: Compressor | None = None,
+        owners: Sequence[int] | None = None,
+    ) -> None:
         """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
 
         `compressor` is for the whole vector. `allotted`, if given, is the compressor of this slice, whose number of
-        coordinates to send depends on the other slices. Raises ValueError if
-        the exchange does not support the compressor.
+        coordinates to send depends on the other slices. `owners` are the ranks of the workers that may own a chunk of
+        a two-way exchange; None: all. Raises ValueError if the exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -126,6 +133,7 @@ class ErrorFeedback:
         assert self._by_size is not None
         # The number of coordinates to send may change in each step.
         self.choice.aggregator.adopt(allotted or self._by_size)
+        self.choice.aggregator.owners = owners
 
     def _restricted(self, compressor: Compressor) -> Compressor:
         n = self.slice.compressed_d

@@ -83,10 +83,11 @@ class Fragment(Slice):
     def trained_parameters(self) -> list[Tensor]:
         return [each.parameter for each in self.trained if each.requires_grad]
 
-    def use(self, compressor: Compressor) -> None:
-        """Use another compressor from now on. The start point may move, but the parameters x do not. Raises ValueError
-        if the exchange does not support the compressor."""
-        self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
+    def use(self, compressor: Compressor, owners: Sequence[int] | None = None) -> None:
+        """Use a compressor, and in a two-way exchange the workers of these ranks as owners (None: all), from now on.
+        The start point may move, but the parameters x do not. Raises ValueError if the exchange does not support the
+        compressor."""
+        self.feedback.use(compressor, self.options.compression.exchange_of(compressor), owners=owners)
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
@@ -243,16 +244,20 @@ class Fragment(Slice):
             is_delayed = self.current is not None and self.current.applied
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
+            self.anchor.own(self.feedback.owned)
         # If this worker owns coordinates, `use` has moved its start point and recorded the move in `owed`. Adding the
         # saved "shift" cancels that record.
-        for name in ("shift", "owed"):
-            if saved[name]:
-                vector = self.zeros().flat
-                self._fill(vector, saved[name])
-                self.anchor.owe(vector)
-        # A delayed exchange will move x to the start point, so `owed` is cleared, except for frozen parameters.
+        self._owe(saved["shift"])
+        # A delayed exchange will move x to the start point, so that record is cleared, except for frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
+        self._owe(saved["owed"])
+
+    def _owe(self, saved: Mapping[str, Tensor]) -> None:
+        if saved:
+            vector = self.zeros().flat
+            self._fill(vector, saved)
+            self.anchor.owe(vector)
 
     def _saved_exchange(self) -> SavedExchange | None:
         return None if self.current is None else self.current.saved()

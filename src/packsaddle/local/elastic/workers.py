@@ -57,7 +57,6 @@ from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.pace import paces
-from packsaddle.local.participation import share
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
 from packsaddle.numerics.devices import wide
@@ -282,7 +281,7 @@ class ElasticWorkers(Membership):
         self._energy = 0.0
         for part in parts:
             flush = Identity() if dense else None
-            r = LocalRound.begin(part, self.steps, share(weights, self._group.rank), flush=flush)
+            r = LocalRound.begin(part, self.steps, weights, flush=flush)
             r.agrees = len({hello.frozen for hello in hellos}) == 1
             self._reactions.outcomes.register(r)
             assert r.exchanged is not None
