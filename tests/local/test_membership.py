@@ -441,6 +441,30 @@ def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again() -> None:
         torch.testing.assert_close(back.local.pending(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weights", [(1, 0, 2), (1, 1, 1)])
+def test_the_owners_of_a_round_are_the_workers_with_an_update(weights: tuple[int, ...]) -> None:
+    """Chunks are divided again: also one that has only joined, which keeps no residual, receives the mean."""
+
+    def run(rank: int) -> tuple[Worker, slice]:
+        worker = joined(compressor=Compression(TopK(0.25), "two-way", dense_below=0))
+        membership(worker).paces = [10]
+        worker.train(weights[rank])
+        assert membership(worker).round(uncompressed=False)
+        return worker, worker.local._fragments[0].feedback.owned
+
+    found = simulate(run, 3)
+    owned = [(part.start, part.stop) for _, part in found]
+    assert owned == ([(0, 15), (15, 15), (15, 30)] if 0 in weights else [(0, 10), (10, 20), (20, 30)])
+    check_nothing_is_lost([worker for (worker, _), weight in zip(found, weights, strict=True) if weight], pending=True)
+    assert all(torch.equal(worker.anchor(), found[0][0].anchor()) for worker, _ in found)
+
+
+def test_the_exchange_does_not_depend_on_the_number_of_workers() -> None:
+    """Which a newcomer would not know."""
+    spec = Compression(Sign(), "auto", dense_below=0)
+    assert {joined(compressor=spec).local.options.compression.exchange} == {"direct"}
+
+
 # ---- what is refused
 
 
