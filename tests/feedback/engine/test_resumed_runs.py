@@ -75,6 +75,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "warm start": {"compressor": LowRank(1)},
         "sampled": {"every": 2, "sample": 0.5, "weight": 1.5},
         "sampled, overlapped": {"every": 3, "delay": 2, "sample": 0.5, "exchange": "two-way"},
+        "sampled, 16 bits": {"every": 2, "delay": 1, "sample": 0.5, "dtype": torch.bfloat16},
         "escape": {"every": 2, "escape": ESCAPE},
     },
     "local, two optimizers": {
