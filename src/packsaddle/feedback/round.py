@@ -35,7 +35,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator."""
+    """The saved state of an aggregator, and the compressor with which it was saved."""
 
     compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
     state: dict[str, Any]
@@ -63,7 +63,7 @@ class ErrorFeedback:
     """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        memory: the error memory of the slice, some parameters as one vector.
+        memory: the error memory of the slice. A slice is a set of parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
         contraction: measures the contraction from that vector and its residual.
@@ -103,19 +103,12 @@ class ErrorFeedback:
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
-    def use(
-        self,
-        compressor: Compressor,
-        exchange: str = "direct",
-        *,
-        allotted: Compressor | None = None,
-        owners: Sequence[int] | None = None,
-    ) -> None:
+    def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
 
         `compressor` is for the whole vector. `allotted`, if given, is the compressor of this slice, whose number of
-        coordinates to send depends on the other slices. `owners` are the ranks of the workers that may own a chunk of
-        a two-way exchange; None: all. Raises ValueError if the exchange does not support the compressor.
+        coordinates to send depends on the other slices. Raises ValueError if
+        the exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -133,7 +126,6 @@ class ErrorFeedback:
         assert self._by_size is not None
         # The number of coordinates to send may change in each step.
         self.choice.aggregator.adopt(allotted or self._by_size)
-        self.choice.aggregator.owners = owners
 
     def _restricted(self, compressor: Compressor) -> Compressor:
         n = self.slice.compressed_d
@@ -211,9 +203,9 @@ class Round:
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
         collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
-        the removed part is added to the residual. `measure` computes numbers, float[m], from the vector that this
-        worker sends, float[n], C(v) and v's uncompressed part; they are averaged as `extras` are. This method may run
-        in another thread.
+        the removed part is added to the residual. `measure` is a function of the vector that this worker sends,
+        float[n], which consists of C(v) and the uncompressed part of v. It returns numbers, float[m], which are
+        averaged like `extras`. This method may run in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight

@@ -87,7 +87,8 @@ class Fragment(Slice):
         """Use a compressor, and in a two-way exchange the workers of these ranks as owners (None: all), from now on.
         The start point may move, but the parameters x do not. Raises ValueError if the exchange does not support the
         compressor."""
-        self.feedback.use(compressor, self.options.compression.exchange_of(compressor), owners=owners)
+        self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
+        self.feedback.choice.aggregator.owners = owners
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
