@@ -30,13 +30,9 @@ class Greeting:
     def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
         self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
         self._device = own.fragments[0].anchor.flat.device
-        # Returns a text that must be equal on all workers; `hash_arguments` computes its hash.
+        # Returns a text that must be equal on all workers.
         self.arguments: Callable[[], str] = str
-        self._arguments_hash = 0
-
-    def hash_arguments(self) -> None:
-        """Set the hash of the arguments that the next Hello contains."""
-        self._arguments_hash = hash_of(self.arguments())
+        self._arguments_hash = 0  # hash of this text when the worker joined
 
     def exchange(self, *, dense: bool, seconds: float) -> list[Hello]:
         """Exchange the Hello messages, and check that all of them fit (see `_check`); collective. Returns the messages
@@ -46,6 +42,8 @@ class Greeting:
             dense: this worker requests a round that sends all pending updates.
             seconds: this process's seconds per inner step; 0: unknown.
         """
+        if not self._own.has_joined:
+            self._arguments_hash = hash_of(self.arguments())
         mine = self._hello(dense=dense, seconds=seconds)
         with self._own.site.fails_together():
             gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from packsaddle.comm.group import Group
-from packsaddle.feedback.state import Path, Value, attribute
+from packsaddle.feedback.state import Value, attribute, skip
 from packsaddle.local.elastic.roster import Account, Roster
 from packsaddle.local.elastic.site import Site
 from packsaddle.local.fragment import Fragment
@@ -65,7 +65,8 @@ class Membership:
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self.site.gather(float(rule())))) if callable(rule) else rule)
 
-    def own_fields(self, path: Path) -> list[Value]:
+    def fields(self) -> list[Value]:
         """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
+        path, share = ("membership",), Value(("share",), float, lambda: 1.0, skip)
         own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
-        return [*own, *self.roster.fields((*path, "roster"))]
+        return [share, *own, *self.roster.fields((*path, "roster"))]

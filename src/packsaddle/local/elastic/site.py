@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
@@ -13,8 +12,8 @@ from packsaddle.comm.sites import fail_together
 from packsaddle.local.fragment import Fragment
 
 
-class Site:
-    """The processes of this worker. All methods are collective over them.
+class Site(ObjectCollectives):
+    """The processes of this worker, and their collectives.
 
     Args:
         within: the group of the processes; None: the worker is one process.
@@ -25,11 +24,10 @@ class Site:
         splits = {is_split(p) for part in fragments for p in part.parameters}
         if within is not None and len(splits) > 1:
             raise ValueError("parameters must all be sharded in a site with a manager, or none, and some are not")
-        self.group = within or Solo()
+        super().__init__(within or Solo(), torch.device("cpu"))
         self.size = self.group.size
         # True if the site has several processes, each of which has the whole model.
         self.has_replicas = within is not None and splits == {False}
-        self._objects = ObjectCollectives(self.group, torch.device("cpu"))
 
     def totals(self, *numbers: int) -> list[int]:
         """Return integers, each summed over the processes, modulo 2^64."""
@@ -42,14 +40,6 @@ class Site:
     def any(self, flag: bool) -> bool:
         """Return True if the flag is True on one of the processes."""
         return self.totals(flag)[0] > 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank."""
-        return self._objects.gather(value)
-
-    def send(self, value: Any, source: int) -> Any:
-        """Return the value of the process of rank `source`."""
-        return self._objects.send(value, source)
 
     def fails_together(self) -> AbstractContextManager[None]:
         """Context manager that raises an error on all processes if its block raises one on a process."""

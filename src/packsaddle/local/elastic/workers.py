@@ -42,7 +42,6 @@ from packsaddle.comm.sites import SiteGroup
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.feedback.state import Value, skip
 from packsaddle.local.after import Reactions
 from packsaddle.local.clipping import Standing
 from packsaddle.local.elastic.greeting import Greeting
@@ -194,8 +193,6 @@ class ElasticWorkers(Membership):
         With `uncompressed`, all pending updates are sent. Raises PeerLostError if no round is committed in `patience`
         seconds, and ConfigError if this worker's arguments differ from those of the others.
         """
-        if not self.has_joined:
-            self._greeting.hash_arguments()
         # Measure the time of an inner step, from which `_commit` chooses the steps of the next round.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
@@ -353,9 +350,6 @@ class ElasticWorkers(Membership):
                 f"({self._reactions.outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
             )
         return applied
-
-    def fields(self) -> list[Value]:
-        return [Value(("share",), float, lambda: 1.0, skip), *self.own_fields(("membership",))]
 
     # Methods that have no function for elastic workers.
 
