@@ -138,10 +138,10 @@ class Recovery:
         # fragments if it was uncompressed.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
             raise ConfigError(
-                f"the state of the others has {theirs} rounds of run {run:x}, and would replace {mine} rounds of run "
-                f"{own_run:x} of this worker, which keeps its state and its memory file. Restart the workers of the "
-                f"run that must end, and set the lighthouse's --join_timeout_ms above connect(timeout=); load "
-                f"manager.state_dict() with a checkpoint"
+                f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
+                f"(rounds: {mine}, run: {own_run:x}), which keeps its state and its memory file. Restart the workers "
+                f"of the run that must end, and set the lighthouse's --join_timeout_ms above connect(timeout=). After "
+                f"a checkpoint is loaded, load manager.state_dict() too"
             )
 
     def _compare_attempts(self, included: int) -> bool:
