@@ -124,7 +124,7 @@ class Recovery:
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ConfigError, with nothing changed, if the state does not fit, or if this worker would lose rounds by
-        loading it: if it is from another run, or has fewer rounds of this run.
+        loading it: if it is from another run, or has fewer rounds of this run. The memory file is then up to date.
 
         torchft lets newcomers begin a run of their own if the other workers do not answer in time.
         """
@@ -137,11 +137,12 @@ class Recovery:
         # A worker may be one round ahead, which the others have rolled back. It has as many exchanges as there are
         # fragments if it was uncompressed.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
+            self._pending.save()
             raise ConfigError(
                 f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
-                f"(rounds: {mine}, run: {own_run:x}), which keeps its state and its memory file. Restart the workers "
-                f"of the run that must end, and set the lighthouse's --join_timeout_ms above connect(timeout=). After "
-                f"a checkpoint is loaded, load manager.state_dict() too"
+                f"(rounds: {mine}, run: {own_run:x}), which keeps its state, and has saved its pending updates to its "
+                f"memory file, if any. Restart the workers of the run that must end, and set the lighthouse's "
+                f"--join_timeout_ms above connect(timeout=). After a checkpoint is loaded, load manager.state_dict() too"
             )
 
     def _compare_attempts(self, included: int) -> bool:
