@@ -142,7 +142,7 @@ class Recovery:
                 f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
                 f"(rounds: {mine}, run: {own_run:x}), which keeps its state, and has saved its pending updates to its "
                 f"memory file, if any. Restart the workers of the run that must end, and set the lighthouse's "
-                f"--join_timeout_ms above connect(timeout=). After a checkpoint is loaded, load manager.state_dict() too"
+                f"--join_timeout_ms above connect(timeout=). With a checkpoint, load manager.state_dict() too"
             )
 
     def _compare_attempts(self, included: int) -> bool:
