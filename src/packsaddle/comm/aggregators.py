@@ -183,11 +183,12 @@ class Aggregator(ABC):
         """Roll the state back to `snapshot`, and discard the exchanges since then."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, such as the low-rank warm start, as tensors and plain types."""
-        return {}
+        """Return the state, such as the owners or the low-rank warm start, as tensors and plain types."""
+        return {} if self.owners is None else {"owners": list(self.owners)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state from `state_dict`, with its tensors on `device`. Entries that do not fit have no effect."""
+        self.owners = state.get("owners")
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()

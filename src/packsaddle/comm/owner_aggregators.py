@@ -12,11 +12,8 @@ The workers that own a chunk may differ from one exchange to the next, since e_j
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from itertools import accumulate, pairwise
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Aggregator, Averaged, Dense, Invalid, Term, Work, dense_of, mean_of_dense
@@ -208,12 +205,6 @@ class TwoWay(Owners):
         owners = range(workers) if self.owners is None else self.owners
         ends = {rank: j * d // len(owners) for j, rank in enumerate(owners, start=1)}
         return [0, *accumulate((ends.get(rank, 0) for rank in range(workers)), max)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.owners is None else {"owners": list(self.owners)}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self.owners = state.get("owners")
 
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
