@@ -35,7 +35,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator, and the compressor with which it was saved."""
+    """The saved state of an aggregator."""
 
     compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
     state: dict[str, Any]
@@ -63,7 +63,7 @@ class ErrorFeedback:
     """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        memory: the error memory of the slice. A slice is a set of parameters as one vector.
+        memory: the error memory of the slice, some parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
         contraction: measures the contraction from that vector and its residual.
@@ -203,9 +203,9 @@ class Round:
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
         collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
-        the removed part is added to the residual. `measure` is a function of the vector that this worker sends,
-        float[n], which consists of C(v) and the uncompressed part of v. It returns numbers, float[m], which are
-        averaged like `extras`. This method may run in another thread.
+        the removed part is added to the residual. `measure` computes numbers, float[m], from the vector that this
+        worker sends, float[n], C(v) and v's uncompressed part; they are averaged as `extras` are. This method may run
+        in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
