@@ -34,7 +34,7 @@ X = nn.Parameter(torch.zeros(40, 40))
 FROZEN = nn.Parameter(torch.zeros(3), requires_grad=False)
 COMPLEX = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
 ESCAPE = Escape(3, 1.0, lambda: 0.0)
-TWO_WAY = Compression(TopK(0.1), exchange="two-way")
+COORDINATOR = Compression(TopK(0.1), exchange="coordinator")
 
 
 class Asynchronous(FakeManager):
@@ -178,10 +178,10 @@ REFUSED: dict[str, Callable[[], object]] = {
     'weight must be finite and above 0, "steps" or None, got True': lambda: made(weight=True),
     "sample must be a fraction of the workers in (0, 1], got 0.0": lambda: made(sample=0.0),
     "sample must be a fraction of the workers in (0, 1], got 1.5": lambda: made(sample=1.5),
-    "delay must be 0 with weight or sample, got 1": lambda: made(sample=0.5, delay=1),
+    "blend must be None with sample, got 0.5": lambda: made(sample=0.5, delay=1, blend=0.5),
     'exchange must not be "senders" with weight or sample': lambda: made(weight=2.0, exchange="senders"),
     "escape must be None with weight or sample: its": lambda: made(weight=2.0, escape=ESCAPE),
-    "must average messages directly with a manager or a sample": lambda: later(TWO_WAY),
+    "must average messages directly or two-way with a manager or a sample": lambda: later(COORDINATOR),
     "not what SharedSupportAllReduce needs": lambda: later(Compression(SketchTopK(0.1))),
     'sample must be 1 with weight="steps", got 0.5': lambda: made(weight="steps", sample=0.5),
     'steps must be numbers by rank with weight="steps", else None, got [8, 3]': lambda: made(steps=[8, 3]),
@@ -201,8 +201,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "delay must be 0 with a manager": lambda: elastic(delay=1),
     'exchange must not be "senders" with a manager': lambda: elastic(exchange="senders"),
     "escape must be None with a manager": lambda: elastic(escape=ESCAPE),
-    "must average messages directly with a manager": lambda: elastic(compressor=Compression(LowRank(1))),
-    "average messages directly with a manager": lambda: elastic(compressor=TWO_WAY),
+    "not what LowRankAllReduce needs": lambda: elastic(compressor=Compression(LowRank(1))),
+    "not what Coordinator needs": lambda: elastic(compressor=COORDINATOR),
     'weight must be None, "steps" or a function': lambda: elastic({"weight": "tokens"}),
     "patience must be above 0 seconds": lambda: elastic({"patience": 0}),
     "grace must be above 0 seconds": lambda: elastic({"grace": -1}),

@@ -32,15 +32,17 @@ needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("sharded", "files"), list(product((False, True), repeat=2)))
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
 def test_nothing_is_lost_by_sites_that_come_and_go(
-    sharded: bool, files: bool, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exchange: str, sharded: bool, files: bool, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In each round the anchor moves by the mean of what the processes there have sent, by their own accounts. A site
-    that comes back with its files has the memory that it had after its last round, or in one that it did not log."""
+    that comes back with its files has the memory that it had after its last round, or in one that it did not log. In a
+    two-way exchange an owner may be killed at any of its collectives."""
     from lab.bench.elastic import account
 
     monkeypatch.setattr("packsaddle.local.elastic.workers._PAUSE", 0.0)
-    run = Run(tmp_path, seed, sharded=sharded, files=files)
+    run = Run(tmp_path, seed, sharded=sharded, files=files, exchange=exchange)
     run.all(3)
     found = account(run.logs)
     assert found["wrong"] == []

@@ -59,11 +59,10 @@ EXCLUDED = {
     ("compressor", "workers"): {
         *(("shared coordinates", workers) for workers in ("sample", "elastic")),
         *(("low rank", workers) for workers in ("sample", "elastic")),
-        *(("two-way", workers) for workers in ("sample", "elastic")),
         *(("coordinator", workers) for workers in ("sample", "elastic")),
         *(("senders", workers) for workers in ("weight", "paces", "sample", "elastic")),
     },
-    ("workers", "overlap"): {("sample", "delay"), ("elastic", "delay")},
+    ("workers", "overlap"): {("elastic", "delay")},
     ("workers", "escape"): {(workers, "escape") for workers in ("weight", "paces", "sample", "elastic")},
     ("overlap", "escape"): {("delay", "escape"), ("fragments", "escape")},
     ("mean_momentum", "optimizer"): {("mean_momentum", "SGD")},

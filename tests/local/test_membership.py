@@ -6,6 +6,7 @@ Memories on disk are in test_memory_file.py.
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from packsaddle import Compression, Compressor, Elastic, Identity, LocalUpdates,
 from packsaddle.comm import PeerLostError, Solo, connect, resolve
 from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.local.participation import share
+from packsaddle.local.elastic.memory_file import MemoryFile
+from packsaddle.local.participation import share_of
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ CASES: list[dict[str, Any]] = [
     },
     {"compressor": Compression(RandomK(0.3), dense_below=0), "noise": 0.01, "decay": 0.9},
     {"inner": adamw, "outer": nesterov, "agreement": 0.5, "mean_momentum": 0.0, "exchange": "direct"},
+    {"inner": adamw, "compressor": Compression(TopK(0.25, values="int8"), "two-way", dense_below=0)},
 ]
 
 
@@ -141,6 +144,7 @@ def test_a_worker_that_is_behind_or_alone_in_a_round_takes_its_pending_updates_a
 ) -> None:
     """What it sent in a round that the others do not have is lost, and counted; what it kept is not."""
     worker, other = joined(), joined()
+    membership(other).roster.run = membership(worker).roster.run
     other.train(3 + extra // 2)
     worker.train(2 + extra)
     pending = worker.local.pending()
@@ -152,7 +156,78 @@ def test_a_worker_that_is_behind_or_alone_in_a_round_takes_its_pending_updates_a
     worker.train(2)
     lost = membership(worker).roster.gone
     assert lost == pytest.approx(sent, abs=1e-12)
-    assert f"was in a round that the others do not have: what it sent, of norm {lost:.3g}, is lost" in caplog.text
+    line = f"was in a round that the others do not have: what it sent, of norm {lost:.3g}, is lost"
+    assert (line in caplog.text) == (extra > 0)
+    assert ("what it sent" in caplog.text) == (extra > 0)
+
+
+@pytest.mark.parametrize("rounds", [1, 70])
+def test_a_worker_that_is_only_behind_loses_nothing(rounds: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Not by more rounds than the others' history remembers either."""
+
+    def run(rank: int) -> Worker:
+        worker = joined()
+        worker.train(3)
+        if rank == 0:  # goes on alone, and the other one with its state
+            worker.manager.group = Solo()
+            worker.train(3 * rounds)
+            states.append(worker.manager.save())
+        return worker
+
+    states: list[Any] = []
+    first, behind = simulate(run, 2)
+    pending = behind.local.pending()
+    behind.manager.load(states[0])
+    assert torch.equal(behind.anchor(), first.anchor())
+    torch.testing.assert_close(behind.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    assert membership(behind).account.found_lost == 0
+    assert "what it sent" not in caplog.text
+
+
+# ---- two runs
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("same", [False, True])
+def test_a_worker_that_has_trained_keeps_its_run(same: bool, tmp_path: Path) -> None:
+    """Two newcomers have formed a quorum without it, and made more rounds than it has: it is refused, and loses
+    nothing. Nor does it load fewer rounds of its own run, from an old checkpoint."""
+
+    def run(rank: int) -> Worker:
+        newcomer = joined()
+        newcomer.train(9)
+        return newcomer
+
+    survivor = joined(settings={"memory_file": tmp_path / "memory"})
+    survivor.train(13 if same else 4)
+    state = simulate(run, 2)[0].manager.save()
+    if same:
+        state["roster"]["run"] = membership(survivor).roster.run
+        state["fragments"][0]["rounds"] = 2
+    survivor.manager.before_quorum = lambda: survivor.manager.load(state)
+    with pytest.raises(
+        ConfigError, match=r"would replace that of this worker \(rounds: [14], run: .*\), which keeps its state"
+    ):
+        survivor.train(2)
+    check_nothing_is_lost([survivor], pending=True)
+    shapes = {name: a.shape for name, a in survivor.local.anchor().items()}
+    saved = MemoryFile.read(tmp_path / "memory", shapes)
+    assert torch.equal(torch.cat([e.reshape(-1) for e in saved.error.values()]), survivor.local.pending())
+    survivor.manager.before_quorum = lambda: None  # the newcomers are gone
+    assert survivor.local.flush()
+    check_nothing_is_lost([survivor], pending=False)
+
+
+def test_a_worker_that_has_only_joined_may_change_its_run() -> None:
+    """It has nothing that is lost: its steps since are kept."""
+    alone, other = joined(), joined()
+    other.train(3)
+    alone.train(2)
+    pending = alone.local.pending()
+    alone.manager.load(other.manager.save())
+    assert torch.equal(alone.anchor(), other.anchor())
+    torch.testing.assert_close(alone.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    assert membership(alone).roster.run == membership(other).roster.run
 
 
 # ---- newcomers
@@ -219,9 +294,9 @@ def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) 
 
 
 def test_shares() -> None:
-    assert [share([0.1] * 7, i) for i in range(7)] == [1.0] * 7  # exactly, so that equal weights change no bit
-    assert [share([1.0, 3.0], i) for i in (0, 1)] == [0.5, 1.5]
-    assert [share([0.0, 3.0], i) for i in (0, 1)] == [0.0, 2.0]
+    assert [share_of([0.1] * 7, i) for i in range(7)] == [1.0] * 7  # exactly, so that equal weights change no bit
+    assert [share_of([1.0, 3.0], i) for i in (0, 1)] == [0.5, 1.5]
+    assert [share_of([0.0, 3.0], i) for i in (0, 1)] == [0.0, 2.0]
 
 
 def test_a_faster_worker_does_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +445,30 @@ def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again() -> None:
         torch.testing.assert_close(back.local.pending(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weights", [(1, 0, 2), (1, 1, 1)])
+def test_the_owners_of_a_round_are_the_workers_with_an_update(weights: tuple[int, ...]) -> None:
+    """Chunks are divided again: also one that has only joined, which keeps no residual, receives the mean."""
+
+    def run(rank: int) -> tuple[Worker, slice]:
+        worker = joined(compressor=Compression(TopK(0.25), "two-way", dense_below=0))
+        membership(worker).paces = [10]
+        worker.train(weights[rank])
+        assert membership(worker).round(uncompressed=False)
+        return worker, worker.local._fragments[0].feedback.owned
+
+    found = simulate(run, 3)
+    owned = [(part.start, part.stop) for _, part in found]
+    assert owned == ([(0, 15), (15, 15), (15, 30)] if 0 in weights else [(0, 10), (10, 20), (20, 30)])
+    check_nothing_is_lost([worker for (worker, _), weight in zip(found, weights, strict=True) if weight], pending=True)
+    assert all(torch.equal(worker.anchor(), found[0][0].anchor()) for worker, _ in found)
+
+
+def test_the_exchange_does_not_depend_on_the_number_of_workers() -> None:
+    """Which a newcomer would not know."""
+    spec = Compression(Sign(), "auto", dense_below=0)
+    assert {joined(compressor=spec).local.options.compression.exchange} == {"direct"}
+
+
 # ---- what is refused
 
 
@@ -492,7 +591,7 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
 def test_an_identity_says_version_size_and_round() -> None:
     worker = joined()
     worker.train(6)
-    lines = membership(worker)._message().split("\n")
+    lines = membership(worker)._greeting._message().split("\n")
     assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
     assert lines[1].startswith("compressor=TopK(")
     assert lines[2:] == ["d=30", "round=2"]

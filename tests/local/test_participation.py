@@ -66,6 +66,29 @@ def test_a_flush_of_a_sample_needs_no_owners(options: dict[str, Any]) -> None:
         assert torch.equal(x, first)
 
 
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+def test_to_sit_out_a_delayed_round_is_to_train_without_gradients(exchange: Any) -> None:
+    """An exchange of the round before still ends on time, and the anchor is that of the others."""
+
+    def run(rank: int, sits_out: bool) -> tuple[Tensor, ...]:
+        x = nn.Parameter(torch.zeros(8, 8))
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        spec = Compression(RandomK(0.3), exchange=exchange, dense_below=0)
+        local = LocalUpdates(optimizer, spec, every=3, overlap=2, workers=Workers(sample=0.5))
+        while local.steps < 18:
+            if sits_out and not local.sampled:
+                local.sit_out()
+                continue
+            rng = torch.Generator().manual_seed(100 * rank + local.steps)
+            x.grad = torch.randn(8, 8, generator=rng) if local.sampled else torch.zeros(8, 8)
+            optimizer.step()
+        return torch.cat([*local.anchor().values()]).flatten().clone(), local.pending(), x.detach().flatten()
+
+    for sat, trained in zip(*(simulate(lambda rank, s=s: run(rank, s), 4) for s in (True, False)), strict=True):
+        assert all(map(torch.equal, sat, trained))
+        assert bool(sat[0].any())
+
+
 def paced(rank: int, seconds: Callable[[int], tuple[int, ...]], clock: WorkersClock, **options: Any) -> list[list[int]]:
     """Train for 14 rounds on a worker whose steps in round r take `seconds`(r); return the paces in each round."""
     x, found = nn.Parameter(torch.zeros(40, 50)), list[list[int]]()

@@ -143,7 +143,7 @@ class HubGroup(Group):
         return [each.clone() for each in self.hub.exchange(self, tensor.clone())]
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        raise AssertionError("no round needs it")
+        return [parts[self.rank].clone() for parts in self.hub.exchange(self, [part.clone() for part in outgoing])]
 
     def broadcast(self, tensor: Tensor) -> None:
         raise AssertionError("no round needs it")
@@ -195,7 +195,7 @@ class Process:
         workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False, memory_file=file)
         self.local = LocalUpdates(self.optimizer, run.compression, every=2, workers=workers)
         assert isinstance(self.local._workers, ElasticWorkers)
-        run.files_of[life.number, process] = self.local._workers._file
+        run.files_of[life.number, process] = self.local._workers._pending.file
         self.moved = torch.zeros(30, dtype=torch.float64)
         self.before = self.moved.clone()
         self.steps = 0
@@ -207,7 +207,7 @@ class Process:
         while True:
             over = torch.tensor([local.rounds >= self.run.rounds and (self.life.name != "0" or self.run.is_last())])
             assert isinstance(local._workers, ElasticWorkers)
-            local._workers._site.all_reduce(over := over.int())
+            local._workers.site.group.all_reduce(over := over.int())
             if over == PROCESSES:
                 break
             self.step()
@@ -249,7 +249,9 @@ class Process:
 class Run:
     """A run of sites, disturbed as `seed` draws it; `logs` are the lines of all processes of all lives."""
 
-    def __init__(self, folder: Path, seed: int, *, sharded: bool, files: bool, rounds: int = 12) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, sharded: bool, files: bool, rounds: int = 12, exchange: Any = "direct"
+    ) -> None:
         self.rng, self.folder, self.sharded, self.files, self.rounds = (
             random.Random(seed),
             folder,
@@ -257,7 +259,7 @@ class Run:
             files,
             rounds,
         )
-        self.compression = Compression(TopK(0.25), dense_below=0, compare_every=1)
+        self.compression = Compression(TopK(0.25), exchange, dense_below=0, compare_every=1)
         self.hub, self.logs, self.errors = Lighthouse(), [], []  # type: ignore[var-annotated]
         self.running = self.killed = 0
         self.tried: dict[tuple[str, int], Tensor] = {}  # by site and process: all that is pending

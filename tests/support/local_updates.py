@@ -2,7 +2,7 @@
 each worker; and the toy training that it and `LocalUpdates` are run on."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import count, pairwise
@@ -418,19 +418,20 @@ class Twin:
         usual = case.exchange in ("auto", "two-way") and case.back is None and case.sample == 1
         return four if usual and few and self.size > 1 else Identity()
 
-    def switch(self, part: Part, compressor: Compressor | None) -> None:
-        """Use another compressor, for which workers may own other coordinates."""
+    def switch(self, part: Part, compressor: Compressor | None, present: Sequence[int] = ()) -> None:
+        """Use a compressor, for which workers may own other coordinates."""
         if compressor != part.compressor:
             part.compressor, part.warm = compressor, None
-            self.owned[:, part.at] = False
-            for j, (a, b) in enumerate(pairwise(self.bounds(part, compressor))):
-                self.owned[j, part.at[a:b]] = True
+        self.owned[:, part.at] = False
+        for j, a, b in self.chunks(part, compressor, present):
+            self.owned[j, part.at[a:b]] = True
 
-    def bounds(self, part: Part, c: Compressor | None) -> list[int]:
-        """Return where owners' chunks begin and end; [] without owners."""
+    def chunks(self, part: Part, c: Compressor | None, present: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Return the owners, where their chunks begin and where they end; in a two-way exchange, all `present` own."""
         exchange = "direct" if c is None or c.lossless else self.case.exchange
-        whole = [part.n * j // self.size for j in range(self.size + 1)]
-        return {"two-way": whole, "coordinator": [0, part.n]}.get(exchange, [])
+        owners = {"two-way": list(present), "coordinator": [0]}.get(exchange, [])
+        bounds = [part.n * k // len(owners) for k in range(len(owners) + 1)] if owners else []
+        return [(j, a, b) for j, (a, b) in zip(owners, pairwise(bounds), strict=True)]
 
     def frozen(self, worker: int) -> Tensor:
         """Return what neither moves nor is sent, bool[d]: it is frozen, and was since the last exchange."""
@@ -440,7 +441,9 @@ class Twin:
     def begin(self, part: Part, n: int, flush: Compressor | None = None) -> None:
         case, at = self.case, part.at
         c = flush or case.compressor_at(part.t)
-        self.switch(part, c)
+        share = self.shares(n, flush is not None)
+        present = share[:, 0].nonzero().flatten().tolist()
+        self.switch(part, c, present)
         frozen = torch.stack([self.frozen(i)[at] for i in range(self.size)])
         self.x[:, at] = torch.where(frozen, self.x[:, at], (self.s() - self.u)[:, at])
         v = case.decay * self.e[:, at] + self.u[:, at]
@@ -455,7 +458,7 @@ class Twin:
         if invalid.any():
             return
         # v is weighted and clipped, and sent.
-        share, factor = self.shares(n, flush is not None), torch.ones(self.size, 1, dtype=torch.float64)
+        factor = torch.ones(self.size, 1, dtype=torch.float64)
         owned = self.owned[:, at]
         own = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
         if case.clip is not None:
@@ -464,10 +467,11 @@ class Twin:
             factor[norms == 0] = 1
             part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1 and share[i]]
         r.rest = (factor[:, 0] < 1) | (not c.lossless)
-        sent, r.mean, error = self.average(part, c, v * share * factor)
+        sent, r.mean, error = self.average(part, c, v * share * factor, present)
         # What was not sent is kept, and by its owner that of the mean, so that the next mean has it once; of a
         # parameter that is frozen on some workers alone, C(0) was sent.
         residual, is_in = v - sent / share + owned * error / (share / self.size), (share > 0).expand_as(v)
+        r.before = torch.where(is_in, r.before, self.s()[:, at])  # a worker that is not in keeps all of its update
         agrees = bool((frozen == frozen[0]).all())
         if agrees:
             r.mean[frozen[0]] = 0
@@ -488,7 +492,7 @@ class Twin:
                 ratio = float(sum(of_workers) / d.square().sum())
                 d *= min(max(ratio, 1.0), self.size) ** (self.case.agreement / 2)
 
-    def average(self, part: Part, c: Compressor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def average(self, part: Part, c: Compressor, v: Tensor, present: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return C(v_i), where owners have v_i itself, the mean, and its residual, float[n]; the part that is not
         compressed is sent whole."""
         case, n, seed, t = self.case, part.n, part.seed, part.t
@@ -497,7 +501,7 @@ class Twin:
         mean = v.mean(0)
         if n and exchange in ("two-way", "coordinator"):
             back = part.restricted(case.back or (c if exchange == "two-way" else Identity()))
-            for j, (a, b) in enumerate(pairwise(self.bounds(part, c))):
+            for j, a, b in self.chunks(part, c, present):
                 up, down = own.restrict(a, b, n), back.restrict(a, b, n)
                 for i in [i for i in range(self.size) if a < b and i != j]:
                     mine = mix(seed, i + 1) if c.private else seed

@@ -1,7 +1,7 @@
 """Aggregators: averaging of compressed vectors over workers. Each class here returns the exact mean of the messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +128,9 @@ class Work:
 class Aggregator(ABC):
     """A method of averaging compressed vectors C(v), and uncompressed parts (such as small tensors), over workers."""
 
+    # Ranks of the workers that may own a chunk in the next exchange (see `Owners`), sorted; None: all workers.
+    owners: Sequence[int] | None = None
+
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
 
@@ -192,13 +195,12 @@ class Aggregator(ABC):
         happened."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that is kept between exchanges, such as the matrices from which low-rank compression starts,
-        as tensors and plain types."""
-        return {}
+        """Return the state, such as the owners or the low-rank warm start, as tensors and plain types."""
+        return {} if self.owners is None else {"owners": list(self.owners)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
-        """Restore a state from `state_dict`, and move its tensors to `device`. Entries of another kind of aggregator
-        have no effect."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore a state from `state_dict`, with its tensors on `device`. Entries that do not fit have no effect."""
+        self.owners = state.get("owners")
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()

@@ -16,6 +16,7 @@ import socket
 import urllib.parse
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -39,7 +40,7 @@ _c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
 class ManagedGroup(StagingGroup):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
-    It has no all-to-all and no broadcast, since no round of elastic workers needs them.
+    It has no broadcast, since no round of elastic workers needs one.
 
     `site` is the group of this worker's processes. Raises MissingExtraError if torchft is not installed, and
     ConfigError if the Manager has another number of processes than torch's default group.
@@ -78,6 +79,11 @@ class ManagedGroup(StagingGroup):
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         self._group.allgather([gathered], [tensor], _c10d.AllgatherOptions()).wait()
         return gathered
+
+    def _all_to_all(self, outgoing: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        received = outgoing.new_empty(sum(sizes))
+        self._group.alltoall_base(received, outgoing, list(sizes), list(lengths), _c10d.AllToAllOptions()).wait()
+        return received
 
 
 def processes_of(manager: Any) -> int:

@@ -1,7 +1,7 @@
 """Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, as in the paper's star
-topology.
+With `TwoWay` each worker of the exchange owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the
+paper's star.
 
 Workers send their vectors v_i compressed, as C(v_i), except that an owner j uses its own v_j uncompressed in the mean m
 of its chunk, since v_j is not sent there. The owner sends m back as B(m), where B may be another compressor or the
@@ -9,10 +9,12 @@ identity. It keeps W times the residual r = m - B(m) in its error memory, so tha
 contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
+
+The workers that own a chunk may differ from one exchange to the next, since e_j is part of the v_j that worker j sends.
 """
 
 from abc import abstractmethod
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -199,14 +201,16 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns, i.e. averages, an equal chunk of the vector. An all-to-all sends the messages to the owners,
-    and an all-gather sends the means, by default also compressed, to all workers."""
+    """Each of the `owners` owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends
+    the means, by default also compressed, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
 
     def bounds(self, d: int, workers: int) -> list[int]:
-        return [j * d // workers for j in range(workers + 1)]
+        owners = range(workers) if self.owners is None else self.owners
+        ends = {rank: j * d // len(owners) for j, rank in enumerate(owners, start=1)}
+        return [0, *accumulate((ends.get(rank, 0) for rank in range(workers)), max)]
 
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None

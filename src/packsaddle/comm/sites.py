@@ -5,7 +5,7 @@ processes of the other sites that have the same shard. Or each process has the w
 DistributedDataParallel. `SiteGroup` then divides every message among the processes of the site.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -71,11 +71,17 @@ class SiteGroup(Group):
     def _together(self) -> AbstractContextManager[None]:
         return fail_together(self.within) if self.peers.may_shrink else nullcontext()
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def _in_place(self, collective: Callable[[Tensor], None], tensor: Tensor) -> None:
         part = self._part(tensor)
         with self._together():
-            self.peers.all_reduce(part)
+            collective(part)
         tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._in_place(self.peers.all_reduce, tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._in_place(self.peers.broadcast, tensor)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         with self._together():
@@ -90,12 +96,6 @@ class SiteGroup(Group):
         received = self._gathered(torch.cat(parts))
         pieces = zip(torch.split(received, lengths, 1), sizes, strict=True)
         return [of_site.reshape(-1)[:size] for of_site, size in pieces]
-
-    def broadcast(self, tensor: Tensor) -> None:
-        part = self._part(tensor)
-        with self._together():
-            self.peers.broadcast(part)
-        tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
 
     def _length(self, size: int) -> int:
         """Return the number of elements that each process exchanges, if `size` elements are divided among the processes

@@ -226,10 +226,10 @@ class FixedWorkers:
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
-        share = self._participation.share() if flush else self._participation.share_after(tick)
+        weights = self._participation.weights if flush else self._participation.weights_after(tick)
         is_timed = self._is_paced and not flush and tick % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
-        r = LocalRound.begin(part, tick + delay, share, later=delay > 0, flush=flush)
+        r = LocalRound.begin(part, tick + delay, weights, later=delay > 0, flush=flush)
         self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
@@ -238,7 +238,7 @@ class FixedWorkers:
         # A worker whose data has ended has no new local update, so the norm of its update does not count in the median
         # from which the clipping limit is computed.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
-        if not share:
+        if not r.share:
             standing = Standing.ABSENT
         # If messages have variable sizes, the host reads the sizes before the exchange, and would hang if the workers'
         # calls did not match. So these calls must be compared before the exchange.
@@ -328,9 +328,8 @@ class FixedWorkers:
         return any(event.begins for event in self._schedule.after(steps))
 
     def sampled(self, steps: int) -> bool:
-        """Return True if this worker is in the random sample of workers for the first exchange after its inner step
-        number `steps`. Without sampling, all workers are."""
-        return self._participation.share_after(self._schedule.next_begin(steps)) > 0
+        """Return True if this worker is in the first exchange after inner step `steps`."""
+        return self._participation.weights_after(self._schedule.next_begin(steps))[self.channel.group.rank] > 0
 
     def check_fixed(self, call: str) -> None:
         """No-op: with a fixed set of workers, a `call` such as "error" or "sit_out" is always supported."""

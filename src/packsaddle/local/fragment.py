@@ -84,10 +84,12 @@ class Fragment(Slice):
     def trained_parameters(self) -> list[Tensor]:
         return [each.parameter for each in self.trained if each.requires_grad]
 
-    def use(self, compressor: Compressor) -> None:
-        """Use `compressor` from now on. The start point, from which the local update is measured, may move, but the
-        parameters x do not move. Raises ValueError if the exchange does not support the compressor."""
+    def use(self, compressor: Compressor, owners: Sequence[int] | None = None) -> None:
+        """Use a compressor, and in a two-way exchange the workers of these ranks as owners (None: all), from now on.
+        The start point may move, but the parameters x do not. Raises ValueError if the exchange does not support the
+        compressor."""
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
+        self.feedback.choice.aggregator.owners = owners
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
@@ -247,17 +249,20 @@ class Fragment(Slice):
             is_delayed = self.current is not None and self.current.applied
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
-        # If this worker owns coordinates in a two-way exchange, `use` has moved its start point, and has recorded the
-        # move in `Anchor.owed`. Adding the saved "shift" cancels that record.
-        for name in ("shift", "owed"):
-            if saved[name]:
-                vector = self.zeros().flat
-                self._fill(vector, saved[name])
-                self.anchor.owe(vector)
-        # An exchange with a delay that is still to be applied will move x to the start point. So `Anchor.owed` is
-        # cleared, except for frozen parameters.
+            self.anchor.own(self.feedback.owned)
+        # If this worker owns coordinates, `use` has moved its start point and recorded the move in `owed`. Adding the
+        # saved "shift" cancels that record.
+        self._owe(saved["shift"])
+        # A delayed exchange will move x to the start point, so that record is cleared, except for frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
+        self._owe(saved["owed"])
+
+    def _owe(self, saved: Mapping[str, Tensor]) -> None:
+        if saved:
+            vector = self.zeros().flat
+            self._fill(vector, saved)
+            self.anchor.owe(vector)
 
     def _saved_exchange(self) -> SavedExchange | None:
         return None if self.current is None else self.current.saved()

@@ -3,7 +3,7 @@ mean update is applied."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.comm.managed import processes_of
+from packsaddle.comm.owner_aggregators import TwoWay
 from packsaddle.comm.sites import DeviceMesh
 from packsaddle.errors import check_integers, check_momentum, check_positive
 from packsaddle.feedback.compression import Compression
@@ -107,9 +108,9 @@ class Workers(Option):
             setting of a parameter group, such as the learning rate. If they should differ, set it to False on all
             workers.
 
-    With a weight or a sample, escape checks are not supported. With a sample, delays and weight="steps" are not
-    supported either, nor is any exchange except "direct" (see `Compression`). Raises ValueError for a setting that is
-    out of range, and TypeError if compare_optimizers is not a bool.
+    With a weight or a sample, escape checks are not supported. With a sample, `Overlap.blend` and weight="steps" are
+    not supported either, nor is any exchange except "direct" and "two-way" (see `Compression`). Raises ValueError for a
+    setting that is out of range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -126,8 +127,7 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round. An exchange in which one worker averages a chunk of the vector for
-        all workers (a two-way exchange) is then impossible."""
+        """True if workers may be absent in a round, so that no state of an exchange may fit one set of workers."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -154,7 +154,8 @@ class Elastic(Option):
     """Settings of a worker in a run whose workers join and leave during training (see `LocalUpdates`).
 
     Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays and escape checks are not
-    supported, nor is any exchange except "direct" (see `Compression`).
+    supported, nor is any exchange except "direct" and "two-way" (see `Compression`). In a two-way exchange the workers
+    of the round that send an update own equal chunks, which change with the workers.
 
     A worker may be a site: all processes in torch's default group, each with a Manager from `connect(..., site=True)`.
     They train one model with DistributedDataParallel or FSDP2, and join, leave and vote together. Parameters are
@@ -370,9 +371,16 @@ class LocalOptions(Option):
 
         # Some options are not supported with elastic workers, or with fixed workers that have weights or are sampled.
         if isinstance(self.workers, Elastic):
-            self._check_plain("with a manager", overlaps=True)
+            self._check_plain("with a manager")
+            if overlap.delay:
+                raise ValueError(f"delay must be 0 with a manager, got {overlap.delay}")
         elif self.workers.weight is not None or self.workers.may_be_absent:
-            self._check_plain("with weight or sample", overlaps=self.workers.may_be_absent)
+            self._check_plain("with weight or sample")
+            if self.workers.may_be_absent and overlap.blend is not None:
+                raise ValueError(
+                    f"blend must be None with sample, got {overlap.blend}: workers that are not sampled would lose a "
+                    f"part of their local updates"
+                )
 
     @classmethod
     def of(
@@ -397,8 +405,10 @@ class LocalOptions(Option):
                 expected = "a process group, a DeviceMesh, Workers or Elastic"
                 raise TypeError(f"workers must be {expected}, got {workers!r}") from None
             workers = Workers(workers)
-        # The exchange "auto" may make workers owners of chunks, and an owner must be in every round.
         compression = Compression.of(compressor, "direct" if workers.may_be_absent else "auto")
+        # The exchange "auto" depends on the number of workers, which elastic workers do not know in advance.
+        if isinstance(workers, Elastic) and compression.exchange == "auto":
+            compression = replace(compression, exchange="direct")
         given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
         return cls(compression, **given, **others)
 
@@ -406,13 +416,11 @@ class LocalOptions(Option):
     def averages_senders(self) -> bool:
         return self.compression.exchange == "senders"
 
-    def _check_plain(self, where: str, *, overlaps: bool) -> None:
+    def _check_plain(self, where: str) -> None:
         if self.escape is not None:
             raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
         if self.averages_senders:
             raise ValueError(f'exchange must not be "senders" {where}')
-        if overlaps and self.overlap.delay:
-            raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
         """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages, or if the
@@ -422,10 +430,10 @@ class LocalOptions(Option):
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "
                 "make that of a site, connect(..., site=True)"
             )
-        if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather):
+        if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather | TwoWay):
             name = type(aggregator).__name__
             raise ValueError(
-                f"compressor and exchange must average messages directly with a manager or a sample of workers "
-                f"(TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep "
-                f"state that fits one set of workers"
+                f"compressor and exchange must average messages directly or two-way with a manager or a sample of "
+                f"workers (TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others "
+                f"need one set of workers"
             )

@@ -42,18 +42,16 @@ class Participation:
         return sorted(chosen.tolist())
 
     def share(self) -> float:
-        """Return the factor by which this worker's update is multiplied in a mean over all workers, W w_i / sum_j w_j.
-        It is 1 if all workers have equal weights."""
-        return share(self.weights, self.rank)
+        """Return the factor of this worker's update in a mean over all workers."""
+        return share_of(self.weights, self.rank)
 
-    def share_after(self, step: int) -> float:
-        """Return the factor by which this worker's update is multiplied in the exchange after inner step `step`. It is
-        0 if this worker is not in the random sample of workers for that exchange."""
+    def weights_after(self, step: int) -> list[float]:
+        """Return the weights of the workers in the exchange after inner step `step`, by rank; 0: not sampled."""
         members = self.members(step) if self.samples else range(len(self.weights))
-        return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
+        return [w if i in members else 0.0 for i, w in enumerate(self.weights)]
 
 
-def share(weights: Sequence[float], rank: int) -> float:
+def share_of(weights: Sequence[float], rank: int) -> float:
     """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers. The plain
     mean of updates that are scaled by these factors is the weighted mean of the updates."""
     if len(set(weights)) == 1:

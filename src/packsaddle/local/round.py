@@ -22,6 +22,7 @@ from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
 from packsaddle.local.lockstep import PendingCall
+from packsaddle.local.participation import share_of
 from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
@@ -71,7 +72,13 @@ class LocalRound:
 
     @classmethod
     def begin(
-        cls, part: "Fragment", due: int, share: float, *, later: bool = False, flush: Compressor | None = None
+        cls,
+        part: "Fragment",
+        due: int,
+        weights: Sequence[float],
+        *,
+        later: bool = False,
+        flush: Compressor | None = None,
     ) -> "LocalRound":
         """Begin a round: compute the vector to send, v = decay e + (start - x) + noise. Here e is the error memory, x
         are the parameters, and `start` is the point at which they continued after the last exchange.
@@ -82,7 +89,8 @@ class LocalRound:
         Args:
             part: the fragment (parameters exchanged together), of which the round becomes `current`.
             due: the inner step after which the round is applied.
-            share: the weight of v in the mean; with 0 the worker sends zeros, and keeps its local update.
+            weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its
+                local update, and owns no chunk in a two-way exchange.
             later: True if the round is applied at a later step; the changes of the parameters until then are kept.
             flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which
                 the parameters are those of the anchor; None in other rounds.
@@ -90,16 +98,17 @@ class LocalRound:
         options = part.options
         t, spec = part.rounds, options.compression
         noise = None if flush else options.noise.drawn(seed=options.seed, step=t)
-        part.use(flush or spec.at(t))
+        part.use(flush or spec.at(t), None if all(weights) else [rank for rank, w in enumerate(weights) if w])
         for each in part.trained:
             each.begin_exchange()
         frozen = part.frozen_next
         part.anchor.subtract_owed()
         # Compute v, and copy the parameters if they may change before the round is applied.
+        share = share_of(weights, part.feedback.channel.group.rank)
         kept = [] if share else part.anchor.copy_starts()
         exchanged = part.feedback.round(t)
         exchanged.correct(PseudoGradient(part.anchor, spec.decay, noise, frozen))
-        before = [x.clone() for x in part.anchor.tensors()] if later else kept
+        before = [x.clone() for x in part.anchor.tensors()] if later and share else kept
         r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
         part.current = r
         if options.workers.clip is not None:

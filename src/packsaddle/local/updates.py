@@ -274,7 +274,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """If workers join and leave during training, join the others unless this worker has joined already. Returns
         True if it joined now, so that its parameters may be those of the other workers."""
         entered = self._workers.enter()
-        self.steps = max(self.steps, self._workers.steps) if entered else self.steps
+        self.steps = max(self.steps, self._workers.steps)
         return entered
 
     @torch.no_grad()
@@ -437,7 +437,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
-        return self._workers.flush(compressor, self.steps)
+        applied = self._workers.flush(compressor, self.steps)
+        self.steps = max(self.steps, self._workers.steps)  # elastic workers may have joined
+        return applied
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:

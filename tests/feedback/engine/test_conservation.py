@@ -35,7 +35,7 @@ WAYS = {
     "local": COMMON | FURTHER,
     "local, two optimizers": {name: COMMON[name] for name in ("TopK", "two-way")},
     "local overlapped": COMMON,
-    "elastic": {name: COMMON[name] for name in ("TopK", "RandomK", "QSGD")},
+    "elastic": {name: COMMON[name] for name in ("TopK", "RandomK", "QSGD", "two-way")},
 }
 
 

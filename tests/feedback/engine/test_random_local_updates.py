@@ -47,15 +47,16 @@ def drawn(number: int) -> Case:
     def some(chance: float, values: Any, other: Any) -> Any:
         return rng.choice(values) if rng.random() < chance else other
 
-    # What excludes others: samples need direct exchanges, weights no senders, escape checks one fragment and no delay.
+    # What excludes others: samples need an exchange without state and no blend, weights no senders, escape checks one
+    # fragment and no delay.
     kind = some(0.4, ("weight", "sample", "weight, sample", "escape", "escape"), "")
     is_sampled = "sample" in kind
-    exchange = rng.choice(("direct", "all-gather", "direct") if is_sampled else EXCHANGES)
+    exchange = rng.choice(("direct", "all-gather", "two-way", "two-way") if is_sampled else EXCHANGES)
     exchange = "direct" if exchange == "senders" and "weight" in kind else exchange
     by_owners, is_exact = exchange in ("two-way", "coordinator"), exchange in ("direct", "senders")
     kinds = [c for c in KINDS if c.aggregation not in OWN or (is_exact and not is_sampled)]
     model, workers, steps, every = rng.randrange(4), rng.choice((2, 2, 3, 3, 4)), rng.randint(6, 9), rng.choice(EVERY)
-    delay = 0 if is_sampled or kind == "escape" else some(0.5, range(1, every) or [0], 0)
+    delay = 0 if kind == "escape" else some(0.5, range(1, every) or [0], 0)
     inner = rng.choice(("sgd", "momentum", "adamw", "sgd,adamw", "adamw,momentum"))
     escape = (rng.randint(1, 4), rng.choice((0.1, 1.0, 9.0)), rng.choice("xy"), rng.randint(1, 2))
     fragments = 1 if kind == "escape" else rng.choice([n for n in MODELS[model][1] if n <= every])
@@ -73,7 +74,7 @@ def drawn(number: int) -> Case:
         some(0.2, [tuple(rng.choices(kinds, k=3))], rng.choice(kinds)),
         fragments=fragments,
         delay=delay,
-        blend=some(0.5, (0.3,), None) if delay else None,
+        blend=some(0.5, (0.3,), None) if delay and not is_sampled else None,
         outer=some(0.4, list(OUTERS), "none"),
         agreement=some(0.3, (0.5, 1.0), 0.0),
         mean_momentum=some(0.4, (0.5, 1.0), 0.0) if "adamw" in inner else 0.0,
@@ -105,7 +106,7 @@ def drawn(number: int) -> Case:
         freezes=freezes,
     )
     if is_sampled and rng.random() < 0.5:
-        return replace(case, sits_out=True, flushes={}, freezes="")
+        return replace(case, sits_out=True, delay=0, flushes={}, freezes="")
     return paced(case, rng) if kind == "" and rng.random() < 0.4 else case
 
 

@@ -74,6 +74,8 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "outer": {"outer": nesterov, "noise": 0.01, "decay": 0.9},
         "warm start": {"compressor": LowRank(1)},
         "sampled": {"every": 2, "sample": 0.5, "weight": 1.5},
+        "sampled, overlapped": {"every": 3, "delay": 2, "sample": 0.5, "exchange": "two-way"},
+        "sampled, 16 bits": {"every": 2, "delay": 1, "sample": 0.5, "dtype": torch.bfloat16},
         "escape": {"every": 2, "escape": ESCAPE},
     },
     "local, two optimizers": {
@@ -97,7 +99,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "from the anchor": {"delay": 3, "keep_unsent": False, "inner": adamw, "mean_momentum": 0.5},
         "senders": {"every": 3, "fragments": 1, "delay": 1, "exchange": "senders"},
     },
-    "elastic": {"outer": {"inner": adamw, "outer": nesterov}},
+    "elastic": {"outer": {"inner": adamw, "outer": nesterov}, "two-way": {"exchange": "two-way"}},
 }
 STOPS = {"CompressedSGD": (1, 7), "DDP by model": (8,), "FSDP": (5,), "elastic": (8,)}
 LOCAL = (0, 5, 6, 7)  # before all, between rounds, and during exchanges

@@ -1,0 +1,135 @@
+"""The start of a round: the `Hello` that each worker sends about itself, and the check that all of them fit."""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import torch
+
+from packsaddle.comm.communicator import Communicator, as_text, hash_of
+from packsaddle.errors import ConfigError
+from packsaddle.feedback.checks import fingerprint
+from packsaddle.local.elastic.membership import Membership
+from packsaddle.local.elastic.pending import PendingUpdates
+from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
+from packsaddle.local.elastic.roster import Hello, most
+
+_log = logging.getLogger("packsaddle")
+
+
+class Greeting:
+    """Exchanges the workers' Hello messages, and compares their arguments, anchors and messages.
+
+    Args:
+        own: this worker's membership.
+        pending: this worker's pending updates.
+        quorum: the quorum, at which a worker with another anchor must receive the state of another worker.
+        channel: the communicator of the workers.
+    """
+
+    def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
+        self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
+        self._device = own.fragments[0].anchor.flat.device
+        # Returns a text that must be equal on all workers.
+        self.arguments: Callable[[], str] = str
+        self._arguments_hash = 0  # hash of this text when the worker joined
+
+    def exchange(self, *, dense: bool, seconds: float) -> list[Hello]:
+        """Exchange the Hello messages, and check that all of them fit (see `_check`); collective. Returns the messages
+        by rank.
+
+        Args:
+            dense: this worker requests a round that sends all pending updates.
+            seconds: this process's seconds per inner step; 0: unknown.
+        """
+        if not self._own.has_joined:
+            self._arguments_hash = hash_of(self.arguments())
+        mine = self._hello(dense=dense, seconds=seconds)
+        with self._own.site.fails_together():
+            gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
+        self._check(hellos, mine)
+        return hellos
+
+    def _hello(self, *, dense: bool, seconds: float) -> Hello:
+        own, account, every = self._own, self._own.account, self._own.due.options.compression.compare_every
+        compared = every > 0 and own.rounds % every == 0
+        # A worker that has not joined only receives (weight 0). A worker that has not stepped since its last round has
+        # weight 0 too, but it may have an error memory, or unsent updates of fragments that were not in that round. If
+        # all pending updates are sent, it counts with `idle_weight`, its last weight. If it has no pending updates, its
+        # zeros are averaged with the updates of other workers.
+        has_more = len(own.fragments) > 1 and not account.since and self._pending.exist()
+        checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in own.fragments]).sum()) if compared else 0
+        anchor, nanoseconds, memories, more, missing = own.site.totals(
+            *(checksum, round(1e9 * seconds), account.norm > 0, has_more, not self._pending.are_kept)
+        )
+        idle_weight = account.last_weight if own.has_joined and (account.counted or memories) else 0.0
+        return Hello(
+            worker=own.worker,
+            arguments=self._arguments_hash,
+            message=hash_of(self._message()),
+            history=own.roster.history,
+            anchor=anchor,
+            run=own.roster.run,
+            attempt=account.attempts,
+            steps=account.since,
+            dense=int(dense),
+            keeps=int(not missing),
+            has_pending=int(bool(memories or more)),
+            frozen=hash_of(as_text({"frozen": [part.frozen_next for part in own.fragments]})),
+            weight=own.weight() if own.has_joined else 0.0,
+            idle_weight=idle_weight,
+            seconds=nanoseconds / 1e9,
+            lost=account.found_lost,
+        )
+
+    def _message(self) -> str:
+        """Return a text that identifies the messages of the next compressed round: version, compressor, d and round."""
+        part = self._own.due
+        compressor = part.options.compression.at(part.rounds)
+        return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})
+
+    def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
+        """Check that arguments, anchors and messages match on all workers. The value that most workers have is the
+        right one; in a tie, the first is.
+
+        Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker with other arguments
+        or messages, or if workers have different anchors in their first round. In a later round, a worker with another
+        anchor loads the right one.
+        """
+        if len({h.arguments for h in hellos}) > 1:
+            text = self.arguments()
+            self._compare("be given the same arguments", text, hellos)
+            # The arguments are equal now: frozen parameters have changed on all workers after some of them had joined.
+            self._arguments_hash = hash_of(text)
+        where = [(h.history, h.anchor) for h in hellos]
+        if len(set(where)) == 1:
+            if len({h.message for h in hellos}) > 1:
+                self._compare("send messages of one kind", self._message(), hellos)
+            return
+        own = self._own
+        if not own.roster.past:
+            ensure = "seed them alike" if own.site.size > 1 else "a Manager with init_sync=True sees to it"
+            raise ConfigError(f"workers must begin at the same parameters: {ensure}")
+        if (mine.history, mine.anchor) != most(where):
+            _log.warning("worker %x has an anchor of its own, and takes that of the others", own.worker)
+            self._quorum.mark_as_behind()
+        raise RoundFailedError("workers have different anchors")
+
+    def _compare(self, must: str, text: str, hellos: Sequence[Hello]) -> None:
+        """Raise an error if the workers' texts differ. `text` is this worker's text, and the error names a worker and
+        the first line in which its text differs from the most frequent one.
+
+        Raises ConfigError on a worker whose text is not the most frequent one,
+        and RoundFailedError on the other workers.
+        """
+        with self._own.site.fails_together():
+            texts = self._channel.gather_text(text, self._device, "members")
+        usual, mine = most(texts), self._channel.group.rank
+        if len(set(texts)) == 1:
+            return
+        other = mine if texts[mine] != usual else next(i for i, found in enumerate(texts) if found != usual)
+        pairs = zip_longest(texts[other].split("\n"), usual.split("\n"), fillvalue="nothing more")
+        here, there = next(pair for pair in pairs if pair[0] != pair[1])
+        error = f"workers must {must}, but worker {hellos[other].worker:x} has {here} and the others have {there}"
+        raise ConfigError(error) if other == mine else RoundFailedError(error)

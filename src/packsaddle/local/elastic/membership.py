@@ -1,0 +1,72 @@
+"""One worker's membership in a run whose workers join and leave: its name and counts, and the roster of the run."""
+
+import os
+from collections.abc import Sequence
+
+from packsaddle.comm.group import Group
+from packsaddle.feedback.state import Value, attribute, skip
+from packsaddle.local.elastic.roster import Account, Roster
+from packsaddle.local.elastic.site import Site
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.options import Elastic
+from packsaddle.local.schedule import Schedule
+
+
+class Membership:
+    """This worker's name, counts and model, and the `Roster` of the run. `ElasticWorkers` and its parts share it.
+
+    Args:
+        settings: the settings of this worker.
+        within: the processes of this worker; None: it is one process.
+        fragments: the fragments of the model.
+        schedule: the steps after which a fragment is exchanged.
+    """
+
+    def __init__(
+        self, settings: Elastic, within: Group | None, fragments: Sequence[Fragment], schedule: Schedule
+    ) -> None:
+        self.settings, self.fragments, self._schedule = settings, fragments, schedule
+        self.site = Site(within, fragments)
+        # The random name of this worker, identical on all processes of its site.
+        self.worker: int = self.site.send(int.from_bytes(os.urandom(8), "little") >> 1, 0)
+        self.has_joined = False
+        self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
+        self.account = Account()
+        self.roster = Roster()  # identical on all workers after a round
+
+    @property
+    def rounds(self) -> int:
+        """The number of applied exchanges of all fragments."""
+        return sum(part.rounds for part in self.fragments)
+
+    @property
+    def due(self) -> Fragment:
+        """The fragment that is exchanged in the next round, unless all are."""
+        return self.fragments[self._schedule.in_rotation(self.rounds)]
+
+    @property
+    def workers(self) -> int:
+        """The number of workers in the last round."""
+        return sum(member.here for member in self.roster.members.values())
+
+    @property
+    def lost(self) -> float:
+        """The sum of the norms of error memories that workers lost."""
+        return self.roster.gone + self.roster.absent(keeps=False)
+
+    @property
+    def waiting(self) -> float:
+        """The sum of the norms of error memories that absent workers saved in files."""
+        return self.roster.absent(keeps=True)
+
+    def weight(self) -> float:
+        """Return the weight that this worker's update would have in a round now; collective over its processes. If the
+        weight is set by a function, its values on the processes are summed."""
+        rule = self.settings.weight
+        return self.account.weight((lambda: sum(self.site.gather(float(rule())))) if callable(rule) else rule)
+
+    def fields(self) -> list[Value]:
+        """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
+        path, share = ("membership",), Value(("share",), float, lambda: 1.0, skip)
+        own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
+        return [share, *own, *self.roster.fields((*path, "roster"))]

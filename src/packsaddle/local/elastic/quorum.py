@@ -1,0 +1,72 @@
+"""The torchft Manager's part of a round: it determines the set of workers, collects their errors and votes."""
+
+from contextlib import suppress
+from datetime import timedelta
+
+from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.managed import ManagedGroup
+from packsaddle.errors import ConfigError
+from packsaddle.local.elastic.sigterm import Sigterm
+from packsaddle.local.elastic.site import Site
+
+
+class RoundFailedError(RuntimeError):
+    """An attempt at a round was not committed; `ElasticWorkers.round` repeats the round. The message is empty if the
+    workers voted against it."""
+
+
+class Quorum:
+    """The quorum of each round, and the vote of its workers.
+
+    Args:
+        group: the group of the workers, which the Manager reconfigures at each quorum.
+        site: the processes of this worker, each of which has a Manager of its own.
+        sigterm: the handler of SIGTERM, which may interrupt the wait for a quorum.
+    """
+
+    def __init__(self, group: ManagedGroup, site: Site, sigterm: Sigterm) -> None:
+        self._manager, self._group, self._site, self._sigterm = group.manager, group, site, sigterm
+
+    def form(self, *, is_last: bool) -> None:
+        """Wait until torchft has determined the set of workers. A worker that is behind receives another worker's state
+        within this call. If this worker leaves after the round (`is_last`), the wait ends with its grace period.
+
+        Raises RoundFailedError if there is no quorum.
+        """
+        timeout = timedelta(seconds=self._sigterm.left) if is_last else None
+        try:
+            with self._site.fails_together(), self._sigterm.waiting():
+                self._manager.start_quorum(timeout=timeout)
+        except (ConfigError, PeerLostError):
+            self.abort()
+            raise
+        except Exception as error:  # torchft raises errors of several types
+            # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
+            self._manager._quorum_future = None
+            raise RoundFailedError(str(error)) from error
+
+    def check(self) -> None:
+        """Raise RuntimeError if torchft has reported an error since the quorum."""
+        with self._site.fails_together():
+            if (failure := self._manager.errored()) is not None:
+                raise RuntimeError(str(failure))
+
+    def report(self, error: Exception) -> None:
+        """Report an error, so that this worker votes against the round, and no other worker waits for it."""
+        self._manager.report_error(error)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the connections to the other workers, so that none waits for this one in a collective."""
+        with suppress(RuntimeError):
+            self._group.abort()
+
+    def vote(self, reason: str | None) -> None:
+        """Vote on the round. Raises RoundFailedError if it is not committed, with the reason if this worker's attempt
+        has failed."""
+        if not self._manager.should_commit():
+            raise RoundFailedError("" if reason is None else reason or str(self._manager.errored()))
+
+    def mark_as_behind(self) -> None:
+        """Let this worker receive the state of another worker at the next quorum."""
+        self._manager.load_state_dict({"step": 0, "batches_committed": 0})

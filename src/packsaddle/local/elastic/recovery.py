@@ -1,0 +1,176 @@
+"""The state that a worker sends to a worker that is behind, and the loading of a received state."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from packsaddle.errors import ConfigError
+from packsaddle.feedback.optimizers import load_states, local_state
+from packsaddle.feedback.state import Rule, State, Value, Vector
+from packsaddle.local.elastic.membership import Membership
+from packsaddle.local.elastic.pending import PendingUpdates
+from packsaddle.local.elastic.quorum import Quorum
+from packsaddle.local.elastic.sigterm import Sigterm
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.outer import OuterOptimizer
+
+_log = logging.getLogger("packsaddle")
+
+
+class Recovery:
+    """Sends and loads the state of a worker. It is registered with the Manager, which calls it at a quorum.
+
+    Args:
+        own: this worker's membership.
+        pending: this worker's pending updates, which loading keeps.
+        quorum: the quorum, at which a worker receives the state again if it was discarded.
+        sigterm: the handler of SIGTERM, which must not interrupt the loading.
+        inner: the optimizers of the parameters.
+        outer: the outer optimizer of the anchor, or None.
+    """
+
+    def __init__(
+        self,
+        own: Membership,
+        pending: PendingUpdates,
+        quorum: Quorum,
+        sigterm: Sigterm,
+        inner: Sequence[Optimizer],
+        outer: OuterOptimizer | None,
+    ) -> None:
+        self._own, self._pending, self._quorum, self._sigterm = own, pending, quorum, sigterm
+        self._inner, self._outer = inner, outer
+        # The state that was received from another worker and is not loaded yet; None: there is none.
+        self._received: Mapping[str, Any] | None = None
+        same = {"fragments": len(own.fragments), "outer": outer is not None}
+        self._state = State("LocalUpdates", [Rule((), "shared")], lambda: same, self._fields)
+        own.settings.manager.register_state_dict_fn("packsaddle", self._receive, self._shared)
+
+    def _shared(self) -> dict[str, Any]:
+        """Return the state for a worker that is behind: the anchor, the roster, and
+        the states of the outer and inner optimizers."""
+        own = self._own
+        inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
+        return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
+
+    def _fields(self) -> list[Vector | Value]:
+        found = [field for i, part in enumerate(self._own.fragments) for field in part.shared_fields(("fragments", i))]
+        outer = [] if self._outer is None else [self._outer.field()]
+        return [*found, *outer, *self._own.roster.fields(("roster",))]
+
+    def _receive(self, state: Mapping[str, Any]) -> None:
+        """Load the state of a worker that is ahead. In a site, only keep the state: it is loaded once all processes of
+        the site have received one."""
+        if self._own.site.size > 1:
+            self._received = state
+        else:
+            self._load(state)
+
+    def load_received(self) -> None:
+        """Load the received state, if there is one.
+
+        The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
+        differ. So all processes use the number of steps that process 0 received, or its whole state if each process has
+        the whole model.
+        """
+        if (state := self._received) is not None:
+            self._received = None
+            site = self._own.site
+            shared = state if site.has_replicas else {"steps": state["steps"]}
+            self._load({**state, **site.send(shared, 0)})
+
+    def discard_received(self) -> None:
+        """Discard the received state, if there is one, since other processes of this site may have received none."""
+        if self._received is not None:
+            self._received = None
+            self._quorum.mark_as_behind()
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Load the state of a worker that is ahead of this one.
+
+        Unsent local updates are kept: the parameters move with the anchor. A worker that has never been in a round, or
+        was restored to a state from before its last round, starts at the anchor.
+        """
+        self._sigterm.hold()  # SIGTERM must not interrupt the loading
+        self._check(state)
+        own, account, is_new = self._own, self._own.account, not self._own.roster.past
+        was = [(part, part.anchor.copy_starts()) for part in own.fragments]
+        # Commit the exchange in doubt if the anchor of the others includes this worker's last attempt; else roll it
+        # back.
+        included = state["roster"]["included"].get(own.worker, 0)
+        sent, taken = set[Fragment](), False
+        if self._pending.in_doubt and included == account.attempts:
+            sent, taken = set(self._pending.in_doubt), self._pending.close_exchanges()
+            account.included = account.attempts
+        else:
+            self._pending.roll_back()
+        is_stale = self._compare_attempts(included)
+        # Move x with the anchor: x <- start + (x - before), or x <- start if the anchor includes x - before.
+        self._state.load(state)
+        for part, before in was:
+            part.current = None
+            if (part in sent and taken) or is_stale or is_new:
+                part.anchor.move_to_start()
+            else:
+                part.anchor.move(before)
+        if taken:
+            account.start_count(own.weight())
+        if is_new:
+            self._begin_at(state)
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """Raise ConfigError, with nothing changed, if the state does not fit, or if this worker would lose rounds by
+        loading it: if it is from another run, or has fewer rounds of this run. The memory file is then up to date.
+
+        torchft lets newcomers begin a run of their own if the other workers do not answer in time.
+        """
+        try:
+            self._state.validate(state)
+        except ValueError as error:  # the arguments, which would explain the error, are only compared later
+            raise ConfigError(f"workers must be given the same arguments: {error}") from None
+        mine, theirs = self._own.rounds, sum(part["rounds"] for part in state["fragments"])
+        own_run, run = self._own.roster.run, state["roster"]["run"]
+        # A worker may be one round ahead, which the others have rolled back. It has as many exchanges as there are
+        # fragments if it was uncompressed.
+        if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
+            self._pending.save()
+            raise ConfigError(
+                f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
+                f"(rounds: {mine}, run: {own_run:x}), which keeps its state, and has saved its pending updates to its "
+                f"memory file, if any. Restart the workers of the run that must end, and set the lighthouse's "
+                f"--join_timeout_ms above connect(timeout=). With a checkpoint, load manager.state_dict() too"
+            )
+
+    def _compare_attempts(self, included: int) -> bool:
+        """Compare this worker's last attempt that its own anchor includes with the one that the others' anchor
+        includes. Returns True if the others' is a later one, whose updates must not be sent again: this worker was
+        restored from a checkpoint. Updates that this worker sent and the others' anchor does not include are lost."""
+        own, account = self._own, self._own.account
+        if included > account.included:
+            account.found_lost += account.norm
+            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", own.worker, account.norm)
+            for part in own.fragments:
+                part.feedback.reset()
+            account.start_count(own.weight())
+            return True
+        if included < account.included:
+            account.found_lost += account.sent
+            _log.warning(
+                "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
+                *(own.worker, account.sent),
+            )
+        return False
+
+    def _begin_at(self, state: Mapping[str, Any]) -> None:
+        """Continue, as a new worker, at the sender's number of steps, with the state of its inner optimizers."""
+        self._own.steps = state["steps"]
+        # With empty moments the first steps would be too large.
+        if state["inner"] is not None and self._own.settings.share_optimizer_state:
+            try:
+                load_states(self._inner, state["inner"])
+            except ValueError as error:
+                raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
