@@ -284,7 +284,7 @@ def test_every_step_with_sgd_is_algorithm_1(compressor: Compressor) -> None:
     """H = 1 and plain SGD: CompressedSGD bit for bit. Gradients are short binary fractions: a - (a - u) is u then."""
 
     def body(worker: int) -> bool:
-        kind = Compression(compressor, dense_below=0)
+        kind = Compression(compressor, exchange="direct", dense_below=0)
         ours, theirs = (torch.nn.Parameter(torch.zeros(9, 7, dtype=torch.float64)) for _ in range(2))
         inner = torch.optim.SGD([ours], lr=0.25)
         local = LocalUpdates(inner, every=1, compressor=kind, seed=4, keep_unsent=False)

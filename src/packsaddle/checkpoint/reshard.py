@@ -188,8 +188,9 @@ def _reductions(
 def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return worker 0's `extra`, i.e. the state of the run that the user saved besides the parts. Its floating-point
-    tensors are averaged over the workers that saved it, if they have the same shape on all of them; collective."""
+    """Return worker 0's `extra`, i.e. the state of the run that the user saved in addition to the parts; collective.
+    Its floating-point tensors are averaged over the workers that saved it, if they have the same shape on all of them.
+    """
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
