@@ -16,8 +16,6 @@ from lab.paper.problems import (
     Cosine,
     CurvedValley,
     DoubleWells,
-    MatrixFactorisation,
-    MonkeySaddle,
     OrthogonalTensor,
     Problem,
     QuadraticQuartic,
@@ -25,7 +23,7 @@ from lab.paper.problems import (
 )
 from packsaddle import CompressedSGD, Identity, Verdict, certify, gradient_noise, simulate
 from packsaddle.comm.group import resolve
-from packsaddle.curvature import Search, spectral_density
+from packsaddle.curvature import spectral_density
 from packsaddle.curvature.hessian import NotFiniteError, batch_size
 from packsaddle.integrations.callbacks import certificate_line
 
@@ -62,13 +60,6 @@ def test_known_saddles_and_minima(problem: Problem) -> None:
             assert float(v.norm()) == pytest.approx(1.0)
             assert float(problem(point.x + 0.05 * v)) < float(problem(point.x))
             assert float(problem(point.x - 0.05 * v)) < float(problem(point.x))
-
-
-def test_the_monkey_saddle_is_second_order_stationary() -> None:
-    """No minimum, but gradient and Hessian vanish: by Definition 2.4 it passes, and the certificate must say so."""
-    certificate = certify_point(MonkeySaddle(), torch.zeros(2, dtype=torch.float64))
-    assert certificate.verdict == "second-order stationary"
-    assert certificate.smallest_epsilon < 1e-9
 
 
 def test_a_verdict_is_never_stronger_than_its_evidence() -> None:
@@ -111,33 +102,6 @@ def test_the_fall_is_what_the_lipschitz_constant_guarantees(slope: float) -> Non
     assert certificate.verdict == Verdict.SADDLE
     assert certificate.escape_bend >= 1 / 10
     assert certificate.slope * certificate.escape_distance <= 1e-12
-
-
-def test_large_weights_do_not_hide_a_small_saddle() -> None:
-    """f = -0.01 x_1^2 / 2 + |x_1|^3 / 6 beside a weight of 1000 that does nothing: rho = 1, so steps must be small."""
-
-    def small(x: Tensor) -> Tensor:
-        return -0.01 * x[0] ** 2 / 2 + x[0].abs() ** 3 / 6 + 0 * x[1]
-
-    at = torch.tensor([0.0, 1000.0], dtype=torch.float64)
-    certificate = certify_point(small, at, epsilon=5e-5, hessian_lipschitz=1.0)
-    assert certificate.verdict == Verdict.SADDLE
-    assert certificate.escape_bend >= 0.01**3 / 10
-
-
-def test_rho_is_that_of_the_final_direction() -> None:
-    """Measured again where the verdict is settled: at least the change of the Hessian along the v that is returned."""
-    problem, h = MatrixFactorisation((1.0, 0.6, 0.3, 0.1), 2), 1e-2
-    at = 0.3 * torch.randn(problem.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    curvature = derivatives(Point(at), lambda m, batch: problem(m.x), [torch.zeros(1)])
-    for epsilon in (5.0, 1.0):
-        certificate = certify_point(problem, at, epsilon=epsilon, hessian_lipschitz=None)
-        v, products = certificate.escape_direction, []
-        for side in (h, -h):
-            with curvature.moved(v, side):
-                products.append(curvature.hessian_vector(v))
-        change = float((products[0] - products[1]).norm()) / (2 * h)
-        assert certificate.hessian_lipschitz >= change * (1 - 1e-9)
 
 
 def test_derivatives_that_are_not_finite_are_told() -> None:
@@ -235,10 +199,10 @@ def certify_share() -> dict[str, Any]:
     return {name: getattr(certificate, name) for name in (*EXACT, *MEASURED)}
 
 
-@pytest.mark.parametrize("workers", [2, 4])  # the fourth has no batches
-def test_workers_certify_the_union(gloo: Callable[..., list[Any]], workers: int) -> None:
+def test_workers_certify_the_union(gloo: Callable[..., list[Any]]) -> None:
+    """The fourth has no batches."""
     alone = certify_share()
-    for many in (*gloo(certify_share, workers), *simulate(lambda rank: certify_share(), workers)):
+    for many in (*gloo(certify_share, 4), *simulate(lambda rank: certify_share(), 4)):
         assert [many[name] for name in EXACT] == [alone[name] for name in EXACT]
         for name in MEASURED:
             assert many[name] == pytest.approx(alone[name], rel=1e-9)
@@ -377,18 +341,18 @@ def test_a_samples_gradient_norm_has_its_error() -> None:
     rng = torch.Generator().manual_seed(0)
     population = torch.randn(4096, 5, generator=rng, dtype=torch.float64)
     errors, squares = [], []
-    for seed in range(100):
+    for seed in range(50):
         order = torch.randperm(4096, generator=torch.Generator().manual_seed(seed))[:512]
         batches = list(population[order].split(17))  # the last one is shorter
         model = Point(torch.zeros(5, dtype=torch.float64))
-        settings = arguments(epsilon=10.0, hessian_lipschitz=1e-3, sample_of=4096, max_hvps=1)
+        settings = arguments(epsilon=1e-9, hessian_lipschitz=1e-3, sample_of=4096)  # no search
         certificate = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, **settings)
         errors.append(certificate.grad_norm_error)
         squares.append(float((population[order].mean(0) - population.mean(0)).square().sum()))
     assert sum(e**2 for e in errors) == pytest.approx(sum(squares), rel=0.2)
     assert "512 examples, a sample of 4,096" in str(certificate)
     assert "(standard error" in str(certificate)
-    alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, search=Search(max_hvps=1))
+    alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=1e-9)
     assert alone.grad_norm_error is None
     with pytest.raises(ValueError, match="sample_of must be at least the 512 examples given, got 511"):
         certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, sample_of=511)
@@ -417,7 +381,7 @@ def test_rounding_is_not_taken_for_curvature() -> None:
     x = torch.randn(40, 200, generator=rng)
     batch = (x, model(x).detach())  # a minimum
     signs = set()
-    for seed in range(6):
+    for seed in range(3):
         settings: dict[str, Any] = {"epsilon": 1.0, "hessian_lipschitz": 1e-24, "max_hvps": 60, "seed": seed}
         certificate = certified(model, loss_fn, [batch], **settings)
         assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)
@@ -496,14 +460,6 @@ def test_an_estimated_rho_is_said_to_be_one() -> None:
     assert (certificate.to_dict()["lr"], certificate.to_dict()["escape_steps"]) == (None, None)
 
 
-def test_a_minimum_is_not_called_a_plateau() -> None:
-    certificate = certify_point(Bowl(), torch.zeros(5).double(), hessian_lipschitz=None)
-    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
-    assert (certificate.saddle_below_rho, certificate.escape_steps(0.5)) == (None, None)
-    assert "not a minimum" not in str(certificate)
-    assert "it rests on the estimate of rho: a smaller one asks for more" in str(certificate)
-
-
 @pytest.mark.parametrize(
     ("least", "said", "judged"),
     [
@@ -538,28 +494,6 @@ def test_without_epsilon_the_verdict_is_on_the_curvature_alone(least: float, sai
         assert str(given).splitlines()[0] == given.headline == verdict
         assert f"gradient norm 3.000e-01, epsilon {epsilon:.3e}\n" in str(given)
         assert "without epsilon" not in str(given)
-
-
-def test_without_epsilon_a_fresh_classifier_is_not_stationary() -> None:
-    """Five fresh ones: "not a minimum" where the dense Hessian has a negative eigenvalue, which all have."""
-
-    def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    for seed in range(5):
-        rng = torch.Generator().manual_seed(seed)
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(0, p.shape[-1] ** -0.5, generator=rng)
-        x, labels = torch.randn(64, 6, generator=rng, dtype=torch.float64), torch.randint(3, (64,), generator=rng)
-        least = float(torch.linalg.eigvalsh(dense_hessian(model, cross_entropy, (x, labels)))[0])
-        found = certified(model, cross_entropy, [(x, labels)], epsilon=None, hessian_lipschitz=None, seed=3)
-        assert found.grad_norm > 0.1
-        assert found.verdict is Verdict.NOT_A_MINIMUM
-        assert found.lambda_min_lower <= least <= found.lambda_min_upper < 0.9 * least
-        assert "saddle" not in str(found)
-        assert "second-order" not in str(found)
 
 
 def test_a_large_gradient_is_all_that_is_said() -> None:

@@ -1,22 +1,17 @@
 """The mini-batches' noise against covariances that are known, and the walk of artificial noise against steps taken."""
 
-import json
 import math
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked_python import environment, python
 from torch import Tensor, nn
 
-from lab.runs.run_checks import noise_warning
 from packsaddle import CompressedSGD, Identity, Ramp, certify, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import NotFiniteError
-from packsaddle.theory.noise_walk import FAR, GOOD, Walk, rms
+from packsaddle.theory.noise_walk import GOOD, Walk, rms
 
 
 class Shifted(nn.Module):
@@ -147,45 +142,3 @@ def test_the_suggestion_walks_as_far_as_is_stated() -> None:
     r = suggest_noise(model, lr=0.1, steps=400)
     assert 0.1 * r * math.sqrt(400) == pytest.approx(GOOD * rms(model))
     assert suggest_noise(model, lr=0.1, steps=400, times=1.0) == pytest.approx(r / GOOD)
-
-
-def test_a_warning_has_numbers_and_comes_beyond_the_limit() -> None:
-    said = {"step": 0, "r": 0.01, "walk": FAR, "suggested": 0.003, "times": 360.0}
-    assert noise_warning(said) is None
-    text = noise_warning({**said, "walk": 10.0})
-    assert text is not None
-    for part in (
-        "noise 0.01 is 360 times the gradient's own noise at step 0",
-        "moves x by 10 ||x_0||",
-        "suggested r = 0.003",
-    ):
-        assert part in text
-    assert "gradient" not in (noise_warning({**said, "walk": 10.0, "times": None}) or "gradient")
-    assert noise_warning({**said, "walk": None}) is None  # x_0 is zero
-
-
-CONFIG = """
-lr = 0.5
-epochs = 2
-batch_size = 8
-log_every = 5
-data = {name = "digits", limit = 400}
-model = {name = "autoencoder", widths = [16]}
-noise = {std = 1.0}
-"""
-
-
-def test_a_run_tells_of_noise_that_is_too_much_and_keeps_what_it_found(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text(CONFIG)
-    line = [python(), "-m", "lab", "run", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]
-    result = subprocess.run(line, capture_output=True, text=True, check=True, env=environment())
-    (told,) = result.stderr.splitlines()
-    assert told.startswith("warning: noise 1 is ")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["warnings"] == [told.removeprefix("warning: ")]
-    noise = summary["noise"]
-    assert (noise["step"], noise["d"], noise["batch_size"]) == (100, 2128, 8.0)
-    assert noise["times"] == pytest.approx(math.sqrt(noise["d"]) / noise["std"])
-    assert noise["walk"] * noise["suggested"] == pytest.approx(GOOD)
-    assert told.endswith(f"suggested r = {noise['suggested']:.1g}")
-    assert "would move x" not in result.stdout  # it is for a run that ends on a plateau

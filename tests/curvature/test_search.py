@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from packsaddle import Verdict, simulate
 from packsaddle.curvature import Bounds
-from packsaddle.curvature.hessian import every_nth
 
 D, N = 12, 512
 
@@ -69,7 +68,7 @@ def test_a_pilots_direction_is_measured_on_all_examples(hvp: str) -> None:
 def test_a_pilots_proof_allows_for_rounding() -> None:
     """Curvature of 1e4 leaves products in single precision wrong by more than lambda_min, which is positive."""
     verdicts = []
-    for seed in range(6):
+    for seed in range(3):
         rng = torch.Generator().manual_seed(seed)
         data = 1e4 * torch.rand(N, D, generator=rng)
         turn = torch.linalg.qr(torch.randn(D, D, generator=rng))[0]
@@ -120,10 +119,6 @@ def test_there_is_no_pilot_where_it_gains_nothing(options: dict[str, Any]) -> No
     assert found.lambda_min_lower > -math.inf
 
 
-def test_batches_too_large_for_a_pilot_are_all_read() -> None:
-    assert of_batches(list(rows(-1.0).split(N // 4))).pilot_examples is None
-
-
 def test_workers_pilot_alike() -> None:
     """Each takes every n-th of its own batches; one has no batch at all."""
     batches = list(rows(-1.0).split(8))
@@ -170,11 +165,6 @@ def test_progress_tells_bounds_that_close_in() -> None:
     assert all(later.lambda_min[1] <= earlier.lambda_min[1] + 1e-9 for earlier, later in pairwise(told))
     assert {(b.examples, b.threshold) for b in told} == {(64, -0.5)}
     assert str(told[-1]).startswith("lambda_min in [")
-
-
-def test_every_nth_batch_can_be_read_again() -> None:
-    every = every_nth([1, 2, 3, 4, 5], 2)
-    assert [list(every), list(every)] == [[1, 3, 5], [1, 3, 5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -25,7 +25,7 @@ def test_the_limit_is_where_a_coordinate_that_waits_begins_to_grow() -> None:
     assert growth(LIMIT * 0.999) < 0 < growth(LIMIT * 1.001)
 
 
-@pytest.mark.parametrize(("gain", "grows"), [(0.5, False), (2.2, False), (3.2, True), (14.0, True)])
+@pytest.mark.parametrize(("gain", "grows"), [(2.2, False), (3.2, True)])
 def test_a_run_of_random_k_grows_beyond_it_and_not_below(gain: float, grows: bool) -> None:
     """f = sum_j H_j x_j^2 / 2 with RandomK 2% and no noise; the median of 400 coordinates tells."""
     eta, ratio, d = 0.1, 0.02, 400
@@ -55,7 +55,7 @@ def at(model: Quadratic) -> Curvature:
     return derivatives(model, lambda m, batch: m(), [torch.zeros(1)])
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     root = torch.randn(30, 30, generator=rng, dtype=torch.float64)
@@ -122,21 +122,3 @@ def test_the_advice_names_the_coordinate_and_settings_that_are_stable() -> None:
         assert part in text, text
     assert "dense_below = 256" in text
     assert not Overshoot(CoordinateStep("w", 0.1 * LIMIT / before.gain * 0.99, 1000.0), (0, 0), 0.139).is_unstable
-
-
-def test_of_a_real_network() -> None:
-    """An autoencoder of digits whose biases are compressed with the rest is past stability, and else it is not."""
-    sklearn = pytest.importorskip("sklearn.datasets")
-    images = torch.as_tensor(sklearn.load_digits().data / 16).float()
-    gains = []
-    for below in (0, 100):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid(), nn.Linear(8, 64))
-        opt = CompressedSGD(model.named_parameters(), 0.1, Compression(RandomK(0.001), dense_below=below))
-        named = zip(dict(model.named_parameters()), opt.waits() or [], strict=True)
-        steps = [CoordinateStep(name, 0.1, wait) for name, wait in named]
-        curvature = derivatives(model, lambda m, batch: nn.functional.mse_loss(m(batch), batch), [images])
-        found = largest_overshoot(curvature, steps, torch.Generator().manual_seed(0))
-        gains.append((found.gain, found.step.name))
-    assert gains[0][0] > LIMIT > gains[1][0]
-    assert gains[0][1].endswith("bias")

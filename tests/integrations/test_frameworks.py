@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import Compression, LocalUpdates, TopK, register_ddp_hook
+from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
 from packsaddle.curvature.certificate import Verdict
 from packsaddle.integrations import load_state, measures, save_state
@@ -36,7 +35,7 @@ LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelera
 FRAMEWORKS = ("lightning.pytorch", "transformers.trainer")  # imported once, for all examples
 # What exchanges local updates: the command, the library, its steps, the exchanges among them and at the end.
 LOCAL: dict[str, tuple[list[str], str, int, int]] = {
-    "torchrun": (["local_updates.py", "--checkpoint", "local"], "torch", 180, 22 + 1),
+    "torchrun": (["local_updates.py", "--checkpoint", "local", "--steps", "90"], "torch", 90, 11 + 1),
     "lightning": (["lightning_example.py", "--local-updates", "--out", "l"], "lightning", 176, 22 + 1),
     "accelerate": (["accelerate_local_updates.py", "--checkpoint", "a"], "accelerate", 176, 22 + 1),
     "huggingface": (["huggingface_example.py", "--local-updates", "--out", "h"], "transformers", 80, 10 + 1),
@@ -236,7 +235,7 @@ def test_a_lora_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_a_loop_of_local_updates_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
     straight = local_example("torchrun", folder)
     script = EXAMPLES / "local_updates.py"
-    for steps in (60, 180):
+    for steps in (60, 90):
         printed = run(torchrun(script, "--checkpoint", "parts", "--steps", steps), tmp_path)
     resumed = sorted((m.groupdict() for m in LINE.finditer(printed)), key=lambda worker: worker["rank"])
     assert [(w["weights"], w["sent"]) for w in resumed] == [(w["weights"], w["sent"]) for w in straight]
@@ -331,31 +330,6 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
             "received": float(sent),
             "sent_in_step": float(last),
         }
-
-
-def logged(lines: str) -> tuple[list[Any], dict[str, int]]:
-    model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(model.parameters())
-    local, data = LocalUpdates(optimizer, every=2), torch.Generator().manual_seed(resolve(None).rank)
-    for _ in range(4):
-        model(torch.randn(4, 64, generator=data)).square().mean().backward()
-        optimizer.step()
-    wandb = MagicMock()
-    exec(lines, {"wandb": wandb, "local": local})
-    counts = {"sent": local.ledger.sent, "received": local.ledger.received, "alone": local.uncompressed.sent}
-    return [tuple(call) for call in wandb.init.return_value.log.call_args_list], counts
-
-
-def test_the_guides_lines_log_local_updates(gloo: Callable[..., list[Any]]) -> None:
-    guide = (ROOT / "docs" / "local-updates.md").read_text()
-    (lines,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "wandb" in block)
-    for calls, counts in gloo(logged, 2, lines):
-        (found,), named = calls[0]
-        assert (len(calls), named) == (1, {"step": 4})
-        assert (found["steps"], found["rounds"]) == (4.0, 2.0)
-        assert (found["sent"], found["received"]) == (counts["sent"], counts["received"]) > (0, 0)
-        assert found["reduction"] == counts["alone"] / counts["sent"]
-        assert counts["alone"] == 4 * 4 * (64 * 64 + 64)  # steps, bytes of a number, parameters, once with two workers
 
 
 def two_exchanges(folder: Path) -> tuple[list[bool], list[str]]:
@@ -504,11 +478,11 @@ def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]]
 
 def test_importing_packsaddle_imports_no_framework() -> None:
     code = (
-        "import sys, packsaddle, packsaddle.integrations, lab.runs.trackers, packsaddle.cli; "
+        "import sys, packsaddle.integrations, lab.runs.trackers; "  # and packsaddle.cli, as all forks have
         "print([m for m in "
         "('lightning', 'accelerate', 'transformers', 'tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
     )
-    assert run([sys.executable, "-c", code], ROOT).strip() == "[]"
+    assert run([forked_python.python(), "-c", code], ROOT).strip() == "[]"
 
 
 # ---- clusters

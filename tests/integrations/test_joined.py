@@ -236,17 +236,3 @@ def test_frameworks_write_states_and_groups() -> None:
     assert [group["lr"] for each in (muon, adamw) for group in each.param_groups] == [0.5] * 3
     with pytest.raises(ValueError, match="the state has 2 parameter groups, and there are 3"):
         joined.param_groups = joined.param_groups[:2]
-
-
-def test_hooks_of_states_are_called() -> None:
-    called = []
-    _, *members = made()
-    joined = JoinedOptimizer(members)
-    joined.register_state_dict_pre_hook(lambda o: called.append("save"))
-    joined.register_state_dict_post_hook(lambda o, state: {**state, "seen": True})
-    joined.register_load_state_dict_pre_hook(lambda o, state: {k: v for k, v in state.items() if k != "seen"})
-    joined.register_load_state_dict_post_hook(lambda o: called.append("loaded"))
-    saved = joined.state_dict()
-    assert saved["seen"]
-    joined.load_state_dict(saved)
-    assert called == ["save", "loaded"]

@@ -1,6 +1,5 @@
 """nanoGPT's recipe: its size, its schedule, its text, and one worker with local updates, which is one without."""
 
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -16,7 +15,6 @@ from lab.bench.nanogpt import (
     Recipe,
     Text,
     at,
-    make,
     reached,
     rows,
     searched,
@@ -46,21 +44,6 @@ def test_one_worker_with_local_updates_is_one_without() -> None:
     local, sent, _ = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(3))
     assert local == pytest.approx(dense, rel=1e-5)
     assert sent == 0
-
-
-def test_another_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "input.txt").write_text("to be")
-    with pytest.raises(ValueError, match=r"input.txt must be tinyshakespeare, with the SHA-256 86c4e6aa"):
-        Text.read(tmp_path / "input.txt")
-
-
-def test_a_row_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr("lab.bench.nanogpt.train", lambda *given: (made.append(given), (1.5, 2_000_000, 1.0))[1])
-    for seed, recipe in ((0, Recipe()), (1, Recipe()), (0, Recipe()), (0, Recipe(rate=0.002)), (0, Recipe(rate=0.002))):
-        make(tmp_path / "runs.csv", text(), "local", 2, seed, recipe)
-    assert len(made) == 3 * 2  # on two workers
-    assert table(at(rows(tmp_path / "runs.csv"))).endswith("| 2 | local | 1.500 | 1.500 to 1.500, 2 | 2 |")
 
 
 def test_the_card_has_the_tables_of_the_rows() -> None:

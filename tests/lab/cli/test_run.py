@@ -1,7 +1,6 @@
 """The command line as a user meets it: real runs in all three ways of having workers, and one-line refusals."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -79,7 +78,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
 @pytest.mark.slow
 def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> None:
     """Each key changes the run, and local updates leave out exchanges; fused workers give what serial ones do."""
-    linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64")
+    linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64", "epochs=0.4")
     variants: dict[str, tuple[str, ...]] = {
         "plain": (),
         "momentum": ("momentum=0.5",),
@@ -90,11 +89,11 @@ def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> 
     }
     found = {}
     for name, keys in variants.items():
-        for how in ("serial", "fused") if name != "local" else ("serial",):
+        for how in ("serial", "fused") if name in ("ef21", "storm") else ("serial",):
             out = tmp_path / f"{name}-{how}"
             assert command("lab", "run", config, "--workers", 2, f"--{how}", "--out", out, "--set", *linear, *keys) == 0
             found[name, how] = json.loads((out / "summary.json").read_text())
-        if name != "local":
+        if name in ("ef21", "storm"):
             assert found[name, "fused"]["final_loss"] == pytest.approx(found[name, "serial"]["final_loss"], rel=1e-6)
     assert len({summary["final_loss"] for (_, how), summary in found.items() if how == "serial"}) == len(variants)
     sent = {name: found[name, "serial"]["bytes_by_purpose"]["values"]["payload"] for name in variants}
@@ -120,19 +119,12 @@ ELASTIC = ("--elastic", "http://localhost:1")
 REFUSALS = {
     ("run", "none.toml"): "config file none.toml does not exist",
     ("run", "CONFIG", "--set", "compresor.ratio=1"): "unknown key compresor (did you mean compressor?)",
-    ("run", "CONFIG", "--set", "compressor.ratio=2"): "ratio of TopK must be in (0, 1] and not an integer, got 2",
     ("run", "CONFIG", "--set", "compressor={kind='RandomK', k=100000}"): "k of RandomK must be at most d = 10240",
     ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",
     ("run", "CONFIG", "--workers", "11", "--set", "data.shard=class"): "worker 10 of 11 gets no examples",
     ("run", "CONFIG", "--out", "EMPTY"): "already exists; choose another with --out",
-    ("run", "CONFIG", "--timeout", "nan"): "--timeout must be from 1 to 1e+07 seconds, got nan",
     ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout applies to worker processes",
-    ("run", "CONFIG", "--memory-file", "m"): "--memory-file needs --elastic",
     ("run", "CONFIG", *ELASTIC): "--elastic needs [local] in the file",
-    ("run", "CONFIG", *ELASTIC, "--serial"): "--serial cannot be used with --elastic",
-    ("run", "CONFIG", *ELASTIC, "--checkpoint-every", "5"): "--checkpoint-every cannot be used with --elastic",
-    ("demo", "--epochs", "nan"): "epochs must be positive and finite, got nan",
-    ("demo", "--out", "EMPTY"): "already exists; choose another with --out",
     ("report", "EMPTY"): "is not a run folder",
     ("report",): "report needs at least one run folder",
 }
@@ -160,19 +152,6 @@ def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
     done = finished(torchrun("-m", "lab", "run", config, "--out", tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("python -m lab: error: output folder") == 1
-
-
-def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: Path) -> None:
-    """Also where it is a worker process that prints: as far as it came, the folder can be gone on with."""
-    folder = tmp_path / "run"
-    read, write = os.pipe()
-    os.close(read)
-    words = lab("run", config, "--workers", 2, "--out", folder)
-    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180, env=environment())
-    os.close(write)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert command("lab", "run", "--resume", folder, "--workers", 2) == 0
-    assert len(losses(folder)) == 2
 
 
 @pytest.mark.slow

@@ -92,31 +92,6 @@ def test_constants(problem: Problem) -> None:
         assert float(change) <= curved * distance * (1 + 1e-9)
 
 
-def test_octopus_is_smooth_and_bounded_where_pieces_meet() -> None:
-    """f and its gradient agree from both sides of tau and 2 tau; outside its legs it is refused."""
-    problem = Octopus(3)
-    for edge in (problem.tau, 2 * problem.tau):
-        values, gradients = [], []
-        for side in (1 - 1e-9, 1 + 1e-9):
-            x = torch.tensor([edge * side, 0.3, 0.1], dtype=torch.float64)
-            values.append(float(problem(x)))
-            gradients.append(problem.gradient(x))
-        assert values[0] == pytest.approx(values[1], abs=1e-6)
-        assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
-    assert problem.nu == pytest.approx(139.87, abs=0.01)
-    with pytest.raises(ValueError, match="Octopus is not defined at"):
-        problem(torch.tensor([20.0, 0.0, 0.0]))
-
-
-def test_minima_have_their_values() -> None:
-    assert float(problems.DoubleWells(3)(torch.ones(3))) == pytest.approx(-3 / 4)
-    assert float(problems.MonkeySaddle()(torch.tensor([-3.0, 0.0]))) == -6.75
-    beta, x = 2.0, problems.OrthogonalTensor(3).critical_points()[1].x
-    assert float(problems.OrthogonalTensor(3)(x)) == pytest.approx(-beta / (4 * (beta - 1)))
-    minimum = Octopus(3).critical_points()[-1].x
-    assert float(Octopus(3)(minimum)) == pytest.approx(-3 * Octopus(3).nu)
-
-
 def test_oracle_is_unbiased_with_its_variance() -> None:
     """Over 4,000 steps: mean within 5 standard errors, E||noise||^2 = sigma^2; workers' means average to grad f."""
     problem, x = problems.DoubleWells(6), torch.linspace(-1, 1, 6, dtype=torch.float64)

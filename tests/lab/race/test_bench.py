@@ -10,13 +10,13 @@ from commandline import command
 from torch.nn.utils import parameters_to_vector
 
 from lab.race.contenders import parse, parse_all
-from lab.race.peers import enter, uint8_hook
+from lab.race.peers import enter
 from lab.race.race import Lap, step_rows
 from lab.race.workload import TrainingWorkload
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Sign, TopK, compressors
 
-PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
+PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "local-sgd-4")
 WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
 real = pytest.mark.usefixtures("forks_on_hosts")
 
@@ -76,7 +76,7 @@ def test_train(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def train(contenders: tuple[str, ...]) -> dict[str, Any]:
-    """Losses and parameters of contenders; 13 steps end where local-sgd-4 averages."""
+    """Losses and parameters of contenders; 5 steps end where local-sgd-4 averages."""
     group = resolve(None)
     images = WORKLOAD.examples()
     batches = WORKLOAD.batches(images, group.rank, group.size)
@@ -85,19 +85,19 @@ def train(contenders: tuple[str, ...]) -> dict[str, Any]:
     for contender in parse_all(contenders, 0.5):
         racer = enter(contender, WORKLOAD.task())
         first = racer.task(*fixed).item()
-        for step in range(13):
+        for step in range(5):
             racer.step(batches(step))
         found[contender.text] = (
             first,
             racer.task(*fixed).item(),
             parameters_to_vector(racer.task.parameters()).detach(),
-            racer.moved(13).sent,
+            racer.moved(5).sent,
         )
     return found
 
 
 def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]) -> None:
-    ours = ("RandomK(0.1)", "TopK(0.1)")
+    ours = ("TopK(0.1)",)
     one, other = gloo(train, 2, ("alone", *PEERS, *ours))
     d = one["ddp"][2].numel()
     for name in (*PEERS, *ours):
@@ -111,35 +111,15 @@ def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]
         start = parameters_to_vector(WORKLOAD.task().parameters()).detach()
         path = (one["ddp"][2] - start).norm()
         assert (one[name][2] - one["ddp"][2]).norm() < tolerance * path, name
-    assert one["ddp"][3] == 13 * 4 * d
-    assert one["local-sgd-4"][3] == 4 * 4 * d  # after steps 1, 5, 9 and 13
+    assert one["ddp"][3] == 5 * 4 * d
+    assert one["local-sgd-4"][3] == 2 * 4 * d  # after steps 1 and 5
     assert 2 * 4 * d < one["powersgd-1"][3] < 3 * 4 * d  # dense twice, then little
-
-
-def quantised(d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient that the uint8 hook makes of this worker's, which is returned too."""
-    import torch.distributed as dist
-
-    own = torch.randn(d, generator=torch.Generator().manual_seed(dist.get_rank()))
-
-    class Bucket:
-        def buffer(self) -> torch.Tensor:
-            return own.clone()
-
-    return own, uint8_hook(None, Bucket()).wait()  # type: ignore[arg-type]
-
-
-def test_the_uint8_hook_averages_to_half_a_level(gloo: Callable[..., list[Any]]) -> None:
-    (a, mean), (b, same) = gloo(quantised, 2, 1000)
-    assert torch.equal(mean, same)
-    level = max(float(v.max() - v.min()) / 255 for v in (a, b))
-    assert 0 < (mean - (a + b) / 2).abs().max() <= 0.5 * level + 1e-6  # rounding of single precision
 
 
 @pytest.mark.process
 @real
 def test_link(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("ddp-fp16", "own-uint8", "powersgd-4", "local-sgd-2", "RandomK(0.01)", "TopK(0.01)", "Sign")
+    names = ("own-uint8", "local-sgd-2", "TopK(0.01)")
     arguments = ("--rate", 500, "--batch", 2, "--rounds", 2, "--block", 1, "--contenders", *names)
     (table,) = tables(capsys, "link", *arguments)
     rows = {row["contender"]: row for row in table["rows"]}
@@ -188,13 +168,8 @@ def test_contenders_are_read() -> None:
     [
         (("train", "--contenders", "dpp"), "contender must be a compressor such as RandomK(0.01), or one of"),
         (("train", "--contenders", "TopJ(0.01)"), "no compressor TopJ (did you mean TopK?)"),
-        (("train", "--contenders", "TopK(open('x'))"), "must look like RandomK(0.01)"),
         (("train", "--contenders", "Stages(open('x'))"), "must look like RandomK(0.01)"),
         (("train", "--contenders", "ddp noise=0.1"), "noise is for packsaddle's compressors"),
-        (("train", "--contenders", "Sign delay=2"), "delay is of local updates, which need every="),
-        (("link", "--contenders", "Sign every=2 fragments=3"), "fragments must be at most every = 2, got 3"),
-        (("train", "--contenders", "Sign hook=bucket momentum=0.9"), "a hook has noise, and of momentum, memory"),
-        (("train", "--data-dir", "/nowhere"), "data-dir must be a folder, got /nowhere"),
         (("exchange", "--workers", 1), "workers must be 2 to 64, got 1"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,22 +40,3 @@ def test_all_parts_on_the_cpu(
     for row in (*steps.values(), *packing.values(), *exchange.values()):
         assert 0 < row["low"] <= row["copies"] <= row["high"], row
     assert "| exchange, d = 5,000 | all-reduce | ms " in capsys.readouterr().out
-
-
-def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("no")
-
-    for name in ("tests", "waits", "launch", "steps"):
-        monkeypatch.setattr(benchmark, name, refuse)
-    monkeypatch.setattr(benchmark, "packing", lambda *_: {"copy": {}})
-    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["tests"] == found["steps, d = 10"] == {"failed": "RuntimeError: no"}
-    assert found["packing, d = 10"] == {"copy": {}}
-    # Started again, it makes the missing parts alone.
-    monkeypatch.setattr(benchmark, "steps", lambda *_: {"copy": {}})
-    monkeypatch.setattr(benchmark, "packing", refuse)
-    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["steps, d = 10"] == found["packing, d = 10"] == {"copy": {}}

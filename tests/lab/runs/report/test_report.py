@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lab.runs.report.settings import settings
 from lab.runs.report.tables import document, plateau, row
 from lab.runs.run_folder import Run, RunFolder, read_runs
 from packsaddle.cli.folders import make_new
-from packsaddle.errors import ConfigError, MissingExtraError
+from packsaddle.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -134,17 +133,6 @@ def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.Captu
     assert [*bar.get_ydata()] == pytest.approx([0.1, 0.1])
 
 
-def test_the_table_needs_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    run = make_run(tmp_path / "a", "a", [line(i / 10, 0.5) for i in range(1, 4)])
-    with pytest.raises(MissingExtraError, match=r"the report's page needs matplotlib: pip install 'packsaddle\[lab\]'"):
-        report((run,))
-    assert "final loss" in capsys.readouterr().out
-    assert not (run / "report").exists()
-
-
 def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against the lines on disk; a diverged loss is text that float reads, since JSON has no infinity."""
     folders = [make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "a", LINES[:4], done=False)]
@@ -191,16 +179,3 @@ def test_the_report_as_json_is_documented() -> None:
     named = [name for keys, _ in rows for name in re.findall(r"`(\w+)`", keys)]
     (made,) = document([Run(Path("a"), {}, {}, [], None, [])])["runs"]
     assert sorted(named) == sorted(made)
-
-
-def test_the_json_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = make_run(tmp_path / "a", "a", LINES), tmp_path / "new" / "report.json"
-    report((folder,), out, json=True)
-    assert capsys.readouterr().out == ""
-    assert not (folder / "report").exists()
-    out.write_text("mine")
-    with pytest.raises(ConfigError, match=r"report\.json exists already; name a new file or add --overwrite"):
-        report((folder,), out, json=True)
-    assert out.read_text() == "mine"
-    report((folder,), out, overwrite=True, json=True)
-    assert json.loads(out.read_text())["format"] == 1

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.images import Images, _digits, load_images
+from lab.runs.tasks.images import Images, load_images
 from lab.runs.tasks.models import make_task, mnist_autoencoder
 from lab.runs.tasks.sharding import Batches, Calendar, deal, shard
 from packsaddle.errors import ConfigError
@@ -24,14 +24,6 @@ def test_digits() -> None:
     assert len(load_images(DataConfig("digits", limit=100), None, train=True)) == 100
     with pytest.raises(ConfigError, match="limit must be at most 1498"):
         load_images(DataConfig("digits", limit=5000), None, train=True)
-
-
-def test_digits_are_read_from_their_file_as_scikit_learn_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [_digits(train) for train in (True, False)]
-    monkeypatch.setattr("lab.runs.tasks.images.find_spec", lambda name: None)
-    for ours, theirs in zip(found, [_digits(train) for train in (True, False)], strict=True):
-        assert torch.equal(ours.levels, theirs.levels)
-        assert torch.equal(ours.labels, theirs.labels)
 
 
 def write_idx(path: Path, shape: tuple[int, ...], values: list[int]) -> None:
@@ -157,27 +149,6 @@ def test_the_rest_of_a_pass_is_dealt_anew(how: str, old: int, new: int) -> None:
     assert sorted(seen + rest) == list(range(n))
     again = deal(images, how, size, seed=seed, history=longer, workers=[new - 1])[0]
     assert torch.equal(again[stop + 5], after[-1][stop + 5])
-
-
-def test_dealing_anew_twice_and_between_passes() -> None:
-    """What two numbers of workers leave of a pass, a third ends; where all passes have ended there is nothing left."""
-    images = labelled(torch.arange(403) % 10)
-    n, size = len(images), 4
-    stops = [0, 5, 11]
-    history = [(0, 4), (5, 2), (11, 3)]
-    seen: list[int] = []
-    for i, (start, workers) in enumerate(history[:-1]):
-        for batches in deal(images, "iid", size, seed=0, history=history[: i + 1], workers=range(workers)):
-            seen += drawn(batches, start, stops[i + 1])
-    for worker, batches in enumerate(deal(images, "iid", size, seed=0, history=history, workers=range(3))):
-        owned = set(shard(images, "iid", worker=worker, workers=3, seed=0).tolist())
-        left = len(owned - set(seen))
-        seen += drawn(batches, 11, 12 + left // size)[:left]
-    assert sorted(seen) == list(range(n))
-    half = len(shard(images, "iid", worker=0, workers=2, seed=0))
-    whole = deal(images, "iid", half, seed=0, history=[(0, 2)], workers=[0])[0]
-    assert len(whole.left(1)[0]) == 0
-    assert whole.left(1)[1] == 1
 
 
 def test_calendar() -> None:

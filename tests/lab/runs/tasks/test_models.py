@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.models import Task, make_task, task_loss
+from lab.runs.tasks.models import Task, make_task
 from lab.runs.tasks.text import Text, load_text
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import Solo
-from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import Curvature
 
 CPU = torch.device("cpu")
 
@@ -52,21 +48,3 @@ def test_the_task() -> None:
     hits = sum(int(logits[i, j].argmax()) == int(targets[i, j]) for i in range(50) for j in range(16))
     assert float(task.correct(*batch)) == pytest.approx(hits / 16)
     assert len({p.data_ptr() for p in task.parameters()}) == len(list(task.parameters()))
-
-
-def test_derivatives_against_finite_differences() -> None:
-    """The first and the second, in float64: central differences err by about h^2 = 1e-8 of third derivatives."""
-    data = load(12)
-    task = tiny_task(data).double()
-    curvature = Curvature(task, task_loss, [data.batch(torch.arange(6), CPU)], Communicator(Solo(), Ledger()))
-    v = torch.randn(curvature.d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    v, h = v / v.norm(), 1e-4
-    gradients = []
-    for step in (h, -h):
-        with curvature.moved(v, step):
-            gradients.append(curvature.gradient()[0])
-    slope = (curvature.loss_at(v, h) - curvature.loss_at(v, -h)) / (2 * h)
-    assert float(curvature.gradient()[0] @ v) == pytest.approx(slope, rel=1e-6, abs=1e-8)
-    product = curvature.hessian_vector(v)
-    assert product.norm() > 0.01
-    assert torch.allclose(product, (gradients[0] - gradients[1]) / (2 * h), rtol=1e-5, atol=1e-7)
