@@ -17,13 +17,13 @@ ROOMS = {
     "": (6, 305),
     "checkpoint": (8, 830),
     "cli": (17, 1776),
-    "comm": (17, 1875),
-    "compressors": (17, 2035),
+    "comm": (17, 1880),
+    "compressors": (17, 2000),
     "curvature": (15, 1925),
     "feedback": (14, 1415),
     "hooks": (7, 795),
     "integrations": (5, 665),
-    "local": (28, 3440),
+    "local": (34, 3605),
     "numerics": (15, 1450),
     "options": (5, 265),
     "plan": (7, 705),
@@ -31,7 +31,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_680, 11_500, 28_450
+LIBRARY, LAB, TESTS = 18_805, 11_500, 27_400
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13
