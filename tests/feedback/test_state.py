@@ -230,4 +230,4 @@ def test_a_field_without_a_rule() -> None:
         "Front", [Rule(("a",), "own")], dict, lambda: [Vector(("b", "*"), {"x": view.shape}, lambda: {"x": view})]
     )
     with pytest.raises(ValueError, match=r"b\.x is in the state, and Front has no rule for it"):
-        state.split({("b", "x"): view}, 2)
+        state.split({("b", "x"): view})

@@ -294,7 +294,12 @@ def test_the_documented_lines_are_those_of_the_examples() -> None:
     for line in list(examples):  # a page imports one name at a time
         module, imports, names = line.partition(" import ")
         examples |= {f"{module}{imports}{name}" for name in names.split(", ") if line.startswith("from packsaddle")}
-    examples |= {"", "...  # the loop"}
+    examples |= {line.partition("  #")[0] for line in examples} | {
+        "",
+        "...,",
+        "...  # the loop",
+        "trainer = Trainer(model=model, args=training, ...)",
+    }
     blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
     shown = [line.strip() for block in blocks for line in block.splitlines()]
     assert len(blocks) >= 5

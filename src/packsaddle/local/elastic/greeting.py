@@ -29,7 +29,9 @@ class Greeting:
 
     def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
         self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
-        self._device = own.fragments[0].anchor.flat.device
+        # The device of small messages, such as `Hello`: the CPU, unless the group cannot exchange its tensors.
+        device = own.fragments[0].anchor.flat.device
+        self.device = torch.device("cpu") if channel.group.stages(device) else device
         # Returns a text that must be equal on all workers.
         self.arguments: Callable[[], str] = str
         self._arguments_hash = 0  # hash of this text when the worker joined
@@ -46,7 +48,7 @@ class Greeting:
             self._arguments_hash = hash_of(self.arguments())
         mine = self._hello(dense=dense, seconds=seconds)
         with self._own.site.fails_together():
-            gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+            gathered = self._channel.gather({"hello": mine.packed(self.device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
         return hellos
@@ -124,7 +126,7 @@ class Greeting:
         and RoundFailedError on the other workers.
         """
         with self._own.site.fails_together():
-            texts = self._channel.gather_text(text, self._device, "members")
+            texts = self._channel.gather_text(text, self.device, "members")
         usual, mine = most(texts), self._channel.group.rank
         if len(set(texts)) == 1:
             return

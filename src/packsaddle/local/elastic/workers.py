@@ -106,9 +106,6 @@ class ElasticWorkers(Membership):
         assert isinstance(group, ManagedGroup)
         super().__init__(settings, within, fragments, schedule)
         self.channel, self._group, self._outer = channel, group, outer
-        # The device of small messages, such as `Hello`: the CPU, unless the group cannot exchange its tensors.
-        device = fragments[0].anchor.flat.device
-        self._device = torch.device("cpu") if channel.group.stages(device) else device
 
         self._exchanged = False  # True if a round followed the last inner step
         self.paces = [schedule.period]  # inner steps of this worker from one round to the next
@@ -293,7 +290,8 @@ class ElasticWorkers(Membership):
                 self._exchange(r, hellos, weights)
         # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
         self._pending.save(parts)
-        norm = torch.tensor([self._pending.norm_after()], dtype=wide(self._device), device=self._device)
+        device = self._greeting.device
+        norm = torch.tensor([self._pending.norm_after()], dtype=wide(device), device=device)
         self._pending.in_doubt = parts
         with self.site.fails_together():
             confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
