@@ -30,7 +30,7 @@ needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, 
 # Simulated sites: threads that are killed, lose connections, and come back.
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("sharded", "files"), list(product((False, True), repeat=2)))
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])
 def test_nothing_is_lost_by_sites_that_come_and_go(
@@ -107,13 +107,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("broken", [(), (3, 9, 16)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_undisturbed_they_are_fixed_sites_bit_for_bit(
-    gloo: Gloo, inside: str, broken: tuple[int, ...], name: str
-) -> None:
-    """As they are if one process of a site is in a collective that fails: all roll back, and repeat the round."""
-    for ours, fixed in gloo(elastic_and_fixed, 4, inside, broken, OPTIONS[name]):
+def test_they_are_fixed_sites_bit_for_bit(gloo: Gloo, inside: str, name: str) -> None:
+    """Also if one process of a site is in a collective that fails: all roll back, and repeat the round."""
+    for ours, fixed in gloo(elastic_and_fixed, 4, inside, (3, 9, 16), OPTIONS[name]):
         assert all(map(torch.equal, ours, fixed))
 
 

@@ -28,7 +28,7 @@ from packsaddle import (
 )
 from packsaddle.compressors import compressors
 
-SETTINGS, BATCHES = 160, 8
+SETTINGS, BATCHES = 100, 5
 EVERY = (1, 2, 3, 3, 4, 5)
 EXCHANGES = ("direct", "direct", "two-way", "two-way", "coordinator", "senders", "all-gather")
 OWN = ("low-rank all-reduce", "sketched all-reduce", "projected all-reduce")  # exchanges that are the compressor's own
