@@ -252,8 +252,11 @@ def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WA
 
 
 def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Return the row of each method, number of workers, length and seed at the rate with the lowest loss."""
-    by_loss = sorted(found, key=lambda row: -float(row["loss"]))
+    """Return the row of each method, number of workers, length and seed at the rate with the lowest loss.
+
+    Rows with the recipe's own rate are left out, since it is not searched for.
+    """
+    by_loss = sorted((row for row in found if float(row["rate"]) != RATE), key=lambda row: -float(row["loss"]))
     return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
 
 
@@ -314,7 +317,7 @@ def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
     loss.
     """
     target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
-    for workers, name in _settings(found, STEPS):
+    for workers, name in _settings(found):
         seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == "0"}
         longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
         if workers > 1 and longer and longer[0] > min(seen):
@@ -335,8 +338,9 @@ def _of(
     return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
 
 
-def _settings(found: Sequence[Mapping[str, str]], steps: int) -> list[tuple[int, str]]:
-    return sorted({(int(row["workers"]), row["method"]) for row in found if int(row["steps"]) == steps})
+def _settings(found: Sequence[Mapping[str, str]], steps: int | None = None) -> list[tuple[int, str]]:
+    """Return the numbers of workers and methods of all rows, or of those with this number of steps."""
+    return sorted({(int(row["workers"]), row["method"]) for row in found if steps in (None, int(row["steps"]))})
 
 
 def main() -> None:

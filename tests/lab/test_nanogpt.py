@@ -85,12 +85,12 @@ def test_a_speed_up_is_interpolated() -> None:
         {**row, "steps": "2000", "loss": "1.0", "sent": "40"},
     ]
     assert list(reached(found)) == [Reached(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))]
-    # At a better rate a shorter training has one machine's loss.
-    better = [*found, {**row, "steps": "500", "loss": "1.5", "sent": "10", "rate": "0.002"}]
-    assert list(reached(searched(better))) == []  # no training is shorter, so no two lengths have the loss between them
-    assert [one.rate for one in reached(searched([*better, {**row, "steps": "250", "loss": "2", "sent": "5"}]))] == [
-        0.002
+    # At the better of two rates, of which neither is the recipe's.
+    fast = [
+        {**one, "rate": rate, "loss": loss} for one in found for rate, loss in (("0.002", one["loss"]), ("0.004", "9"))
     ]
+    (best,) = reached(searched([*found, *fast, {**found[1], "rate": "0.004", "steps": "1000", "loss": "1.5"}]))
+    assert (best.rate, best.steps) == (0.004, pytest.approx(1000))
     assert Reached(2, "local", 0.001, 1000, 0).speed_up(10) == pytest.approx(2)
     as_long = 1000 * STEP_TIME * 10e6 / 8
     assert Reached(2, "local", 0.001, 1000, as_long).speed_up(10) == pytest.approx(1)
