@@ -49,10 +49,11 @@ def is_network(error: Exception) -> bool:
 
 
 def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
-    """Announce this worker in torch's `store`, and return the ranks that announce themselves within `grace` seconds.
+    """Announce this worker in torch's `store`, and return a `Roll` of the ranks that announce themselves within `grace`
+    seconds, and of those that do not.
 
     Every worker whose collective fails calls this, so an absent worker is dead, hung or cut off. If the store does not
-    answer, `reached` is False and all other ranks are absent.
+    answer, `Roll.reached` is False, and all ranks except this worker's are recorded as absent.
     """
     found: list[Roll] = []
 

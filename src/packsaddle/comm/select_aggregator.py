@@ -91,8 +91,9 @@ def choose(
         owners = TwoWay if exchange == "two-way" else Coordinator
         choice = Choice(owners(compressor, back), exchange, "asked for")
     else:
-        # "auto": minimize the bytes that the busiest worker sends. The exact mean needs fewer messages, and is
-        # preferred unless another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
+        # "auto": minimize the bytes that the busiest worker sends. The exact mean needs fewer messages than a two-way
+        # exchange, and is preferred unless the two-way exchange saves 5% of these bytes. A two-way exchange needs at
+        # least one coordinate per worker.
         candidates: dict[str, Aggregator] = {name: direct}
         if name == "all-gather" and d >= workers:
             candidates["two-way"] = TwoWay(compressor)

@@ -166,8 +166,8 @@ class LocalUpdatesCallback(_Attached):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make `together` a no-op. Parameters may be changed after training, and must then not be set to the anchor,
-        i.e. to the parameters on which all workers last agreed."""
+        """Make `together` a no-op until training starts again. `together` sets the parameters to the anchor, i.e. to
+        the parameters on which all workers last agreed. After training this would overwrite the user's changes."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:

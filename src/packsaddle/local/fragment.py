@@ -85,9 +85,12 @@ class Fragment(Slice):
         return [each.parameter for each in self.trained if each.requires_grad]
 
     def use(self, compressor: Compressor, owners: Sequence[int] | None = None) -> None:
-        """Use a compressor, and in a two-way exchange the workers of these ranks as owners (None: all), from now on.
-        The start point may move, but the parameters x do not. Raises ValueError if the exchange does not support the
-        compressor."""
+        """Use this compressor from now on. In a two-way exchange, the workers with the ranks `owners` average the
+        messages; None: all workers do.
+
+        The start point, from which this worker's local update is measured, may move, but the parameters x do not.
+        Raises ValueError if the exchange does not support the compressor.
+        """
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.feedback.choice.aggregator.owners = owners
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)

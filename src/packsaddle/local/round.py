@@ -172,7 +172,8 @@ class LocalRound:
         return v
 
     def _lengthen(self) -> None:
-        """Lengthen the mean update of an applied round where the workers' updates disagree (see `OuterAgreement`)."""
+        """Lengthen the mean update of each tensor whose updates differ between workers (see `OuterAgreement`). Call
+        this only if the round is applied."""
         assert self.exchanged is not None
         assert isinstance(self.mean, Tensor)
         part, measured = self.part, self.exchanged.measured

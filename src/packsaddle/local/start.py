@@ -187,8 +187,8 @@ class UnsentSteps:
 
 @dataclass(frozen=True)
 class Watches:
-    """The objects that detect mistakes in a training script: `others`, optimizers whose parameters are not exchanged,
-    and `unsent`, steps that are not exchanged when the training ends."""
+    """The objects that detect mistakes in a training script. `others` detects optimizers whose parameters are not
+    exchanged, and `unsent` detects steps that are not exchanged when the training ends."""
 
     others: OtherOptimizers
     unsent: UnsentSteps

@@ -443,13 +443,16 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
-        """Replace tensors with their means over workers, weighted as by `Workers.weight`, uncompressed; collective.
+        """Replace tensors with their means over workers; collective. The tensors are sent uncompressed. The means are
+        weighted by `Workers.weight` if it is set.
 
         Use it for tensors computed from each worker's own parameters, which differ between workers even after `flush`:
         a module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
-        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises TypeError for objects
-        that are not tensors, ValueError, naming the first difference, if workers pass different shapes or dtypes, and
-        RuntimeError with a manager.
+        schedule-free optimizer. Tensors that are not floating point are set to worker 0's.
+
+        Raises TypeError for objects that are not tensors. Raises ValueError, naming the first difference, if workers
+        pass different shapes or dtypes. Raises RuntimeError if workers join and leave, i.e. if a torchft manager is
+        used.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates

@@ -22,7 +22,7 @@ from packsaddle.sgd.optimizer import CompressedSGD
 class ModelSize:
     """The size of a model: the numbers of coordinates that one step exchanges, compressed and uncompressed."""
 
-    name: str  # name of the model
+    name: str  # text that a printed plan calls the model, e.g. "d = 25,000,000" if only its size is known
     d: int  # number of compressed coordinates
     dense: int  # number of uncompressed coordinates
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown

@@ -84,7 +84,7 @@ class Constants:
     """The constants that the theorems hide in O-tilde, which are powers of the logarithm iota, and factors.
 
     The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). It is an assumption that they are
-    also valid, up to logarithms, for Algorithm 1. The factors 1 of the second and the third bound on the step size eta
+    also valid, up to logarithms, for Algorithm 1. The factors `first_order_factor` and `second_order_factor`, both 1,
     are guesses. The constants `practical` have no proof and no failure probability, but lead to feasible numbers of
     steps. Raises ValueError unless all constants are positive and finite.
 
@@ -98,9 +98,9 @@ class Constants:
     iota: float  # value of the logarithm iota
     failure_probability: float | None = None  # failure probability delta in the logarithm iota; None: not defined
     eta_power: float = 9.0  # the step size eta is proportional to iota^-eta_power
-    gradient_noise_factor: float = 1.0  # factor of the first bound on the step size eta
-    first_order_factor: float = 1.0  # factor of the second bound on the step size eta
-    second_order_factor: float = 1.0  # factor of the third bound on the step size eta
+    gradient_noise_factor: float = 1.0  # factor of the bound 1 / (L N) on the step size eta (see `step_sizes`)
+    first_order_factor: float = 1.0  # factor of the bound mu epsilon / (L chi sqrt(1 - mu)) on eta
+    second_order_factor: float = 1.0  # factor of the bound mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D) on eta
     noise_power: float = 1.0  # power of iota in the norm of the noise, iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # power of iota in I = iota^1 / (eta sqrt(rho epsilon)); not used with `patience`
     patience: float | None = None  # escape interval I as a multiple of the median escape time; None: `interval_power`
@@ -148,7 +148,7 @@ class Constants:
         decreases by at least 2/3 sqrt(epsilon^3 / rho) over the distance R, the radius of the escape check. So
         T = 4 f_max I / F steps suffice.
 
-        The factor 1 of the third bound on eta remains a guess. The logarithm iota is 1.
+        The value 1 of `second_order_factor` remains a guess. The logarithm iota is 1.
         """
         return cls(
             "practical",

@@ -62,8 +62,8 @@ class Recovery:
         return [*found, *outer, *self._own.roster.fields(("roster",))]
 
     def _receive(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead. In a site, only keep the state: it is loaded once all processes of
-        the site have received one."""
+        """Load the state of a worker that is ahead. If this worker is a site, i.e. consists of several processes, only
+        keep the state: it is loaded once every process of the site has received a state."""
         if self._own.site.size > 1:
             self._received = state
         else:

@@ -96,7 +96,8 @@ class Roster:
         # The first committed round sets the id of the run, a hash of its workers' names, which later rounds keep.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
-        # Updates with weight 0 are not part of the anchor, so their attempts and steps do not count.
+        # The anchor does not include an update with weight 0. So do not record its worker's attempt in `taken`, and do
+        # not add its worker's inner steps to `position`.
         for hello, weight in zip(hellos, weights, strict=True):
             if weight:
                 self.taken[hello.worker] = hello.attempt

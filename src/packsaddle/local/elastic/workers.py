@@ -149,8 +149,8 @@ class ElasticWorkers(Membership):
     # Rounds.
 
     def enter(self) -> bool:
-        """Join the run, unless this worker has joined already. Returns True if it joined now, so that its parameters
-        may be those of the other workers."""
+        """Join the run, unless this worker has joined already. Returns True if it joined now. In that case the other
+        workers' parameters may have replaced its own."""
         if self.has_joined:
             return False
         self.join()

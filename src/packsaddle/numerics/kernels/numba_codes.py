@@ -316,7 +316,7 @@ def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Arra
     """Write the indices of the codes below `low` or above `high` to `places`. With `inverted`, write the indices of the
     codes from `low` to `high` instead. `places` must have one element more than there are such indices."""
     n: Any = 0
-    # The loop has no branches: the indices of the other codes are written too, and then overwritten.
+    # No branches: write every index to place n, and increment n only if the index belongs in `places`.
     for i in range(len(codes)):
         places[n] = i
         n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)

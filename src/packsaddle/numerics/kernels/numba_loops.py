@@ -88,7 +88,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
                 m += c
                 continue
             n: Any = m
-            # The loop has no branches: indices of smaller magnitudes are written too, and then overwritten.
+            # No branches: write every index to place n, and increment n only if the magnitude is at least `limit`.
             for i in range(BLOCK):
                 out[n] = offset + s + i
                 n += np.int64((block[i] & mask) >= limit)
@@ -304,7 +304,7 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
             c: Any = np.int32(0)
             for i in range(len(piece)):
                 c += np.int32(abs(piece[i]) >= limit)
-            # The loop has no branches: indices of smaller magnitudes are written too, and then overwritten.
+            # No branches: write every index to place n, and increment n only if the magnitude is at least `limit`.
             for i in range(len(piece) if c else 0):
                 found[n] = offset + start + at + i
                 n += np.int64(abs(piece[i]) >= limit)
