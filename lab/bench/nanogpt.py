@@ -363,22 +363,19 @@ def main() -> None:
         print("\n\n".join([table(found), speed_ups(found), speed_ups(searched(every)), table(found, STEPS // 2)]))
         return
     if options.text is None:
-        parser.error("run needs --text")
+        parser.error(f"{options.command} needs --text")
     text = Text.read(options.text)
     recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups)]
     if options.command == "worker":
         race_as_worker(text, options.methods[0], options.workers[0], options.seeds[0], recipes[0])
         return
-    for seed in options.seeds:
-        if options.command == "clock":
-            for name, recipe in zip(options.methods, recipes, strict=True):
-                race(options.out or CLOCKED, options.text, name, recipe, seed, options.mbit)
-            continue
-        for workers in options.workers:
-            for name in options.methods:
-                if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
-                    for recipe in recipes:
-                        make(options.out or ROWS, text, name, workers, seed, recipe)
+    if options.command == "clock":
+        for seed, (name, recipe) in product(options.seeds, zip(options.methods, recipes, strict=True)):
+            race(options.out or CLOCKED, options.text, name, recipe, seed, options.mbit)
+        return
+    for seed, workers, name, recipe in product(options.seeds, options.workers, options.methods, recipes):
+        if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
+            make(options.out or ROWS, text, name, workers, seed, recipe)
 
 
 if __name__ == "__main__":

@@ -329,8 +329,7 @@ def speed_ups() -> dict[tuple[int, str], nanogpt.Reached]:
 
 def by_the_clock() -> float:
     """Return the time of one machine alone over that of two workers, whose loss is at most 0.001 higher."""
-    with nanogpt.CLOCKED.open() as file:
-        two, alone = csv.DictReader(file)
+    two, alone = nanogpt.rows(nanogpt.CLOCKED)
     assert (two["workers"], alone["workers"], two["mbit"]) == ("2", "1", "10")
     assert float(two["loss"]) < float(alone["loss"]) + 0.0011
     return float(alone["seconds"]) / float(two["seconds"])

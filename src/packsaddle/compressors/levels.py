@@ -224,7 +224,8 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     places, magnitudes, members = coded[:0], coded[:0], None
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)
-        index = wire.unpack_gaps(body, layer.coded, kept, layer.members, layer.rice, layer.members, "levels")
+        n = layer.members
+        index = wire.unpack_gaps(body, layer.coded, kept, n, layer.rice, n, part="levels", padded=False)
         if layer.inverted:
             goes_on = torch.ones(layer.members, dtype=torch.bool, device=coded.device)
             goes_on.index_fill_(0, index, False)

@@ -127,10 +127,12 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
     return (numbers >> b).sum() + len(numbers)
 
 
-def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
+def unpack_gaps(
+    packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, *, part: str = "indices", padded: bool = True
+) -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
-    below `stop`; an error names `part`. Only the part "indices" may be padded (see `unpack_rice`)."""
-    index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=part == "indices")
+    below `stop`; an error names `part`. `padded` is as in `unpack_rice`: False if `pack_gaps` had `unary_bits` bits."""
+    index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=padded)
     # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
     whole = index.add_(1)[:edge].view(-1, kept)

@@ -146,9 +146,13 @@ class Recovery:
             )
 
     def _compare_attempts(self, included: int) -> bool:
-        """Compare this worker's last attempt that its own anchor includes with the one that the others' anchor
-        includes. Returns True if the others' is a later one, whose updates must not be sent again: this worker was
-        restored from a checkpoint. Updates that this worker sent and the others' anchor does not include are lost."""
+        """Compare two attempts at rounds by this worker: the last one whose updates its own parameters include, and
+        `included`, the last one whose updates the other workers' parameters include.
+
+        Returns True if `included` is later, as after a restore from a checkpoint. The updates in this worker's error
+        memory have then been sent already, so the memory is cleared. If `included` is earlier, the updates that this
+        worker has sent since are lost.
+        """
         own, account = self._own, self._own.account
         if included > account.included:
             account.found_lost += account.norm
