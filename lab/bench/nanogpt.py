@@ -147,6 +147,7 @@ class Recipe:
     steps: int = STEPS
     rate: float = RATE  # the highest learning rate
     warm_up: int = WARM_UP  # steps
+    batch: int = BATCH  # windows of a step of one worker
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -180,7 +181,7 @@ def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> T
     while step < recipe.steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
-        starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
+        starts = torch.cat([torch.randint(len(text.train) - BLOCK, (recipe.batch,), generator=g) for g in generators])
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
         net(windows[:, :-1], windows[:, 1:]).backward()
@@ -223,7 +224,7 @@ def race(path: Path, source: Path, name: str, recipe: Recipe, seed: int, mbit: i
     workers = 1 if METHODS[name] is None else 2
     words = ["-m", "lab.bench.nanogpt", "worker", "--text", str(source), "--methods", name]
     words += ["--steps", str(recipe.steps), "--rates", str(recipe.rate), "--warm-ups", str(recipe.warm_up)]
-    words += ["--workers", str(workers), "--seeds"]
+    words += ["--batches", str(recipe.batch), "--workers", str(workers), "--seeds"]
     with Hosts(2, mbit) as hosts:
         if workers == 1:
             outputs = hosts.run([[sys.executable, *words, str(seed + host)] for host in range(2)])
@@ -241,22 +242,25 @@ def race_as_worker(text: Text, name: str, workers: int, seed: int, recipe: Recip
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a file. Rows of earlier versions, which lack the length, rate or warm-up, had the recipe's."""
+    """Read the rows of a file. Rows of earlier versions lack fields of the recipe, and had its usual values."""
     usual = {key: str(value) for key, value in asdict(Recipe()).items()}
     return read_rows(path, lambda row: row | {key: row.get(key) or value for key, value in usual.items()}, "row")
 
 
-def at(found: Sequence[Mapping[str, str]], rate: float = RATE, warm_up: int = WARM_UP) -> list[Mapping[str, str]]:
-    """Return the rows of one learning rate and one length of the warm-up."""
-    return [row for row in found if (float(row["rate"]), int(row["warm_up"])) == (rate, warm_up)]
+def at(found: Sequence[Mapping[str, str]], rate: float = RATE) -> list[Mapping[str, str]]:
+    """Return the rows of one learning rate, with the recipe's warm-up and batch."""
+    setting = Recipe(rate=rate)
+    wanted = setting.rate, setting.warm_up, setting.batch
+    return [row for row in found if (float(row["rate"]), int(row["warm_up"]), int(row["batch"])) == wanted]
 
 
 def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Return the row of each method, number of workers, length and seed at the rate with the lowest loss.
 
-    Rows with the recipe's own rate are left out, since it is not searched for.
+    Rows with the recipe's own rate are left out, since it is not searched for, and those with another batch.
     """
-    by_loss = sorted((row for row in found if float(row["rate"]) != RATE), key=lambda row: -float(row["loss"]))
+    others = [row for row in found if float(row["rate"]) != RATE and int(row["batch"]) == BATCH]
+    by_loss = sorted(others, key=lambda row: -float(row["loss"]))
     return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
 
 
@@ -354,6 +358,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
     parser.add_argument("--warm-ups", type=int, nargs="+", default=[WARM_UP])
+    parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help="windows of a step of one worker")
     parser.add_argument("--mbit", type=int, default=10, help="rate of the link for `clock`, in Mbit/s")
     parser.add_argument("--out", type=Path, help="the file of the rows")
     options = parser.parse_args()
@@ -365,7 +370,7 @@ def main() -> None:
     if options.text is None:
         parser.error(f"{options.command} needs --text")
     text = Text.read(options.text)
-    recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups)]
+    recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups, options.batches)]
     if options.command == "worker":
         race_as_worker(text, options.methods[0], options.workers[0], options.seeds[0], recipes[0])
         return

@@ -77,7 +77,7 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
 
 def test_a_speed_up_is_interpolated() -> None:
     """The middle of two lengths is their geometric mean; and a link that takes as long as the steps halves it."""
-    row = {"method": "local", "seed": "0", "workers": "2", "rate": "0.001"}
+    row = {"method": "local", "seed": "0", "workers": "2", "rate": "0.001", "batch": "12"}
     alone = {**row, "method": "dense", "workers": "1", "steps": "2000", "loss": "1.5", "sent": "0"}
     found = [
         alone,
