@@ -1,9 +1,9 @@
-"""The commands `python -m lab demo`, `python -m lab init` and `python -m lab run`."""
+"""The commands `python -m lab init` and `python -m lab run`."""
 
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from lab.cli.console import dated, print_runs, require_plots
+from lab.cli.console import dated, print_runs
 from lab.runs.config import Config, load
 from lab.runs.run_folder import Run, read_runs
-from lab.runs.templates import TASKS, TaskName, demo_configs, template
+from lab.runs.templates import TASKS, TaskName, template
 from lab.runs.trackers import TrackerName
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
-from packsaddle.cli.folders import make_new
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
@@ -28,63 +27,10 @@ from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
     from lab.runs.job import How, Job
-    from lab.runs.report.tables import Row
 
 
 # Limits of --timeout, seconds. torch counts whole milliseconds, and 0 would mean that it does not wait at all.
 _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
-
-
-def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
-    """Show compressed SGD leave a saddle on which plain SGD stalls.
-
-    Trains a deep autoencoder on scikit-learn's digits four times: uncompressed without noise, and with noise
-    uncompressed, with RandomK 1% and with TopK 1%. Prints a table and writes a figure and an HTML page. Takes about two
-    minutes on two cores.
-
-    Examples:
-        python -m lab demo
-        python -m lab demo --serial --epochs 20 --out runs/short
-
-    Args:
-        out: New folder for the runs and the report; by default runs/demo-DATE-TIME.
-        workers: Number of worker processes.
-        serial: Simulate the workers sequentially in this process instead.
-        epochs: Passes over the digits, counted over all workers together.
-        seed: Seed of all random numbers.
-    """
-    from lab.runs.job import Job
-    from lab.runs.report import row, write_report
-
-    require_plots("the demo's report")
-    with config_errors():
-        configs = demo_configs(workers, epochs, seed)
-    folder = out or dated("demo")
-    job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
-
-    # Validate before the folder is created, so that invalid input leaves no files.
-    job.check(workers)
-    make_new(folder)
-    job.run(workers, "serial" if serial else "processes")
-    runs = [run for name in configs for run in read_runs([folder / name])]
-    print_runs(runs)
-    conclusion = demo_conclusion([row(run) for run in runs])
-    print(f"report: {write_report(runs, folder / 'report', lead=conclusion)}")
-    if conclusion:
-        print(conclusion)
-
-
-def demo_conclusion(rows: Sequence["Row"]) -> str:
-    """Return a sentence on the demo's runs, of which the first has no noise; "" if they do not show the escape."""
-    without, *noisy = rows
-    if without.left_plateau is not False or not all(run.left_plateau for run in noisy):
-        return ""
-    epochs = [run.plateau_epochs or 0.0 for run in noisy]
-    compression = min(run.compression or 1.0 for run in noisy[1:])
-    return (
-        f"Without noise SGD stays at the saddle to the end. With noise it leaves after {min(epochs):.0f} to "
-        f"{max(epochs):.0f} epochs, also with RandomK and TopK, whose messages have 1/{compression:.0f} of the bytes."
-    )
 
 
 @grouped(

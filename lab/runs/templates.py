@@ -1,4 +1,4 @@
-"""Configurations to start from: the presets of `python -m lab init`, the demo's four runs, and their TOML text."""
+"""Configurations to start from: the presets of `python -m lab init`, the demo's runs, and their TOML text."""
 
 import dataclasses
 import inspect
@@ -126,7 +126,10 @@ PLATEAU = 0.0735
 
 
 def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Config]:
-    """Return the demo's four configurations by folder name. They differ only in label, compressor and noise."""
+    """Return the four configurations of the demo's first part, by folder name.
+
+    They differ only in label, compressor and noise.
+    """
     settings: dict[str, tuple[str, AnyCompressor, float]] = {
         "dense": ("dense", Identity(), 0.0),
         "dense-noise": ("dense + noise", Identity(), 0.003),
@@ -151,6 +154,48 @@ def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[st
         noise = NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs)
         found[name] = replace(shared, compressor=compressor, noise=noise, label=label)
     return found
+
+
+def local_demo_configs(workers: int, epochs: float, seed: int = 0) -> dict[str, Config]:
+    """Return the three configurations of the demo's second part, by folder name.
+
+    AdamW trains for as many steps in each. "alone" has one worker's batch. "dense-adamw" has the batches of all workers
+    in one process, which is what DistributedDataParallel computes. "local-updates" has the workers.
+    """
+    shared = Config(
+        data=DataConfig("text"),
+        model=ModelConfig("char-transformer"),
+        lr=0.008,
+        epochs=epochs,
+        batch_size=8,
+        compressor=Identity(),
+        weight_decay=0.1,
+        local=LocalConfig(
+            "adamw",
+            every=1,
+            betas=(0.9, 0.99),
+            warm_up=0.1 * epochs,
+            schedule="cosine",
+            clip=1.0,
+            mean_momentum=0.0,
+        ),
+        seed=seed,
+        log_every=25,
+    )
+    assert shared.local is not None
+    alone = replace(shared.local, warm_up=0.1 * epochs / workers)
+    local = replace(shared.local, every=8, mean_momentum=None)
+    return {
+        "alone": replace(shared, label="one machine alone", epochs=epochs / workers, local=alone),
+        "dense-adamw": replace(shared, label=f"dense training, {workers} workers", batch_size=8 * workers),
+        "local-updates": replace(
+            shared,
+            label=f"local updates, {workers} workers",
+            compressor=Sign(per_tensor=True),
+            local=local,
+            workers=workers,
+        ),
+    }
 
 
 TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnist-autoencoder", "resnet18"]

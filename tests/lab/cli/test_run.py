@@ -13,7 +13,7 @@ from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
 
-from lab.cli.run import demo_conclusion
+from lab.cli.demo import link_conclusion, link_rows, saddle_conclusion
 from lab.runs import run_folder
 from lab.runs.report.tables import Row
 from lab.runs.tasks import images
@@ -156,8 +156,8 @@ def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's whole path in a second or two; its four runs at full length are `make demo`, which installs all that
-    they need."""
+    """The demo's whole path in a second or two; its runs at full length are `make demo`, which installs all that they
+    need."""
     root = Path(__file__).parents[3]
     names = (root / "Makefile").read_text().partition("\n.venv/.demo: ")[2].partition("'.[")[2].partition("]'")[0]
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -166,16 +166,19 @@ def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         if package not in installed:
             monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     images._load.cache_clear()
-    assert command("lab", "demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
+    short = ("--epochs", "0.5", "--text-epochs", "0.05")
+    assert command("lab", "demo", "--serial", *short, "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
     for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
         assert f"run {i} of 4, {label}: " in out
-    html = (tmp_path / "demo" / "report" / "index.html").read_text()
-    assert "<svg" in html
-    summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/summary.json")}
+    for part in ("saddle", "slow-link"):
+        assert "<svg" in (tmp_path / "demo" / part / "report" / "index.html").read_text()
+    summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/*/summary.json")}
     assert summaries["dense"]["compression"] == 1.0
     assert summaries["randomk-noise"]["compression"] > 40
     assert summaries["topk-noise"]["compression"] > 25
+    # Each worker makes the same number of steps in the three runs of the second part.
+    assert len({summaries[name]["steps"] for name in ("alone", "dense-adamw", "local-updates")}) == 1
 
 
 def test_the_demo_ends_with_its_meaning() -> None:
@@ -186,11 +189,32 @@ def test_the_demo_ends_with_its_meaning() -> None:
 
     stalled = demo_row(1.0, 57.5, left=False)
     noisy = [demo_row(1.0, 18.5, left=True), demo_row(54.0, 25.0, left=True), demo_row(47.3, 20.0, left=True)]
-    sentence = demo_conclusion([stalled, *noisy])
+    sentence = saddle_conclusion([stalled, *noisy])
     assert "after 18 to 25 epochs" in sentence
     assert "1/47 of the bytes" in sentence
-    assert demo_conclusion([stalled, *noisy[:2], stalled]) == ""
-    assert demo_conclusion([noisy[0], *noisy]) == ""
+    assert saddle_conclusion([stalled, *noisy[:2], stalled]) == ""
+    assert saddle_conclusion([noisy[0], *noisy]) == ""
+
+
+def test_the_demo_computes_the_times_of_a_link() -> None:
+    """Computing, and then the bytes over 50 Mbit/s; dense training, which was one process, as long as its workers."""
+
+    def demo_row(loss: float, megabytes: float, seconds: float) -> Row:
+        return Row("", 0, True, None, loss, None, None, None, None, megabytes, None, seconds)
+
+    alone, dense, local = link_rows(
+        [demo_row(2.2, 200.0, 8.0), demo_row(2.0, 250.0, 19.0), demo_row(2.1, 2.5, 10.0)], 2
+    )
+    assert (alone.megabytes, dense.megabytes, local.megabytes) == (
+        0.0,
+        250.0,
+        2.5,
+    )  # W = 2: a ring sends the vector once
+    assert (alone.seconds, dense.seconds, local.seconds) == pytest.approx((8.0, 10.0 + 40.0, 10.0 + 0.4))
+    sentence = link_conclusion([alone, dense, local])
+    assert "1/100 of the bytes" in sentence
+    assert "take 10 seconds instead of 50" in sentence
+    assert link_conclusion([alone, dense, local._replace(loss=2.3)]) == ""
 
 
 def test_demo_plateau_is_the_best_constant() -> None:
