@@ -1,4 +1,4 @@
-"""Compressed gradient exchange for DistributedDataParallel, with any optimizer: two lines in an existing script.
+"""Compressed gradient exchange for DistributedDataParallel, with any optimizer, by two more lines in a training script.
 
 `register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`). `keep_gradients_local` disables the exchange of
 DistributedDataParallel, for `LocalUpdates`.
@@ -96,7 +96,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # Validate the options, first alone and then for this model.
+    # Validate the options: first each option alone, and then all options for this model.
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
