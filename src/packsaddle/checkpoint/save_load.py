@@ -78,8 +78,8 @@ def save_checkpoint(
     one, else this process alone.
 
     Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
-    message names the worker and the reason. Raises it too if `keep` is below 2 or `step` below 0, if a state is not
-    plain, or if the folder has later steps, which must be of another run.
+    message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if a
+    state has values other than tensors and plain types, or if the folder has later steps, which must be of another run.
 
     >>> import tempfile
     >>> import torch

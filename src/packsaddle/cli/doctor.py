@@ -414,8 +414,8 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     """Check this machine's hardware, software and network.
 
     Checks versions, cores, GPUs, compiled loops, optional packages, network interfaces, the address on which gloo
-    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce (under
-    torchrun, its workers on all hosts). The exit code is 1 if training would fail, else 0.
+    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce. Under
+    torchrun, the workers on all hosts run it instead. The exit code is 1 if training would fail, else 0.
 
     Examples:
         packsaddle doctor

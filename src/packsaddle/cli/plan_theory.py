@@ -43,7 +43,8 @@ def theory(
     """Compute the parameters of Algorithm 1 from the theorems.
 
     Prints the step size, number of steps, noise, escape check and bytes with which training reaches an
-    epsilon-second-order stationary point; or OUT OF REACH, with the changes that would bring it within reach.
+    epsilon-second-order stationary point. If this needs too many steps, also prints OUT OF REACH, and the changes that
+    would reduce the number of steps.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1

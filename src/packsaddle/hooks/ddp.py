@@ -130,9 +130,9 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 
     The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are those of
     `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
-    Raises TypeError for several DistributedDataParallels, for none with several workers, and for a model that FSDP
-    shards; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of
-    `register_ddp_hook`.
+    Raises TypeError if the model has several DistributedDataParallels, if it has none although there are several
+    workers, or if FSDP shards it. Raises RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process
+    group, and the errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle

@@ -237,9 +237,10 @@ def register_fsdp_hook(
     collective.
 
     Args:
-        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as one machine.
-        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a two-dimensional
-            mesh.
+        model: a model sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as the GPUs of
+            one machine.
+        replicas: the group of the workers that have the same shard, one on each machine:
+            mesh["replicate"].get_group() of a two-dimensional mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
             and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at

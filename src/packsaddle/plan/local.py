@@ -129,13 +129,13 @@ class LocalForecast:
 
 
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the inner steps (steps of a worker's own optimizer) per second of all workers together, for workers of
-    unequal `speeds`.
+    """Predict the number of inner steps (steps of a worker's own optimizer) that workers of unequal `speeds` make per
+    second, all workers together.
 
     `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. A round is the
     steps between two exchanges. Returns a dict of rates in steps per second: "equal" if all workers make equal numbers
     of steps in a round, "paced" with `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges.
-    Its entry "steps" is the number of steps of each worker in a round with `Workers(weight="steps")`.
+    The entry "steps" of this dict is the number of steps of each worker in a round with `Workers(weight="steps")`.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)
