@@ -95,7 +95,8 @@ def summary(command: Command | Group) -> str:
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
     """Parse `words`, the words of the command line after `name`, and return a function without arguments that runs the
-    command. Raises ConfigError if the words are invalid, and SystemExit after printing the help of a command."""
+    command of `group` that they name. Raises ConfigError if the words are invalid, and SystemExit after printing the
+    help of a command."""
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
     words = asked_for_help(words)
