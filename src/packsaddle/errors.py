@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """An invalid configuration or command; the message is one line. `key` is the path of the invalid key, as a
-    tuple of keys from the outermost table of the configuration inward. If several keys of a table conflict, it is the
-    path of that table. If the error is in no key, it is ()."""
+    """Raised for an invalid configuration or command; the message is one line. `key` is the path of the invalid key, a
+    tuple of keys from the outermost table of the configuration inward. If several keys of a table conflict, `key` is
+    the path of that table. If no key causes the error, `key` is ()."""
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -83,7 +83,7 @@ def check_not_negative(**values: float | None) -> None:
 
 
 def check_momentum(momentum: object, nesterov: object) -> None:
-    """Raise ValueError unless the momentum is in [0, 1). With `nesterov` a momentum of 0 is invalid, too."""
+    """Raise ValueError unless the momentum is in [0, 1). If `nesterov` is true, a momentum of 0 also raises it."""
     if isinstance(momentum, bool) or not (isinstance(momentum, Real) and 0 <= float(momentum) < 1):
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
     if nesterov and not momentum:
@@ -117,9 +117,10 @@ def read_text(path: Path, name: str) -> str:
 
 
 def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that makes a function raise TypeError for an unknown argument. The error message suggests the
-    argument that was probably meant: the entry of the unknown name in `names`, which maps argument names of other
-    libraries to those of the function, or else the function's argument with the most similar spelling."""
+    """Return a decorator that makes a function raise TypeError for an unknown argument, with a suggestion in the error
+    message. The suggestion is the value of the unknown name in `names`, which maps argument names of other libraries to
+    those of the function. If `names` does not contain the unknown name, it is the function's argument with the most
+    similar spelling."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]

@@ -1,4 +1,4 @@
-"""Formatting of values, labels and errors for messages. The texts are short, without terminal control characters."""
+"""Formatting of values, labels and errors for messages, as short texts without terminal control characters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _LINE = 1000  # maximum number of characters of a message
 def shown(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer with too many digits for repr, or deeply nested lists
+    except (ValueError, RecursionError):  # integers with too many digits, or deeply nested lists
         return f"a {type(value).__name__} that is too large to show"
     return shortened(text)
 

@@ -58,8 +58,8 @@ class SimpleLocalUpdates:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        # Each worker sends the signs of its local update v, eight in a byte, and the mean magnitude of each tensor in
-        # v.
+        # Each worker sends the signs of its local update v, packed eight to a byte, and the mean magnitude of each
+        # tensor in v.
         vs = [(self.anchor[x] - x).flatten() for x in self._coded]
         if vs:
             signs = _packed(torch.cat(vs) >= 0)

@@ -2,5 +2,5 @@
 
 Start with `save_load`. `files` defines the files of one worker, `parts` the objects that can be saved, `reshard` the
 conversion to another number of workers. `atomic_files` also writes other files of the package. `file_lock` locks the
-file of an elastic worker, and the folder of a training run.
+folder of a training run, and the file in which an elastic worker (one that may join and leave) saves its state.
 """

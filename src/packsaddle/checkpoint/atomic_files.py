@@ -9,8 +9,9 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = None) -> int:
-    """Write a file by calling `write(file)` on a temporary file, then fsync and rename; return its size in bytes. If an
-    OSError is raised, an existing file is unchanged. `digest`, a hashlib object, is updated with all bytes."""
+    """Write a file atomically: call `write(file)` on a temporary file, fsync it, and rename it to `target`. Returns the
+    size of the file in bytes. If writing fails with an OSError, a file that existed at `target` is unchanged. `digest`,
+    a hashlib object, is updated with the bytes of the file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -44,8 +45,8 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """The file object passed to `torch.save`, which may crash if `write` raises an OSError. So `write` stores the
-    error, and `check` raises it."""
+    """The file object passed to `torch.save`, which may crash the process if the method `write` raises an OSError. So
+    `write` stores the error, and `check` raises it."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest

@@ -26,12 +26,13 @@ FORMAT = 3  # version of the file format
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks an incomplete or damaged step
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # maximum size in bytes, ten times that for a model with 100,000 parameter tensors
+_LARGEST_MANIFEST = 1 << 26  # in bytes; ten times the size for a model with 100,000 parameter tensors
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read, or does not fit the model, optimizer etc.; the message is one line."""
+    """Raised if a checkpoint cannot be written or read, or does not fit the model, the optimizer or another part; the
+    message is one line."""
 
 
 class DamagedError(CheckpointError):
@@ -48,7 +49,7 @@ class Manifest:
     bytes: int
     sha256: str
     common_sha256: str  # sha256 of this worker's tensors that only worker 0's file contains; "": no such tensors
-    shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by name of its module and of the tensor
+    shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by module name and tensor name
     packsaddle: str
     torch: str
     format: int = FORMAT
@@ -77,8 +78,8 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, and then its manifest. `said` are fields of the manifest, among them the
-    step and the rank. Raises OSError if a file cannot be written."""
+    """Write the tensor file of one worker and step, and then the file's manifest. `said` are fields of the manifest,
+    among them the step and the rank. Raises OSError if a file cannot be written."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -189,8 +190,8 @@ def remove(step: Path) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the folders of all saved steps after `step`, which are incomplete or damaged, so that they are never
-    read."""
+    """Rename the folder of every saved step after `step`. The caller has found these steps incomplete or damaged, and
+    they must not be read again."""
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)

@@ -1,7 +1,8 @@
 """A context that permits reading a model's `state_dict` while its parameters differ between workers.
 
-With `LocalUpdates` parameters differ between two exchanges, and reading them causes a warning. Code that saves or
-restores the state of each worker separately, as checkpoints do, runs within `own_state` and causes none.
+With `LocalUpdates` parameters differ between workers until the next exchange, and reading them causes a warning. Code
+that saves or restores the state of each worker separately, as checkpoints do, runs within `own_state`, which suppresses
+the warning.
 """
 
 from collections.abc import Iterator

@@ -32,8 +32,8 @@ Parts = Mapping[str, Part]
 
 def check_parts(parts: Parts, call: CheckpointCall) -> None:
     """Raise CheckpointError for invalid `parts`, for an optimizer whose `LocalUpdates` is not a part, and for a
-    `LocalUpdates` of which some optimizers are parts but not all. If a part is a `LocalUpdates`, the check is
-    collective: it raises RuntimeError if the workers' calls differ, such as for a save on rank 0 alone."""
+    `LocalUpdates` if only some of its optimizers are parts. If a part is a `LocalUpdates`, the check is collective: it
+    raises RuntimeError if the workers' calls differ, for example because only rank 0 saves a checkpoint."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
 
@@ -59,7 +59,8 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:
-    """Yield `part`, an object whose state a checkpoint contains, and the optimizers that it wraps."""
+    """Yield `part`, an object whose state a checkpoint contains. If it wraps an optimizer (in its attribute
+    `optimizer`), yield that too, and so on."""
     while part is not None:
         yield part
         part = getattr(part, "optimizer", None)
@@ -100,8 +101,8 @@ def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless `state`, the saved states by name, fits `parts` (the model, optimizers and other
-    objects that it is loaded into), as far as can be checked without loading."""
+    """Raise CheckpointError if `state`, the saved states by name, does not fit `parts` (the model, optimizers and other
+    objects into which it will be loaded). Only differences that can be found without loading are detected."""
     check_names(parts, state)
     for name, part in parts.items():
         if isinstance(part, nn.Module):
@@ -127,7 +128,7 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
-            except Exception as error:  # catch errors of any type, since all parts must then be rolled back
+            except Exception as error:  # an error of any type, after which all parts must be rolled back
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
@@ -139,9 +140,9 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
-    """Call `work` on every worker and return this worker's result; collective. If it raises
-    CheckpointError on some workers, all workers raise one of these errors: that of the lowest rank whose error is not a
-    DamagedError, or, if all errors are DamagedErrors, that of the lowest rank."""
+    """Call `work` on every worker and return this worker's result; collective. If `work` raises CheckpointError on some
+    workers, all workers raise the error of one of them. It is the lowest rank whose error is not a DamagedError or, if
+    all errors are DamagedErrors, the lowest rank with an error."""
     value, kind, problem = None, "", ""
     try:
         value = work()

@@ -47,7 +47,8 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
     are empty."""
     if collectives.group.size == 1:
         return [], ""
-    # Compare only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 writes all its tensors.
+    # Compare only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 stores all its tensors,
+    # so its list of paths is empty.
     mine = {
         path: fingerprint(value)
         for path, value in _leaves(content).items()
@@ -118,8 +119,8 @@ def resharded(
     collective.
 
     `template` is the content of worker 0's file, present on every worker. `contents` has the content of each file that
-    this worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
-    converted.
+    this worker has read; exactly one worker reads each file. Raises CheckpointError, on every worker, if a state cannot
+    be converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
     apart = any(isinstance(part, Exchanging) and part.optimizers for part in parts.values())
@@ -132,7 +133,7 @@ def resharded(
     for name, part in parts.items():
         try:
             splits[name] = _split(part, template["parts"][name])
-        except ValueError as error:  # raised on all workers, since all have worker 0's content
+        except ValueError as error:  # every worker raises it, since all have worker 0's content
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
         mine = [_split(part, content["parts"][name]) for content in contents]
@@ -144,7 +145,8 @@ def resharded(
         different = _different(splits[name], mine, collectives)
         means, least = _reductions(name, part, splits[name], different, workers, apart=apart)
 
-        # Reduce over the workers that saved the checkpoint: each file was read by exactly one current worker.
+        # Sums and minima are over the workers that saved the checkpoint, since each file was read by exactly one
+        # current worker.
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         found: dict[Path, Any] = _mean(means, sums, shares[name], workers, collectives)
         found |= _least(least, mine, collectives) if least else {}
@@ -163,12 +165,12 @@ def resharded(
 def _reductions(
     name: str, part: Any, split: Split, different: Sequence[Path], workers: int, *, apart: bool
 ) -> tuple[dict[Path, Tensor], list[Path]]:
-    """Return worker 0's tensors that are to be averaged over the saving workers, and the paths of the values that are
-    to be replaced by their minimum over these workers (those of a GradScaler).
+    """Return the tensors of worker 0's state that must be averaged over the saving workers. Also return the paths of
+    the values that must be replaced by their minimum over these workers; only a GradScaler has such values.
 
-    Tensors in `split.means` are averaged. Values at the paths `different` differ between the saving workers: buffers
-    are averaged, and if workers train `apart`, also parameters and optimizer states. Raises CheckpointError if any
-    other value differs.
+    Tensors in `split.means` are averaged. Values at the paths `different` differ between the saving workers. Of these
+    values, buffers are averaged. If `apart` is True, i.e. workers train separately between exchanges, parameters and
+    optimizer states are averaged too. Raises CheckpointError if any other value differs.
     """
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
@@ -189,7 +191,7 @@ def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
     """Return worker 0's `extra`, i.e. the state of the run that the user saved in addition to the parts; collective.
-    Its floating-point tensors are averaged over the workers that saved it, if they have the same shape on all of them.
+    A floating-point tensor in it is averaged over the saving workers if its shape is the same on all of them.
     """
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
@@ -233,11 +235,12 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 def _shares(
     parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return, by the name of each part of a checkpoint, the weights with which the states in `contents` enter the mean
-    of the part's states over workers; collective.
+    """Return, for each part of a checkpoint, the weights of the states in `contents` in the mean of the part's states
+    over workers; collective. The result is a dict by name of the part.
 
-    Weights are those of the part's `LocalUpdates`, 1 on average, and all 1 without a `LocalUpdates`. Raises
-    CheckpointError, on every worker, for a module with several `LocalUpdates` whose weights differ.
+    The weights are those of the `LocalUpdates` that trains the part; their mean over workers is 1. If no part is a
+    `LocalUpdates`, all weights are 1. Raises CheckpointError, on every worker, if several `LocalUpdates` train one
+    module and have different weights.
     """
     local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     if not local:
@@ -277,7 +280,8 @@ def _complete_states(
         holder = next(i for i, pairs in enumerate(held) if any(other == key for other, _ in pairs))
         example = collectives.send(next((one[key] for one in mine if key in one), None), holder)
         like = {path: t for path, t in _leaves(example).items() if isinstance(t, Tensor) and t.is_floating_point()}
-        # If the shapes of these tensors differ between workers, do not insert a mean: `_missing` reports the gap.
+        # If the shapes of a parameter's state tensors differ between workers, insert no mean. The caller then reports
+        # the missing state as an error (see `_missing`).
         fits = all(_layout(leaves.get(path)) == _layout(t) for leaves, _ in here for path, t in like.items())
         if all(collectives.gather(fits)):
             leaves, factors = [one for one, _ in here], [share for _, share in here]

@@ -1,4 +1,5 @@
-"""`save_checkpoint`, and `load_checkpoint`, which finds the newest step with intact files of every worker."""
+"""The functions `save_checkpoint` and `load_checkpoint`. The latter loads the newest step for which the files of all
+workers are intact."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -49,8 +50,8 @@ Content = dict[str, Any]  # content of one worker's tensor file
 class Checkpoint:
     """A checkpoint that was loaded: its step, the user's `extra` state, and the number of workers that saved it."""
 
-    step: int  # step after which the checkpoint was saved
-    extra: dict[str, Any]  # state of the run beyond that of the parts; argument of `save_checkpoint`
+    step: int  # number of the step after which the checkpoint was saved
+    extra: dict[str, Any]  # further state of the run, as passed to `save_checkpoint`
     workers: int  # number of workers that saved the checkpoint
     notes: tuple[str, ...] = field(default=(), repr=False)  # warnings for the user, one line each
 
@@ -68,17 +69,17 @@ def save_checkpoint(
 ) -> Path:
     """Write this worker's files of a step to FOLDER/step-STEP/, and remove all but the `keep` newest steps.
 
-    Collective: every worker calls it between the same two steps. Workers may share a folder or have one each. Tensors
-    that are equal to worker 0's are written by worker 0 alone. Earlier steps are removed only after all workers have
-    written this one. Returns the step's folder.
+    Collective: every worker calls it between the same two steps. Workers may use one shared folder or a folder each.
+    Tensors that are equal to worker 0's are written by worker 0 alone. Earlier steps are removed only after all workers
+    have written this one. Returns the step's folder.
 
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
     and plain types. `process_group` is the group of the workers; by default it is torch's default group if there is
     one, else this process alone.
 
     Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
-    message names the worker and the reason. Raises it too if `keep` is below 2 or `step` below 0, if a state is not
-    plain, or if the folder has later steps, which must be of another run.
+    message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if a
+    state has values other than tensors and plain types, or if the folder has later steps, which must be of another run.
 
     >>> import tempfile
     >>> import torch
@@ -157,8 +158,9 @@ def load_checkpoint(
     step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. `parts` and
     `process_group` are as in `save_checkpoint`.
 
-    Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, if a part does not fit
-    (a different model or seed, ...), or if it cannot be converted to this number of workers.
+    Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, or if the saved state of
+    a part cannot be loaded: it is of a different model or seed, for example, or cannot be converted to this number of
+    workers.
 
     >>> import tempfile
     >>> import torch
@@ -202,10 +204,10 @@ class _Restoring:
     def run(self) -> Checkpoint | None:
         surveys_here = self._collectives.gather(_survey(self._folder))
         seen = [{int(step): found for step, found in survey.items()} for survey in surveys_here]
-        problems: dict[int, str] = {}  # message for each unusable step
+        problems: dict[int, str] = {}  # error message for each unusable step
         damaged = False
 
-        # Find the newest intact step, and collect the problems of newer ones.
+        # Find the newest intact step. For each newer step, collect the error that makes it unusable.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             surveys = [survey.get(step, {}) for survey in seen]
             workers, problem, unfinished = saved_by(surveys)
@@ -230,11 +232,12 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
-        """Read this worker's part of a step's files, and return their contents by the rank that wrote them.
+        """Read the files of a step that this worker must read, and return their contents in a dict by the rank that
+        wrote the file.
 
         The file of rank i is read by the worker of rank `holders[i]`. Tensors stored only in worker 0's file are
-        inserted. `has_first` is True for each worker that can read that file. Raises DamagedError on all workers if a
-        file is damaged.
+        inserted. `has_first` has an entry for each worker: True if the worker can read worker 0's file. Raises
+        DamagedError on all workers if a file is damaged.
         """
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
@@ -251,7 +254,8 @@ class _Restoring:
     ) -> Checkpoint:
         workers, notes = len(holders), _notes(problems)
         if workers == self._size:
-            # Load this worker's own file. If only another worker can read it, receive its content from that worker.
+            # Load this worker's own file. If only another worker can read the file, receive the content from that
+            # worker.
             for i, holder in enumerate(holders):
                 if holder != i:
                     sent = self._collectives.send(contents.get(i), holder)
@@ -308,7 +312,7 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
         if present == set(range(workers)):
             return workers, "", False
 
-    # Report damaged files before missing ones, which an interrupted save explains.
+    # Report damaged files rather than missing files, since an interrupted save explains only missing files.
     errors = [found for survey in surveys for found in survey.values() if isinstance(found, str)]
     if errors:
         return 0, errors[0], False

@@ -19,19 +19,19 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "packsaddle",  # fixed seed of the ids in SVG files, which makes the files reproducible
 }
 NO_METADATA = {"Date": None, "Creator": None}
-# Okabe and Ito's palette for color-blind readers; black first, for the baseline.
+# Okabe and Ito's palette, which color-blind readers can distinguish. Black comes first, for the baseline of a figure.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-_LEAST_SHARE = 1e-9  # lower end of the axis of squared components of the start vector along Ritz vectors
-_LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the largest density
+_LEAST_SHARE = 1e-9  # lower end of the y axis in the plot of Ritz values
+_LEAST_DENSITY = 1e-6  # lower end of the y axis in the plot of the density, relative to the largest density
 
 
 def draw_certificate(certificate: dict[str, Any]) -> Any:
     """Return a matplotlib figure of a certificate, which is given as the result of `Finding.to_dict`.
 
-    Its panels show the loss along the escape direction, i.e. that of the least curvature found, the loss along the
-    sharpest direction, i.e. that of the largest curvature, if it was measured, and the spectrum with bounds on the
-    extreme eigenvalues. The spectrum is drawn as the density of eigenvalues if it was estimated, and otherwise as the
-    Ritz values.
+    The first panel shows the loss along the escape direction, i.e. the direction of the least curvature found. If the
+    direction of the largest curvature is known, the next panel shows the loss along it. The last panel shows the
+    spectrum of the Hessian, with bounds on the extreme eigenvalues: the density of the eigenvalues if it was estimated,
+    and otherwise the Ritz values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
@@ -150,6 +150,6 @@ def _legend(axis: Any) -> None:
 
 def save(figure: Any, folder: Path, name: str = "figure") -> None:
     figure.savefig(folder / f"{name}.png", dpi=150)
-    # Keep the layout, since computing it again takes as long as drawing the figure.
+    # Keep the layout of the PNG file for the SVG file, since computing it again takes as long as drawing the figure.
     figure.set_layout_engine("none")
     figure.savefig(folder / f"{name}.svg", metadata=NO_METADATA)

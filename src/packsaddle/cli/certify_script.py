@@ -17,7 +17,8 @@ from packsaddle.errors import ConfigError, check_positive, config_errors, requir
 from packsaddle.messages import first_line
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys of a checkpoint under which scripts store the weights
-# Prefixes of parameter names: of a compiled model, of a DistributedDataParallel, or of both in either order.
+# Prefixes that torch.compile and DistributedDataParallel add to parameter names. The first prefix is listed twice,
+# since a model may be wrapped by both in either order.
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
@@ -57,7 +58,8 @@ def certify_script(
     Args:
         function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
-            "model_state_dict". It may be of the compiled or DistributedDataParallel model.
+            "model_state_dict". The state_dict may also be that of the model wrapped by torch.compile or
+            DistributedDataParallel.
         epsilon: Threshold for the gradient norm; the threshold for the curvature is -sqrt(rho epsilon). Without it
             there is no verdict on stationarity.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
@@ -86,7 +88,7 @@ def certify_script(
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
-            # Write the files after printing the results, so that a full disk loses none.
+            # Write the files after printing the results, so that the results are not lost if the disk is full.
             write([finding], {"points": [finding.to_dict()]}, out)
             if not json:
                 print(f"certificate: {out}")

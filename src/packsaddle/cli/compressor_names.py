@@ -25,10 +25,10 @@ def names_compressors(command: F) -> F:
 
 
 def read_compressor(text: str, ratio: float | None) -> Compressor | str:
-    """Return the compressor that `text` constructs, such as "TopK(0.01)", or the name in lower case if `text` is a
-    name. Valid names are "best", the names of compressors with a ratio (WITH_RATIO), and those of compressors without
-    one (FIXED). Raises ConfigError for any other text, and if a `ratio` is given although `text` is a constructor
-    call."""
+    """Return the compressor if `text` is a constructor call, such as "TopK(0.01)". If `text` is a name, return the name
+    in lower case. Valid names are "best", the names of compressors with a ratio (WITH_RATIO), and the names of
+    compressors without a ratio (FIXED). Raises ConfigError for any other text, and for a constructor call if a `ratio`
+    is given too."""
     if "(" in text:
         if ratio is not None:
             raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")

@@ -80,7 +80,7 @@ def short_exchange(name: str) -> str:
 
 
 def is_first() -> bool:
-    """Return True if this process prints: under a launcher such as torchrun, only rank 0 does."""
+    """Return True if this process may print. Under a launcher such as torchrun, only rank 0 may print."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     # If the launcher's variables are invalid, every process prints, so that the user sees the error.
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))

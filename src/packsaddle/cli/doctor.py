@@ -33,7 +33,7 @@ from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_address, reach
 from packsaddle.messages import one_line
 from packsaddle.numerics import kernels
 
-_SIOCGIFADDR = 0x8915  # the request for the IPv4 address of an interface, on Linux
+_SIOCGIFADDR = 0x8915  # Linux's ioctl request for the IPv4 address of a network interface
 _IFF_LOOPBACK = 0x8
 
 
@@ -42,7 +42,7 @@ class Interface:
     """A network interface of this machine, as reported by the operating system."""
 
     name: str
-    addresses: tuple[str, ...]  # IPv4 addresses before IPv6; empty: none, or not reported by the system
+    addresses: tuple[str, ...]  # IPv4 before IPv6 addresses; empty: none are reported
     state: str | None  # Linux's operstate: "up", "down", "unknown", ...
     mbit: int | None  # link speed in Mbit/s; None for most virtual links
     loopback: bool
@@ -52,7 +52,7 @@ class Interface:
 class Listening:
     """The address on which gloo listens for other workers, and the reason why gloo chooses it."""
 
-    address: str  # IP address, or names of interfaces
+    address: str  # IP address, or the names of network interfaces
     why: str
     reachable: bool  # True if other hosts can connect
     possible: bool = True  # False if gloo fails to start
@@ -77,7 +77,7 @@ def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip() or None
-    except OSError:  # not Linux, or an interface without a speed
+    except OSError:  # on systems other than Linux, and for interfaces without a speed
         return None
 
 
@@ -105,9 +105,9 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return the address on which gloo listens: that of the interface in GLOO_SOCKET_IFNAME if it is set, or else the
-    one to which this host's name resolves. If the name resolves to no address of this machine, gloo uses the
-    loopback."""
+    """Return the address on which gloo listens. If GLOO_SOCKET_IFNAME is set, it is the address of the interface named
+    there. Otherwise it is the address to which this host's name resolves or, if that is no address of this machine, the
+    loopback address."""
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -124,8 +124,8 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """Return the first address of a host name to which a socket can be bound, or None if there is none. Gloo selects
-    its address in the same way."""
+    """Return the first address of a host name to which a socket can be bound, or None if it has no such address. Gloo
+    selects the address on which it listens in the same way."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -177,7 +177,7 @@ class Fact:
 
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
-    """Run the checks of the topics `only`, or of all topics if it is empty, and return their findings. With
+    """Run the checks of the topics in `only`, or of all topics if `only` is empty, and return their findings. With
     `try_processes`, the checks of topic "exchange" include an all-reduce between two new processes or, under torchrun,
     between its workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
@@ -194,8 +194,8 @@ def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[F
 
 
 def versions() -> Iterator[Fact]:
-    """Yield a finding for each of packsaddle, Python and the required packages, with its version. For a required
-    package it includes the oldest version allowed."""
+    """Yield a finding with the version of packsaddle, one with that of Python, and one for each required package. The
+    finding for a package also has the oldest version that packsaddle supports."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -354,7 +354,7 @@ def network() -> Iterator[Fact]:
             rate = "rate unknown" if i.mbit is None else f"{i.mbit:,} Mbit/s"
             yield Fact("network", i.name, f"{i.state or 'state unknown'}, {addresses}, {rate}")
 
-    # Report the address of gloo, and suggest an interface.
+    # Report the address on which gloo listens. If other hosts cannot reach it, suggest another network interface.
     gloo = gloo_listens()
     usable = (i.name for i in found if not i.loopback and i.state != "down" and i.addresses)
     names = next(usable, "NAME")
@@ -414,8 +414,8 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     """Check this machine's hardware, software and network.
 
     Checks versions, cores, GPUs, compiled loops, optional packages, network interfaces, the address on which gloo
-    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce (under
-    torchrun, its workers on all hosts). The exit code is 1 if training would fail, else 0.
+    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce. Under
+    torchrun, the workers on all hosts run it instead. The exit code is 1 if training would fail, else 0.
 
     Examples:
         packsaddle doctor

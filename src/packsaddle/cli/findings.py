@@ -33,9 +33,9 @@ from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 
-_POINTS = 20  # number of points at which a loss profile has the loss, on each side of the parameters x
-_PROFILED = 4096  # examples for a loss profile; evaluating its 41 losses over all examples would dominate the cost
-_PROBES, _STEPS = 4, 40  # number of Lanczos probes of the spectral density, and of products per probe
+_POINTS = 20  # number of losses that a loss profile has on each side of the parameters x
+_PROFILED = 4096  # approximate number of examples in each of the 41 losses of a profile; using all would take long
+_PROBES, _STEPS = 4, 40  # numbers of Lanczos probes, and of Hessian-vector products per probe
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Finding:
     sharpest: Profile | None  # loss along the sharpest direction; None if unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # True if the model is sharded; each direction vector is then this worker's shard of it
-    lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
+    sharded: bool  # True if the model is sharded: directions are then only this worker's shards
+    lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,8 +89,8 @@ class Questions:
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # True: also estimate the density of all eigenvalues
     population: bool = False  # True: also certify the loss of the population from which the examples are drawn
-    distance: float | None = None  # profile length on each side of x; None: twice the escape distance, or 1 if unknown
-    lr: float | None = None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
+    distance: float | None = None  # largest distance in a profile; None: twice the escape distance if known, else 1
+    lr: float | None = None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr
 
@@ -113,8 +113,9 @@ class Questions:
     def finding(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
-        """Return all results at a certified point: the certificate, the loss along its directions of least and largest
-        curvature, and if requested the spectrum and the certificate for the population; collective."""
+        """Return all results for certified parameters: the certificate, and the loss along the directions of least and
+        of largest curvature. If the options request them, also return the spectrum and the certificate of the
+        population loss. Collective."""
         # Evaluate the loss along the directions of least and of largest curvature, v and w.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
@@ -136,8 +137,8 @@ class Questions:
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
-        """Context manager that shows the progress of a computation of at most `most` Hessian-vector products. It shows
-        nothing if `quiet`, or on ranks other than 0."""
+        """Context manager that shows the progress of the computation named `what`, which needs at most `most`
+        Hessian-vector products. It shows nothing if `self.quiet` is True, or if this worker's rank is not 0."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
 
     @property
@@ -149,8 +150,8 @@ class Questions:
 
     @contextmanager
     def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Context manager that shows the progress of a computation. It yields a function to be called with the number
-        of Hessian-vector products so far."""
+        """Context manager that shows the progress of the computation named `what`, which needs at most `most`
+        Hessian-vector products. It yields a function to be called with the number of products computed so far."""
         with self.countdown(what, most) as progress:
             yield lambda products: progress(products, f"{products} of at most {most} products")
 
@@ -176,9 +177,9 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write `document` to the folder as certificates.json, and for each of `findings` a plot and the directions of
-    least and largest curvature. Directions of a sharded model are not written, since each worker has only its shard of
-    them. Raises ConfigError if a file cannot be written."""
+    """Write `document` to the folder as certificates.json. For each of `findings`, also write a plot and the directions
+    of least and largest curvature. The directions of a sharded model are not written, since each worker has only its
+    shard of every direction. Raises ConfigError if a file cannot be written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))

@@ -15,8 +15,9 @@ C = TypeVar("C", bound=Command)
 
 
 def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
-    """Return a decorator that sets the groups of a command's flags, and their order, in its help.
-    `groups` maps each group's title ("": the first group) to the names of its flags, separated by spaces."""
+    """Return a decorator that sets how the help of a command groups its flags, and in which order it shows them.
+    `groups` maps each group's title to the names of its flags, separated by spaces. The group with the title "" comes
+    first, and is shown without a title."""
 
     def decorate(command: C) -> C:
         vars(command)["groups"] = groups
@@ -26,7 +27,8 @@ def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
 
 
 def groups_of(command: Command) -> dict[str, list[str]]:
-    """Return the names of a command's flags, by the title of their group; flags without a group are omitted."""
+    """Return the names of a command's flags in a dict by the title of their group. Flags without a group are
+    omitted."""
     return {title: names.split() for title, names in vars(command).get("groups", {}).items()}
 
 
@@ -67,8 +69,8 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert `values`, the values of a command's flags by name, to the keyword arguments of the command.
 
-    An argument is the value of one flag, or an object of an option class (a dataclass of settings), whose fields are
-    flags. Raises ConfigError, naming the flag, for a value outside its range.
+    An argument is either the value of one flag, or an object of an option class (a dataclass of settings) that is made
+    from the values of several flags. Raises ConfigError, naming the flag, if a value is out of range.
     """
     arguments = dict(values)
     for name, hint in get_type_hints(command).items():

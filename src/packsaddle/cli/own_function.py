@@ -16,7 +16,7 @@ def call(function: str, *arguments: Any) -> Any:
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
     if (here := str(Path.cwd())) not in sys.path:
-        # The folder stays on the path, since the returned objects may import modules later.
+        # The folder stays in sys.path, since the returned objects may import modules later.
         sys.path.insert(0, here)
     # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]

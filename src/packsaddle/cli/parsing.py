@@ -1,4 +1,5 @@
-"""Parse a command line into a function call. Every error is one line, which names the most similar valid word.
+"""Parse a command line into a function call. Every error message is one line; for an unknown word it names the most
+similar valid word.
 
 The library tyro parses a command's flags by its signature, and writes help and shell completion scripts. Its errors are
 boxes of several lines, which `_one_line` joins and, if it recognizes them, rewords.
@@ -77,7 +78,8 @@ class Group:
 
 
 class ImportedCommands(UserDict[str, Any]):
-    """The commands of the console script's table, by name; looking up a command imports its module."""
+    """The commands in the table of the console script (`packsaddle_command.COMMANDS`), by name. Looking up a command
+    imports its module."""
 
     def __getitem__(self, word: str) -> "Command | Group":
         about, target = super().__getitem__(word)
@@ -92,8 +94,9 @@ def summary(command: Command | Group) -> str:
 
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
-    """Parse `words`, the command line after `name`, into a call (without arguments) of a command in the group.
-    Raises ConfigError if they are invalid, and SystemExit after printing help."""
+    """Parse `words`, the words of the command line after `name`, and return a function without arguments that runs the
+    command of `group` that they name. Raises ConfigError if the words are invalid, and SystemExit after printing the
+    help of a command."""
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
     words = asked_for_help(words)
@@ -114,7 +117,8 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
     words, errors = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
-        # Report an unknown flag here, since tyro would report the positional argument whose place the flag took.
+        # Report an unknown flag here. Otherwise tyro would report the positional argument that the unknown flag
+        # displaces.
         parameters = flags_of(command).values()
         positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
         names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
@@ -228,8 +232,9 @@ _ERRORS = (
 
 
 def _one_line(text: str, words: Sequence[str]) -> str:
-    """Return `text`, an error message that the parser tyro printed for the command line `words`, as one line. It has no
-    box, title and trailing hints, and known errors are reworded."""
+    """Convert `text`, an error message of several lines that the parser tyro printed for the command line `words`, to
+    one line. The box around the message, its title and the hints at its end are removed, and known errors are
+    reworded."""
     lines = [line.strip(" │|") for line in text.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
     # Skip the title of the box, which is in or above the first rule (a line of box characters).
@@ -272,8 +277,8 @@ _FILES_TOO: dict[Shell, tuple[str, str]] = {
 
 
 def script(group: Group, name: str, shell: Shell) -> str:
-    """Return a script that completes the commands and flags of the program `name` in a `shell`. It is tyro's script,
-    changed so that file names are completed for all arguments."""
+    """Return a script that completes the commands and flags of the program `name` in a `shell`. The script is generated
+    by tyro, and is changed here so that file names are completed for all arguments."""
     written = io.StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)

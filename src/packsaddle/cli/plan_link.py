@@ -261,8 +261,8 @@ def _measured_link(group: Group | None, device: torch.device, workers: int) -> t
 
 
 class _Paces:
-    """A function that returns the speed at which a compressor encodes and decodes vectors of d coordinates. Each pair
-    of compressor and d is measured once.
+    """A callable that measures the speed at which a compressor encodes and decodes vectors of d coordinates. Each pair
+    of compressor and d is measured only once.
 
     `spread` is the largest fraction by which the median time of a compressor's encoding exceeded the minimum time.
     """

@@ -41,9 +41,9 @@ class LinkPlan:
     fleet: Fleet
     update: float  # seconds per step for error memory and noise, beyond plain SGD's update
     optimizer: Optimizer
-    timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`; None: --compute was given
+    timing: Timing | None = None  # measured times of a step (minimum: `fleet.compute`); None: --compute was given
     slowest: "LinkPlan | None" = None  # forecasts if a step takes the maximum of `timing`; None: not timed
-    unequal: dict[str, Any] | None = None  # `forecast_unequal` for the fastest local updates; None: speeds are equal
+    unequal: dict[str, Any] | None = None  # `forecast_unequal(...)` of the fastest local updates; None: equal speeds
     coding_spread: float = 0.0  # largest fraction by which the median encoding time exceeded the minimum
 
 
@@ -83,8 +83,8 @@ def is_too_small(plan: LinkPlan) -> bool:
 
 
 def compared(plan: LinkPlan) -> list[Method]:
-    """Return the methods to print, the fastest first: those of `methods` and, unless it is one of them or has no
-    forecast, uncompressed local SGD."""
+    """Return the methods to print, the fastest first: the result of `methods`, and uncompressed local SGD. Local SGD is
+    added only if it has a forecast and is not already the fastest setting of local updates."""
     found = methods(plan)
     sgd = next((f for f in plan.local if f.setting.compressor.lossless and not f.setting.delay), None)
     if sgd is not None and sgd is not plan.local[0]:
@@ -157,7 +157,7 @@ def print_json(plan: LinkPlan) -> None:
 def print_verdict(plan: LinkPlan) -> None:
     best, fleet, link = advised(plan), plan.fleet, plan.link
 
-    # Print the verdict, and the lines that apply it.
+    # Print the advised method, and the lines of a script that apply it.
     print(f"Use: {best.name}.")
     if best.lines:
         print("\n    ".join(["", *best.lines]))
@@ -190,7 +190,8 @@ def print_verdict(plan: LinkPlan) -> None:
 
 
 def _doubts(plan: LinkPlan, best: Method) -> list[str]:
-    """Return sentences on the conditions that make the forecasts of this plan less certain than usual."""
+    """Return sentences, to be printed, that name the reasons why the forecasts of this plan are less certain than
+    usual."""
     found = []
     if unknown := [f.compressor for f in plan.verdict.forecasts if f.steps is None]:
         found.append(f"Left out, as the number of steps is unknown: {', '.join(unknown)}.")
@@ -258,7 +259,8 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
 
 
 def _line(payload: float) -> str:
-    """Format a payload rate, in bytes per second, as the nominal rate of the link that carries it."""
+    """Convert a payload rate, in bytes per second, to the nominal rate of the link, which counts packet headers too.
+    Return the nominal rate as text."""
     return format_rate(8 * payload / FRAMING)
 
 

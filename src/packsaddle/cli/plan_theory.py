@@ -1,5 +1,5 @@
-"""The commands of the paper's theory: `packsaddle plan theory` prints the parameters of Algorithm 1 by the theorems,
-and `packsaddle plan table` prints Table 1."""
+"""The commands of the paper's theory: `packsaddle plan theory` prints the parameters of Algorithm 1 that the paper's
+theorems give, and `packsaddle plan table` prints Table 1 of the paper."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,8 @@ def theory(
     """Compute the parameters of Algorithm 1 from the theorems.
 
     Prints the step size, number of steps, noise, escape check and bytes with which training reaches an
-    epsilon-second-order stationary point; or OUT OF REACH, with the changes that would bring it within reach.
+    epsilon-second-order stationary point. If this needs too many steps, also prints OUT OF REACH, and the changes that
+    would reduce the number of steps.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
@@ -59,7 +60,7 @@ def theory(
         workers: Number of workers, at least 2.
         json: Print one JSON document.
     """
-    # Compute the plans; the first one is uncompressed, and the others are compared with it.
+    # Compute the plans. The first plan is without compression, and all other plans are compared with it.
     with config_errors():
         constants = Constants.theory(assumptions) if mode == "theory" else PRACTICAL
         plans = [plan(assumptions, Identity(), constants=constants, workers=workers)]
@@ -84,12 +85,12 @@ def theory(
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ratio: float | None) -> list[Plan]:
-    """Return the plans, i.e. parameters of Algorithm 1, for the compressor (`text`) and `ratio` of the command line,
-    except the plan without compression."""
+    """Return a plan, i.e. the parameters of Algorithm 1, for each compressor that the command line requests by `text`
+    and `ratio`. The list is empty for "identity", whose plan the caller has already."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [plan(a, name, constants=constants, workers=workers)]
-    # Use the compressor with the given ratio. If none is given, use the best k of a compressor that has a ratio.
+    # Use the compressor with the given ratio. If no ratio is given, use the best number k of coordinates to send.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -117,7 +118,7 @@ def _show(plans: list[Plan]) -> None:
             table.add_row(name, *(cell(p) for cell in columns.values()))
         print_table(table, _UNCUT)
 
-    # Print noise, radius and decrease, which do not depend on the compressor.
+    # Print the noise, the escape radius and the decrease of f by an escape, which do not depend on the compressor.
     first, a = plans[0], plans[0].assumptions
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
@@ -178,7 +179,7 @@ def _print_reach(reached: Reach, a: Assumptions) -> None:
     )
 
 
-# The tables of `packsaddle plan theory`: functions that format a plan's cell, by column heading.
+# The tables of `packsaddle plan theory`. Each maps a column's heading to a function that formats a plan's cell.
 _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
     {
         "theorem": lambda p: p.theorem,
@@ -222,7 +223,8 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
-    # Print one table with Assumption C and one without; each cell has a formula and its value.
+    # Print a table for the case with Assumption C, and a table for the case without it. Each cell has a formula and its
+    # value.
     for setting, lipschitz in (
         ("Lipschitz stochastic gradients (Assumption C)", True),
         ("Without Assumption C", False),

@@ -1,4 +1,4 @@
-"""Live progress on the terminal: a bar or lines with a text, and an upper bound on the time left."""
+"""Live progress on stderr: a progress bar or lines of text, each with an upper bound on the time left."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -76,7 +76,8 @@ class Invalid:
         return next((error for is_valid, error in self._checks if not is_valid), None)
 
     def report_in(self, number: Tensor) -> None:
-        """Set `number`, float[], to NaN if a message is invalid; the host does not wait for checks on a GPU."""
+        """Set `number`, float[], to NaN in place if a recorded check has failed. The host does not wait for checks on a
+        GPU."""
         for is_valid, _ in self._checks:
             number.masked_fill_(~is_valid.to(number.device), float("nan"))
 
@@ -135,7 +136,8 @@ class Aggregator(ABC):
         self.compressor = compressor
 
     def adopt(self, compressor: Compressor) -> None:
-        """Replace the compressor with one of the same kind with another ratio. Ratios may differ between workers."""
+        """Replace the compressor with one of the same class that has another ratio. Ratios may differ between
+        workers."""
         self.compressor = compressor
 
     @abstractmethod
@@ -158,14 +160,14 @@ class Aggregator(ABC):
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def most_sent(self, d: int, dense: int, workers: int, itemsize: int) -> int:
-        """Return the number of bytes that the busiest worker sends in one exchange of d compressed and `dense`
+        """Return the number of bytes sent by the worker that sends the most in one exchange of d compressed and `dense`
         uncompressed coordinates."""
         collectives = self.collectives(d, dense, workers, itemsize)
         return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the operation counts of the busiest worker in one exchange. They include the operations that apply the
-        mean."""
+        """Return the counts of the operations (encoding, decoding and adding messages) of one exchange, for the worker
+        that has the most. They include the operations that apply the mean."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
@@ -174,18 +176,19 @@ class Aggregator(ABC):
         return slice(0, 0)
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange, i.e. the kept fraction of norm(v)^2, if all d coordinates are
-        equally large."""
+        """Return the contraction mu of one exchange, i.e. the fraction of norm(v)^2 that compression keeps, for a
+        vector v whose d coordinates are equally large."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
-        """Raise ValueError if the compressor does not support d coordinates, or one worker's chunk of them."""
+        """Raise ValueError if the compressor does not support vectors of d coordinates or, if workers average chunks of
+        a vector, the chunks."""
         if d:
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Discard the state that is kept between exchanges, such as the matrices from which low-rank compression
-        starts."""
+        """Discard the state that the aggregator keeps from one exchange to the next, such as the start matrices of
+        low-rank compression."""
 
     def snapshot(self) -> Any:
         return None
@@ -199,7 +202,8 @@ class Aggregator(ABC):
         return {} if self.owners is None else {"owners": list(self.owners)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore a state from `state_dict`, with its tensors on `device`. Entries that do not fit have no effect."""
+        """Restore `state`, a result of `state_dict`, with its tensors on `device`. Matrices of low-rank compression
+        whose shapes do not fit the model have no effect."""
         self.owners = state.get("owners")
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
@@ -212,9 +216,9 @@ class Aggregator(ABC):
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part (such as small tensors). Its result is
-    exactly the mean, because the compressor is linear. The communication buffer is reused: a result is valid until the
-    next exchange."""
+    """One all-reduce of a linear compressor's message and the uncompressed part (such as small tensors). The reduced
+    message decodes exactly to the mean of the workers' vectors C(v), because the compressor is linear. The
+    communication buffer is reused: a result is valid only until the next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -321,7 +325,8 @@ class LowRankAllReduce(Aggregator):
 
     def __init__(self, compressor: LowRank) -> None:
         super().__init__(compressor)
-        # The warm start of each matrix, and a bool[] that is True if it is valid; None: there is no warm start.
+        # The warm start of each matrix, and a bool[] that is True if all of them are valid; None: there is no warm
+        # start.
         self._warm: tuple[list[Tensor], Tensor] | None = None
 
     def average(
@@ -334,7 +339,7 @@ class LowRankAllReduce(Aggregator):
         qs = fresh = compressor.gaussian(v, seed=seed, step=step)
         if self._warm and [q.shape for q in self._warm[0]] == [f.shape for f in fresh]:
             qs = [torch.where(self._warm[1], q + 0.1 * f, f) for q, f in zip(self._warm[0], fresh, strict=True)]
-        # The first all-reduce: the mean of M_i Q. The columns of P are an orthonormal basis of its columns.
+        # The first all-reduce: the mean of M_i Q over workers, M Q. P is an orthonormal basis of the columns of M Q.
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
             flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
@@ -356,9 +361,9 @@ class LowRankAllReduce(Aggregator):
     def _next(self, message: Message, qs: list[Tensor]) -> tuple[list[Tensor], Tensor] | None:
         """Return the matrices from which the next exchange starts, and a bool[] that is True if they are valid.
 
-        For each matrix M that is (P^T M)^T divided by its largest magnitude, where P and P^T M are the low-rank factors
-        of M in `message`. It is invalid if one of them is zero or non-finite. `qs` are the start matrices of this
-        exchange. Returns None if the compressor has no matrix shapes.
+        The start matrix of a matrix M is (P^T M)^T divided by its largest magnitude, where P and P^T M are the low-rank
+        factors of M in `message`. The bool[] is False if any start matrix is zero or non-finite. `qs` are the start
+        matrices of this exchange. Returns None if the compressor has no matrix shapes.
         """
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):

@@ -64,8 +64,9 @@ class Communicator:
         return tensor
 
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
-        """Average floating-point tensors over workers in place. There is one all-reduce for each dtype, in at least
-        float32. `weight` multiplies this worker's tensors; the weights of all workers must have mean 1."""
+        """Average floating-point tensors over workers in place. One all-reduce averages all float64 tensors, and
+        another one all other tensors, as float32. `weight` multiplies this worker's tensors; the weights of all workers
+        must have mean 1."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
@@ -212,7 +213,8 @@ class ObjectCollectives:
         self._channel = Communicator(group, Ledger())
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every worker's value, by rank, after a round trip through JSON."""
+        """All-gather `value`, and return every worker's value, by rank. Values are sent as JSON, so tuples become
+        lists, and keys of dicts become strings."""
         if self.group.size == 1:
             return [json.loads(json.dumps(value))]
         return [json.loads(text) for text in self._channel.gather_text(json.dumps(value), self.device)]

@@ -40,7 +40,8 @@ class Collective(ABC):
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:
-        """Return the critical path of the collective; zero for one worker or an empty message."""
+        """Return the critical path of the collective. All its costs are 0 if there is only one worker, or if the
+        message is empty."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class RingAllGather(Collective):
         return ring_all_gather(self.payload, workers)
 
     def cost(self, workers: int) -> Cost:
-        """Return the critical path: W - 1 sequential messages, or one and a half for two workers.
+        """Return the critical path: the bytes of W - 1 sequential messages, or of one and a half messages for two
+        workers.
 
         Small messages are sent to all workers concurrently (`TorchGroup.all_gather`). Two workers share one connection,
         on which gloo signals "ready to receive" only after it has sent the first half of its own message. So one worker
@@ -80,7 +82,7 @@ class RingAllGather(Collective):
 
 @dataclass(frozen=True)
 class AllToAll(Collective):
-    """Every worker sends sizes[j] bytes to worker j."""
+    """An all-to-all, in which every worker sends sizes[j] bytes to worker j."""
 
     sizes: Sequence[int]
     to_self: bool = True  # True if the payload includes a worker's message to itself
@@ -118,8 +120,8 @@ class Broadcast(Collective):
     def cost(self, workers: int) -> Cost:
         """Return the critical path of gloo's binomial tree, about log2(W)^2 / 2 sequential messages.
 
-        The root posts all its ceil(log2 W) sends immediately. They share its link, so its first child receives the
-        message as late as its last one, and then sends to its own children in the same way.
+        The root posts all its ceil(log2 W) sends immediately. These sends share the root's link, so the first child
+        receives the message as late as the last child. Each child then sends to its own children in the same way.
         """
         depth = (workers - 1).bit_length() if self.payload else 0
         children = [sum((1 << i) - 1 + (1 << j) < workers for j in range(i, depth)) for i in range(depth)]

@@ -1,6 +1,6 @@
 """Devices of workers: accelerators, their streams, and the backends of process groups that carry their tensors.
 
-No other module names torch.cuda, torch.xpu or torch.mps. Facts that need no torch.distributed are in
+No other module calls torch.cuda, torch.xpu or torch.mps. Functions on devices that do not need torch.distributed are in
 `numerics.devices`.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from packsaddle.numerics.devices import has_streams
 
-_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # the backend that needs no copy to the host, by type of device
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # backend without copies to the host, by type of device
 
 
 def accelerator() -> str | None:
@@ -71,8 +71,8 @@ def new_stream(device: torch.device) -> torch.Stream | None:
 
 
 def use_in_current_stream(tensor: Tensor) -> None:
-    """Keep the memory of a tensor that another stream allocated until the current stream has used it. Otherwise the
-    other stream could overwrite the memory once the tensor is freed."""
+    """Prevent the reuse of a tensor's memory, which another stream allocated, before the current stream has used the
+    tensor. Otherwise the other stream could overwrite the memory once the tensor is freed."""
     if has_streams(tensor.device):
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 

@@ -123,7 +123,7 @@ class WorkerFailedError(RuntimeError):
 
 def failure_of(rank: int, failure: Any) -> Exception:
     """Return the exception to raise for `failure`, torch's record of the first worker that failed."""
-    if not isinstance(failure.message, dict):  # the worker was killed, for example out of memory
+    if not isinstance(failure.message, dict):  # the worker was killed, for example because memory ran out
         return WorkerFailedError(f"worker {rank} failed: {failure.message}")
     message: str = failure.message["message"]
     kind, _, text = message.partition(": ")

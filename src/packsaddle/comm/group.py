@@ -5,7 +5,7 @@
 
 A `StagingGroup` stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on
 CUDA with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
-current stream wait for this, so it overlaps with training if it runs in a background thread.
+current stream wait for these copies, so an exchange in a background thread overlaps with training.
 """
 
 import os
@@ -41,7 +41,7 @@ class Group(ABC):
     size: int
     processes = 1  # number of processes that form one worker and divide its messages
     leads = True  # True if this is the process that logs for its worker
-    may_shrink = False  # True if workers may leave, so that a collective that loses one fails
+    may_shrink = False  # True if workers may leave; a collective then fails if a worker leaves during it
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
@@ -96,13 +96,14 @@ class Solo(Group):
 
 
 class StagingGroup(Group):
-    """Base of groups that exchange copies on the host of the tensors on an accelerator for which `stages` is True.
-    Subclasses override `stages`, and implement the collectives of all other tensors, whose names begin with _."""
+    """Base class of groups that copy some tensors of accelerators to the host, exchange the copies there, and copy the
+    result back. These are the tensors on devices for which the method `stages` returns True. Subclasses override
+    `stages`, and implement the collectives without such copies, `_all_reduce` and so on."""
 
     _all_reduce: Callable[[Tensor], None]
     _all_gather: Callable[[Tensor], list[Tensor]]
-    # Sends the next lengths[r] elements of `outgoing` to worker r, and returns the tensors received, concatenated:
-    # _all_to_all(outgoing, lengths, sizes), with sizes[r] elements from rank r.
+    # _all_to_all(outgoing, lengths, sizes) divides `outgoing` into parts of lengths[r] elements, and sends part r to
+    # worker r. It returns the received parts, concatenated; the part from rank r has sizes[r] elements.
     _all_to_all: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
     _broadcast: Callable[[Tensor], None]
 
@@ -238,8 +239,8 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[TorchGroup]:
-    """Return one group for each distinct set of processes among `process_groups`, in the order of their first
-    appearance."""
+    """Return the groups of `process_groups` without duplicates, i.e. one group for each distinct set of processes, in
+    the order in which the sets first appear."""
     return [TorchGroup(group) for group in {tuple(dist.get_process_group_ranks(g)): g for g in process_groups}.values()]
 
 

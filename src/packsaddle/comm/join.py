@@ -53,9 +53,9 @@ class JoinableSteps(Joinable):
         return getattr(self._group, "process_group", None)
 
     def _announce(self) -> None:
-        """Announce a collective to workers that have ended; no-op outside of `Join`.
-        Raises RuntimeError for a second object in `Join`: ended workers would run its collectives only at steps of the
-        first object."""
+        """Announce this worker's next collectives to the workers that have ended, so that they take part. No-op outside
+        of `Join`. Raises RuntimeError if `Join` has another object before this one: ended workers would run this
+        object's collectives only at steps of the first object."""
         if not self._join_config.enable:
             return
         if not self._join_config.is_first_joinable:

@@ -1,4 +1,5 @@
-"""Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
+"""Worker processes: reading the launcher's environment variables, joining and leaving the process group, and starting
+and ending workers.
 
 torchrun's store survives a restart (torch 2.13) and still contains the addresses of the old workers, to which new
 workers would try to connect indefinitely. So at each start all workers agree on a new key prefix in the store. With
@@ -94,8 +95,8 @@ _ROUND = 1.0  # seconds to wait for a confirmation of a proposed key prefix befo
 
 
 def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
-    """Return a prefix of the keys in torch's `store` on which all workers of this launch agree; collective. Raises
-    RuntimeError if there is no agreement within `seconds`.
+    """Agree with all workers of this launch on a prefix for keys in torch's `store`, and return the prefix; collective.
+    Raises RuntimeError if there is no agreement within `seconds`.
 
     Rank 0 proposes a prefix, and publishes a list of the ids of the workers that answered. Each worker confirms once
     the list contains its own id, so answers from workers of an earlier launch are detected.
@@ -150,8 +151,8 @@ def asked_to_stop() -> bool:
 
 @contextmanager
 def recording_sigterm() -> Iterator[None]:
-    """Context manager that records a SIGTERM, for `asked_to_stop`; a second SIGTERM calls the previous handler.
-    Use it in the main thread."""
+    """Context manager that records a SIGTERM; `asked_to_stop` then returns True. A second SIGTERM calls the handler
+    that was set before. Use it in the main thread."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -169,7 +170,7 @@ def recording_sigterm() -> Iterator[None]:
 # Seconds from a worker's failure until the other workers receive SIGTERM, and from SIGTERM until SIGKILL.
 SHUTDOWN_SECONDS = 3.0
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save a checkpoint after its launcher was killed
-_MOMENT = 2.0  # seconds, enough for the launcher to receive a result
+_MOMENT = 2.0  # seconds, enough time for the launcher to receive a worker's result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
@@ -190,8 +191,8 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
 
 
 def _stop_with_launcher() -> None:
-    """Wait until the launcher exits, then send SIGTERM to this process unless it has received one, and end it
-    ORPHAN_SECONDS later. A launcher exits before its workers only if it was killed."""
+    """Wait until the launcher exits. Then send SIGTERM to this process, unless it has received SIGTERM already, and end
+    the process ORPHAN_SECONDS later. A launcher exits before its workers only if it was killed."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
@@ -218,7 +219,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     direct = direct_backend(local_size)
     if direct is not None:
         torch.accelerator.set_device_index(local_rank)
-    # Add gloo for CPU scalars (metrics, flags) even if vectors use NCCL.
+    # Even if NCCL exchanges vectors, include gloo to exchange scalars on the CPU, such as metrics and flags.
     try:
         dist.init_process_group(
             "gloo" if direct is None else f"cpu:gloo,{direct}", timeout=timeout, **_store_arguments(timeout)
@@ -371,7 +372,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     preload_workers(entry.__module__)
     # Divide all cores among the workers; torchrun would give each worker one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    # A signal to the launcher arrives here as SignalException, after the workers have ended.
+    # If the launcher receives a signal, `elastic_launch` raises SignalException, after the workers have ended.
     try:
         with ExitStack() as stack:
             for name in _LOGGERS:
@@ -384,8 +385,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
             stack.enter_context(_restoring_signal_handlers())
             stack.enter_context(_holding_signals_at_start())
             file = stack.enter_context(_local_store())
-            # All workers are on one machine, and the system chooses the port. Workers are not restarted: a failed
-            # worker ends the launch.
+            # All workers are on one machine, and the operating system chooses the port. Workers are not restarted: the
+            # launch ends if a worker fails.
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

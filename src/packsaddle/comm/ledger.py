@@ -119,12 +119,14 @@ class Ledger:
 
     @property
     def by_purpose(self) -> Mapping[str, Bytes]:
-        """Total bytes by purpose, such as values, indices, scales, padding, dense, or reset."""
+        """Total bytes over all steps, as a dict by purpose. A purpose is a name such as "values", "indices", "padding"
+        or "dense"."""
         return self._sum(0)
 
     @property
     def by_collective(self) -> Mapping[str, Bytes]:
-        """Total bytes by collective: all-reduce, all-gather, all-to-all, broadcast."""
+        """Total bytes over all steps, as a dict by collective: "all-reduce", "all-gather", "all-to-all" and
+        "broadcast"."""
         return self._sum(1)
 
     def _sum(self, position: int) -> Mapping[str, Bytes]:

@@ -1,9 +1,9 @@
 """The group of a torchft Manager, whose workers may join and leave, and `connect`, which creates a Manager.
 
-torchft's lighthouse (its coordination server) tracks the workers, and the Manager reconfigures the process group at
-every quorum. A collective that loses a worker raises an error; the caller reports it to the Manager, so that
-`Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather, which
-sparse messages need, and its all-reduce scales and zeroes its input.
+torchft's lighthouse (its coordination server) tracks the workers. The Manager reconfigures the process group for every
+quorum, i.e. set of workers that take part in an exchange. A collective that loses a worker raises an error; the caller
+reports it to the Manager, so that `Manager.should_commit` rejects the exchange. The Manager's own collectives are not
+used: it has no all-gather, which sparse messages need, and its all-reduce scales and zeroes its input.
 
 A worker may be a site of several processes, which form torch's default process group. Each process has a Manager with
 its rank in the site, and a group with its peers, i.e. the processes of the same rank in the other sites.
@@ -40,10 +40,10 @@ _c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
 class ManagedGroup(StagingGroup):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
-    It has no broadcast, since no round of elastic workers needs one.
+    The group has no broadcast, since exchanges between workers that may join and leave need none.
 
     `site` is the group of this worker's processes. Raises MissingExtraError if torchft is not installed, and
-    ConfigError if the Manager has another number of processes than torch's default group.
+    ConfigError if the Manager's number of processes per worker differs from the size of torch's default group.
     """
 
     may_shrink = True
@@ -87,8 +87,8 @@ class ManagedGroup(StagingGroup):
 
 
 def processes_of(manager: Any) -> int:
-    """Return the number of processes of the worker whose torchft Manager this is. torchft has no public attribute for
-    this number."""
+    """Return the number of processes of this worker, as set in its torchft Manager. torchft has no public attribute for
+    this number, so a private one is read."""
     return int(getattr(manager, "_group_world_size", 1))
 
 
@@ -135,7 +135,7 @@ def connect(
     """
     timeout, quorum_timeout = duration(timeout, "timeout"), duration(quorum_timeout, "quorum_timeout")
     connect_timeout = duration(connect_timeout, "connect_timeout")
-    os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers log several lines in every round
+    os.environ.setdefault("RUST_LOG", "warn")  # otherwise torchft's servers log several lines at every exchange
     torchft: Any = require("torchft", "torchft", "elastic training")
     logging.getLogger("torchft.manager").addFilter(_is_useful)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
@@ -177,7 +177,7 @@ def connect(
                 replica_id=name,
                 hostname=here,
                 checkpoint_transport=_transport(here, listen, timeout),
-                # Without retries one failure would use up quorum_timeout.
+                # Without retries, a single failed attempt would use up quorum_timeout.
                 quorum_retries=max(1, int(quorum_timeout / _AGAIN)),
             )
     except RuntimeError as error:
@@ -187,7 +187,8 @@ def connect(
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
-    """Return False for the warning that torchft logs at every quorum of workers without NCCL."""
+    """Return False for the warning on NCCL that torchft logs at every quorum if workers use gloo, and True for all
+    other log records."""
     return "NCCL flight recorder" not in record.getMessage()
 
 
@@ -262,5 +263,5 @@ def _transport(host: str, listen: str, seconds: float) -> Any:
 
     with replaced(http, "_IPv6HTTPServer", Server):
         transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
-    transport._server.RequestHandlerClass.log_message = lambda *_: None  # no line on stderr for each joining worker
+    transport._server.RequestHandlerClass.log_message = lambda *_: None  # do not log each request on stderr
     return transport

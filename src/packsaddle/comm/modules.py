@@ -1,5 +1,5 @@
-"""A record of the modules in this process, to find the modules that contain a parameter. A parameter does not refer to
-them.
+"""A record of the modules in this process, to find the modules that contain a given parameter. A parameter itself has
+no reference to its modules.
 
 A module is recorded when it gets a parameter or submodule after `import packsaddle`. Deep copies and unpickled modules
 are not recorded.

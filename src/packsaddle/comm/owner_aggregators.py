@@ -1,7 +1,7 @@
 """Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-With `TwoWay` each worker of the exchange owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the
-paper's star.
+With `TwoWay` each worker of the exchange owns an equal chunk. With `Coordinator` rank 0 owns the whole vector, as in
+the paper.
 
 Workers send their vectors v_i compressed, as C(v_i), except that an owner j uses its own v_j uncompressed in the mean m
 of its chunk, since v_j is not sent there. The owner sends m back as B(m), where B may be another compressor or the
@@ -95,7 +95,8 @@ class Owners(Aggregator):
         dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
-        # Compute the mean of the chunk, in which this worker's own v is uncompressed.
+        # Compute the mean of the chunk over workers: this worker's own vector v uncompressed, and all other vectors as
+        # decoded from their messages.
         mean = v[a:b] / len(received)
         for worker, parts in enumerate(received):
             with invalid.of(worker):
@@ -153,8 +154,8 @@ class Owners(Aggregator):
         return slice(*self.bounds(d, workers)[rank : rank + 2])
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange: the mean over chunks, weighted by chunk size, of the product of
-        two contractions, those of the compressor of messages and of the compressor of replies."""
+        """Return the contraction mu of one exchange. The contraction of a chunk is that of the compressor of messages
+        times that of the compressor of replies; mu is the mean over chunks, weighted by chunk size."""
         chunks = self._chunks(d, workers)
         parts = [(b - a, self.compressor.restrict(a, b, d), self.back.restrict(a, b, d)) for a, b in chunks]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
@@ -185,8 +186,9 @@ class Owners(Aggregator):
         announces the sizes of its reply's parts."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the operation counts of an owner, i.e. a worker that averages a chunk. It decodes the other workers'
-        messages for its chunk, and the replies (compressed means) of all owners."""
+        """Return the counts of the operations (encoding, decoding and adding messages) of an owner, i.e. a worker that
+        averages a chunk. It decodes the other workers' messages for its chunk, and the replies (compressed means) of
+        all owners."""
         if not d:
             return []
         chunks = self._chunks(d, workers)
@@ -201,8 +203,8 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each of the `owners` owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends
-    the means, by default also compressed, to all workers."""
+    """Each worker in `owners`, by default every worker, owns an equal chunk of the vector. An all-to-all sends the
+    messages to the owners, and an all-gather sends the means, by default compressed too, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)

@@ -1,4 +1,5 @@
-"""Selection of the aggregator for a compressor: the requested one, or the one that sends the fewest bytes."""
+"""Selection of the aggregator for a compressor: either the requested aggregator, or the one with which workers send the
+fewest bytes."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce, LowRan
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
-# Aggregator class by the name in a compressor's `aggregation` attribute.
+# The aggregator class for each value of a compressor's attribute `aggregation`.
 _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,

@@ -28,7 +28,7 @@ class _Turns:
         self.size = size
         self._turn = 0
         self._lock = threading.Lock()
-        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # one per rank, to wake one thread only
+        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # one per rank
         self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
         self._result: list[tuple[Tensor, ...]] = []
         self.computed: Sequence[Any] = ()  # results of `computed_at_once`, by rank
@@ -60,8 +60,9 @@ class _Turns:
         self._pass_on(rank)
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Submit copies of tensors to a collective and wait; return the tensors of all workers by rank, read-only.
-        After an all-reduce, rank 0's tensor is the sum."""
+        """Submit copies of `tensors` to the collective `kind`, and wait until all workers have submitted theirs. Return
+        the tensors of all workers, by rank; the caller must not modify them. For an all-reduce, rank 0's tensor is the
+        sum over workers."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))
@@ -83,7 +84,7 @@ class _Turns:
 
 
 class SimulatedGroup(Group):
-    """One worker's handle to the group of simulated workers."""
+    """The group of simulated workers from the view of one worker, whose index is `rank`."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank = rank
@@ -114,9 +115,10 @@ class SimulatedGroup(Group):
 class FusedGroup(Group):
     """One process that emulates W workers: its tensors are the means of the workers' tensors.
 
-    This is exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers exchange only
-    means of vectors that are linear in their gradients. The workers' batches are processed as one batch, and there is
-    one error memory, which equals the mean of the workers' error memories. Bytes are counted as for W workers.
+    The emulation is exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers
+    exchange only means of vectors that are linear in their gradients. The workers' batches are processed as one batch,
+    and there is one error memory, which equals the mean of the workers' error memories. Bytes are counted as for W
+    workers.
     """
 
     rank = 0

@@ -1,4 +1,5 @@
-"""Sites as workers: several processes train one model as one worker, and divide the messages to other sites.
+"""Sites: workers that consist of several processes, which train one model together and divide the messages to other
+sites.
 
 A site may shard the model over its processes, as FSDP2 does. Each process then exchanges its shard with its peers, the
 processes of the other sites that have the same shard. Or each process has the whole model, as in
@@ -23,7 +24,8 @@ def fail_together(site: Group) -> Iterator[None]:
     """Context manager that raises an error on all processes of a site, i.e. a worker of several processes, if its block
     raises one on some process of the site; collective.
 
-    A ConfigError, and the PeerLostError that reports a lost process of the site, are raised on this process alone.
+    A ConfigError, and the PeerLostError that reports a lost process of the site, are raised only on the process on
+    which they occur.
     """
     error: Exception | None = None
     try:

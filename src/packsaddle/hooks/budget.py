@@ -2,8 +2,8 @@
 
 The k largest coordinates of the model are known only at the end of the backward pass, after most buckets have been
 sent. So the budget of each slice (bucket or module) is its number of coordinates among the model's k largest of the
-previous step. A budget proportional to size would give too little to a bucket with large gradients, whose error memory
-would grow.
+previous step. If budgets were proportional to sizes, a bucket with large gradients would send too few coordinates, and
+its error memory would grow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-_SAMPLE = 1 << 17  # number of coordinates to sample; of a smaller model, all coordinates are used
+_SAMPLE = 1 << 17  # approximate number of coordinates to sample; smaller models are sampled whole
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class _Sample:
 
 
 class Allocation:
-    """Chooses the compressor of each slice (bucket or module) of a model of d coordinates, from samples of the vectors
-    of the last step.
+    """Chooses the compressor of each slice (bucket or module) of a model with d coordinates, from samples of the
+    vectors that were compressed in the previous step.
 
     Workers may choose different compressors. The budget of a slice without a sample is proportional to its size.
     """
@@ -71,15 +71,15 @@ class Allocation:
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def close(self, *, apply: bool) -> None:
-        """End a step. If `apply` is True, the next step's budget is divided by the samples of this step, and otherwise
-        by those of the previous step."""
+        """End a step. The next step divides its budget by the samples of this step if `apply` is True, and otherwise by
+        the same samples as this step did."""
         if apply:
             self._last = self._next
         self._next = {}
 
     def field(self, device: Callable[[], torch.device]) -> Value:
-        """Return the saved-state field that contains the samples of all slices (buckets or modules). Loading moves the
-        samples to `device()`."""
+        """Return the field of the saved state that contains the samples of all slices (buckets or modules). When the
+        state is loaded, the samples are moved to `device()`."""
 
         def load(saved: Sequence[_Sample]) -> None:
             self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}

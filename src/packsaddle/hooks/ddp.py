@@ -1,4 +1,4 @@
-"""Compressed gradient exchange for DistributedDataParallel, with any optimizer: two lines in an existing script.
+"""Compressed gradient exchange for DistributedDataParallel, with any optimizer, by two more lines in a training script.
 
 `register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`). `keep_gradients_local` disables the exchange of
 DistributedDataParallel, for `LocalUpdates`.
@@ -96,7 +96,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # Validate the options, first alone and then for this model.
+    # Validate the options: first each option alone, and then all options for this model.
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
@@ -130,9 +130,9 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 
     The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are those of
     `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
-    Raises TypeError for several DistributedDataParallels, for none with several workers, and for a model that FSDP
-    shards; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of
-    `register_ddp_hook`.
+    Raises TypeError if the model has several DistributedDataParallels, if it has none although there are several
+    workers, or if FSDP shards it. Raises RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process
+    group, and the errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle

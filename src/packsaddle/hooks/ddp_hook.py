@@ -38,9 +38,10 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` has each trained parameter of `module`, the model, with its position in the vector of all of them. With
-    scope="bucket", DDP may divide the parameters into buckets differently in a resumed run than in the saved run. No
-    update is lost then, but only with scope="model" is a resumed run bitwise identical to an uninterrupted run.
+    `module` is the model, and `places` has each of its trained parameters, with the position in the flat vector of all
+    trained parameters. With scope="bucket", DDP may divide the parameters into buckets differently in a resumed run
+    than in the saved run. No update is lost then, but only with scope="model" is a resumed run bitwise identical to an
+    uninterrupted run.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class DDPHook(GradientHook, Exchanging):
     def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average the gradients in `buckets` over workers as one vector, in place.
 
-        After an error, DDP still submits the later buckets of the backward pass. They raise the same error.
+        After an error, DDP still submits the later buckets of the backward pass. Averaging these raises the same error.
         """
         if buckets[0].index == 0:
             self._failure = None
@@ -125,8 +126,8 @@ class DDPHook(GradientHook, Exchanging):
             self._complete()
 
     def _begin(self) -> None:
-        """Commit or roll back the last backward pass, compare parameters if a comparison is due, and draw the noise of
-        this pass (line 9 of Algorithm 1)."""
+        """Commit or roll back the last backward pass, and draw the noise of this pass (line 9 of Algorithm 1). If a
+        comparison is due at this step, compare the parameters of all workers."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -136,9 +137,9 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the `ErrorFeedback`, which has the error memory, of the parameters with these names. If there is none,
-        because DDP has made or rebuilt its buckets, make it with the error memories that these parameters had in old
-        buckets."""
+        """Return the `ErrorFeedback` of the bucket of the parameters with these names; it has their error memory. If
+        there is none, because DDP has made or rebuilt its buckets, make one with the error memories that the parameters
+        had in old buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -151,8 +152,8 @@ class DDPHook(GradientHook, Exchanging):
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory by parameter, in units of a gradient.
 
-        Each tensor is shaped as its parameter, in float32 or wider. During a backward pass, returns the memory after
-        the previous step.
+        Each tensor has the shape of its parameter, in float32 or wider. During a backward pass, the result is the
+        memory after the previous step.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
@@ -178,7 +179,7 @@ class DDPHook(GradientHook, Exchanging):
     @property
     def _whole(self) -> ErrorFeedback | None:
         """The `ErrorFeedback` of all parameters together, which has their error memory. It is None with scope="bucket",
-        and before the first exchange or loading."""
+        and also before the first exchange or the first loading of a state."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

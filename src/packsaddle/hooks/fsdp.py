@@ -61,7 +61,7 @@ def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str
 
 def padded_size(model: nn.Module) -> int:
     """Return the number of coordinates of this worker's gradient shards. FSDP2 pads shards in dimension 0 to equal
-    length on all workers, and the padding counts."""
+    length on all workers; the result includes the padding."""
     shards, found = int(_mesh(model).size()), 0
     for p in model.parameters():
         if hasattr(p, "to_local") and p.requires_grad:
@@ -82,10 +82,11 @@ _SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
 
 
 class FSDPHook(GradientHook, Exchanging):
-    """The hook of `register_fsdp_hook`. The gradients of every sharded module are averaged separately, with an error
-    memory of their own.
+    """The hook of `register_fsdp_hook`. The gradients of each sharded module are averaged separately, and each module
+    has its own error memory.
 
-    A backward pass with an invalid gradient is rejected on all replicas of the shard, as in `register_fsdp_hook`.
+    A backward pass with an invalid gradient is rejected on all replicas of the shard, as described in
+    `register_fsdp_hook`.
     """
 
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
@@ -97,15 +98,15 @@ class FSDPHook(GradientHook, Exchanging):
         # Index of this worker's shard, and the number of shards.
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())
         self._bits: dict[str, Tensor] = {}  # binary digits of the index of each module, int64[b], by name
-        # For each module that was exchanged in this backward pass, by name, autograd's id of the pass.
+        # The modules exchanged in this backward pass, by name. Each value is the id that autograd gives to the pass.
         self._seen: dict[str, int] = {}
 
     @torch.no_grad()
     def start(self) -> None:
         """Broadcast rank 0's parameters to all replicas; collective.
 
-        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It precedes
-        FSDP's own hook of that pass, since parameters are sharded only until then.
+        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It runs before
+        FSDP's own hook in this pass, since that hook replaces the shards by whole parameters.
         """
         if any(local.is_meta for _, local in local_shards(self._model)):
 
@@ -157,8 +158,8 @@ class FSDPHook(GradientHook, Exchanging):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9 of Algorithm 1
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, (code != 0).any(), float("nan"))
-        # Reading the code waits for the GPU, so read it here only in a module's first exchange. `_settle` reads all
-        # codes later.
+        # Reading `code`, the outcome of the exchange, waits for the GPU, so read it here only in a module's first
+        # exchange. `_settle` later reads the outcomes of all exchanges.
         if (is_first or code.device.type == "cpu") and code[2]:
             self._complete()
             self._settle()
@@ -179,7 +180,8 @@ class FSDPHook(GradientHook, Exchanging):
 
     @property
     def device(self) -> torch.device:
-        # Do not use the device of weights, which may be offloaded or still on the meta device.
+        # Use the mesh's device and not that of the weights, which may be offloaded to the CPU or still on the meta
+        # device.
         return torch.device(_mesh(self._model).device_type)
 
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
@@ -206,7 +208,7 @@ class FSDPHook(GradientHook, Exchanging):
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory for each sharded module, float[n], by name of the module. During a backward
-        pass, returns the memory after the previous step."""
+        pass, the result is the memory after the previous step."""
         self._settle()
         return self._loose | {name: part.memory.vector.clone() for name, part in self._slices.items()}
 
@@ -235,9 +237,10 @@ def register_fsdp_hook(
     collective.
 
     Args:
-        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as one machine.
-        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a two-dimensional
-            mesh.
+        model: a model sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as the GPUs of
+            one machine.
+        replicas: the group of the workers that have the same shard, one on each machine:
+            mesh["replicate"].get_group() of a two-dimensional mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
             and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at

@@ -1,8 +1,8 @@
 """A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
-Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
-pass are all committed, or all rolled back. Error memories are in units of a gradient, and saved by parameter or module,
-since DistributedDataParallel may rebuild its buckets.
+Gradients arrive in slices (DDP's buckets or FSDP's modules), and an `ErrorFeedback` exchanges each slice. The exchanges
+of a backward pass are all committed, or all rolled back. Error memories are in units of a gradient. They are saved by
+parameter or module, since DistributedDataParallel may rebuild its buckets.
 """
 
 import math
@@ -131,8 +131,9 @@ RULES = [
 
 
 class GradientHook(Records, ABC):
-    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The outcome is
-    read on demand or in the next pass, so that no pass waits for a GPU. `d` is the number of compressed coordinates."""
+    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The host reads
+    the outcome on demand or in the next pass, so that it does not wait for a GPU in each pass. `d` is the number of
+    compressed coordinates."""
 
     saved_state: State  # set by subclasses
 
@@ -145,7 +146,7 @@ class GradientHook(Records, ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        # The slices (buckets or modules) are made when their gradients arrive.
+        # The `ErrorFeedback` of each slice (bucket or module), made when the slice's gradients first arrive.
         self._slices: dict[Any, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
@@ -157,7 +158,7 @@ class GradientHook(Records, ABC):
         self._outcome: Readback | None = None  # copy of the codes to the host; None: the pass is incomplete
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
-        self._fresh = True  # False if gradients include those of earlier passes
+        self._fresh = True  # False if p.grad also has gradients of earlier passes
         self.may_be_unused = False  # True if a backward pass may use only some parameters (see `Usage`)
 
     def __repr__(self) -> str:
@@ -223,7 +224,7 @@ class GradientHook(Records, ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Begin the exchanges of a backward pass, after the exchanges of the last pass were committed or rolled back.
+        """Commit or roll back the exchanges of the last backward pass, and prepare the exchanges of a new pass.
 
         Raises NonFiniteError after too many consecutive skipped steps.
         """
@@ -233,8 +234,8 @@ class GradientHook(Records, ABC):
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return a new `ErrorFeedback` for a slice (parameters exchanged together). Error memories of its parameters in
-        `_loose`, where they are kept while the parameters have no slice, are moved to it."""
+        """Return a new `ErrorFeedback` for a slice (parameters exchanged together). The error memories of its
+        parameters are moved to it from `_loose`, which has the error memories of parameters that are in no slice."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -243,9 +244,9 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of `part`, a slice (parameters exchanged together), for this step: the step's compressor,
-        restricted to the part of the model's budget of coordinates that is allotted to the slice. Returns the step's
-        compressor as it is for the whole model."""
+        """Set the compressor of `part`, a slice (parameters exchanged together), for this step. If the model's budget
+        of coordinates is divided among slices, the slice's compressor has only the slice's part of the budget. Returns
+        the step's compressor for the whole model."""
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
@@ -301,7 +302,7 @@ class GradientHook(Records, ABC):
                 return
             # All workers read the same codes, so all commit every slice, or none does.
             codes = self._outcome.tolist() if self._outcome else []
-            rejected = [code for code in codes if any(number != 0 for number in code)]  # a NaN is not 0
+            rejected = [code for code in codes if any(number != 0 for number in code)]  # NaN != 0 is True
             applied = self._outcome is not None and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
             self._allocation.close(apply=applied)
@@ -315,7 +316,7 @@ class GradientHook(Records, ABC):
             elif self._outcome and not unlike:
                 self._rejected = list(self._protected)
                 others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
-                reports = (report for r in self._pass if (report := r.full_report()))  # the first report is used
+                reports = (report for r in self._pass if (report := r.full_report()))  # only the first report is used
                 skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):
                     skip = replace(skip, message="another worker has received an invalid message")
@@ -335,7 +336,8 @@ class GradientHook(Records, ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """Return the settings, by name, that must be equal when a state is saved and when it is loaded."""
+        """Return a dict of the settings, such as the seed, that must be equal when a state is saved and when it is
+        loaded."""
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
@@ -348,8 +350,8 @@ class GradientHook(Records, ABC):
         ]
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by name of the parameter or module, until the next gradients arrive and their
-        error memories are made."""
+        """Store loaded error memories, given by name of the parameter or module, in `_loose`. `_feedback` moves each to
+        its slice when the slice's next gradients arrive."""
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:

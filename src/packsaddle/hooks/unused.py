@@ -15,11 +15,11 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """The parameters that this worker used in a backward pass, i.e. whose gradient is not 0, among those that are
-    exchanged together. For these parameters, `here`, bool[p], is True.
+    """Flags for the p parameters of one exchange: `here`, bool[p], is True for each parameter that this worker used in
+    the backward pass, i.e. whose gradient is not 0.
 
-    A parameter whose gradient is 0 on all workers counts as unused. Its mean gradient is then set to 0, so no update is
-    lost if DistributedDataParallel applies it nevertheless.
+    A parameter whose gradient is 0 on all workers counts as unused, and its mean gradient is set to 0. So no update is
+    lost if DistributedDataParallel counts the parameter as used, and copies this mean to p.grad.
     """
 
     def __init__(self, part: ErrorFeedback, gradients: Mapping[str, Tensor]) -> None:
@@ -28,8 +28,8 @@ class Usage:
 
     def restore(self, by_any: Tensor) -> None:
         """Correct the new error memory of the parameters that this worker did not use, and for which it sent zeros (see
-        `ErrorMemory.restore_unused`). The host does not wait for a GPU. Call after `absorb`. `by_any`, bool[p], is True
-        for the parameters that at least one worker used."""
+        `ErrorMemory.restore_unused`). The host does not wait for a GPU. Call after `ErrorMemory.absorb`. `by_any`,
+        bool[p], is True for the parameters that at least one worker used."""
         self._part.memory.restore_unused(self.here, by_any)
 
 

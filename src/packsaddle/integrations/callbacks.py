@@ -1,4 +1,5 @@
-"""Functions that the frameworks' callbacks use to attach a DDP hook or local updates, log metrics, and save state."""
+"""Functions for the callbacks of Lightning and Hugging Face: attach a DDP hook or local updates, log metrics, save
+state."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,9 +32,9 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks, which attach a DDP hook or local updates. `exchange` is the attached
-    object, or None before training. The function `_makes` creates it with the arguments `options`. Raises TypeError for
-    an option that `_makes` does not accept."""
+    """Base class of the callbacks for Lightning and Hugging Face, which attach a DDP hook or local updates. `exchange`
+    is the attached object, or None before training. The function `_makes` creates this object with the arguments
+    `options`. Raises TypeError for an option that `_makes` does not accept."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
@@ -63,7 +64,7 @@ class Attached:
     def _make(
         self, wrapped: nn.Module, model: nn.Module, optimizers: list[Optimizer], scaler: Any, log_every: int
     ) -> "DDPHook | WorkerState | None":
-        """Attach local updates or a hook, whichever the class uses, and return the attached object.
+        """Attach local updates if `_makes` is `LocalUpdates`, and otherwise a hook. Return the attached object.
 
         `wrapped` is the model as wrapped by the framework. A hook measures the contraction every `log_every` steps.
         With one worker no hook is attached: the method warns and returns None. Raises the exceptions of `attach` or
@@ -82,9 +83,9 @@ class WorkerState:
     """The state of one worker that trains with `LocalUpdates`. A framework's own checkpoint contains only the state of
     worker 0, while parameters and optimizer states differ between workers.
 
-    It consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
-    parameters and persistent buffers of `model`. Save it on every worker; load it after the framework has loaded its
-    checkpoint.
+    The state consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
+    parameters and persistent buffers of `model`. Save it on every worker, and load it after the framework has loaded
+    its own checkpoint.
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -110,8 +111,8 @@ class WorkerState:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The objects whose states differ between workers (the model, the local updates and the optimizers), by name,
-        as `save_checkpoint` expects them."""
+        """The objects whose states differ between workers (the model, the local updates and the optimizers), as a dict
+        by name such as `save_checkpoint` accepts."""
         optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
         return {"model": self._model, "local": self.local, **optimizers}
 
@@ -125,8 +126,8 @@ class WorkerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, saved by `state_dict`. Raises ValueError, with nothing changed, if the state does not fit
-        this run."""
+        """Restore `state`, a result of `state_dict`. Raises ValueError, with nothing changed, if the state does not fit
+        the model, the optimizers or the options of this run."""
         if "local" not in state.get("parts", ()):
             raise ValueError("the state has no local updates; was it saved by a hook?")
         saved, here = state["parts"], self._tensors()
@@ -155,9 +156,9 @@ def attach_local_updates(
     """Make a `LocalUpdates` of a framework's `optimizers` and `compressor`, and disable the exchange of gradients by
     the framework's DistributedDataParallel.
 
-    `wrapped` is the framework's wrapper of `model`, which contains the DistributedDataParallel. `options` are further
-    arguments of `LocalUpdates`. With one worker, which sends nothing, the function warns. The contraction is measured
-    in every round, or as set by a `Compression`.
+    `model` is the user's model, and `wrapped` is the framework's wrapper of it, which contains the
+    DistributedDataParallel. `options` are further arguments of `LocalUpdates`. The contraction is measured in every
+    round, or as set by a `Compression`. With one worker the function warns that nothing is sent.
 
     Raises TypeError for several workers without a DistributedDataParallel, ValueError if workers have
     weight="steps", and the exceptions that `LocalUpdates` raises.
@@ -187,14 +188,14 @@ def monitored(compressor: AnyCompression, every: int) -> Compression:
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
     """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
 
-    They are the numbers of this worker's `steps` and `skipped` steps, its bytes `sent` and `received`, the `reduction`,
-    which is the bytes that uncompressed training would have sent divided by `sent`, and the contraction `mu`. The
-    contraction is the fraction of the squared norm that compression keeps; it is missing until it is measured (see
-    `Compression.monitor_every`).
+    `steps` is the number of steps of this worker. `skipped` is the number of skipped steps or, for local updates, of
+    rejected rounds. `sent` and `received` are numbers of bytes. `reduction` is the number of bytes that uncompressed
+    training would have sent, divided by `sent`. The contraction `mu` is the fraction of the squared norm that
+    compression keeps; it is missing until it is measured (see `Compression.monitor_every`).
 
-    A hook also has `sent_in_step`, the bytes sent in the last step. Local updates also have the numbers of `rounds` and
-    of `resets` by the escape check. If `Workers.clip` is set, they have the number of `clipped` updates. With
-    weight="steps", they have `pace`, the number of inner steps of worker 0 in a round.
+    For a hook, `sent_in_step` is the number of bytes sent in the last step. For local updates, `rounds` is the number
+    of exchanges, and `resets` the number of resets by the escape check. `clipped` is the number of clipped updates, if
+    `Workers.clip` is set. `pace` is the number of inner steps of worker 0 in a round, with weight="steps".
 
     Returns {} if `exchange` is None, which is the result of `attach` with one worker.
     """
@@ -225,9 +226,10 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
     """Save the state of `exchange`, a hook or local updates, to the file NAME-RANK.pt in `folder`, atomically.
 
-    Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
-    Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
-    models, give each a different `name`. No-op if `exchange` is None, which is the result of `attach` with one worker.
+    Call on every worker: states differ between workers, and each is as large as the model, so they are not gathered.
+    The call is collective only if an exchange is in progress. If several exchanges are saved to one folder, such as
+    those of two models, give each a different `name`. No-op if `exchange` is None, which is the result of `attach` with
+    one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -276,7 +278,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     if isinstance(exchange, WorkerState):
         whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
 
-    # Raise an error if files are of different steps, or only some workers have one.
+    # Raise an error if the workers' files are of different steps, or if only some workers have a file.
     try:
         check_agreement(exchange.channel, found, exchange.device)
     except ValueError as error:
@@ -292,8 +294,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of the file in which `save_state` saves the state of the worker with this global `rank`, by
-    default that of this worker."""
+    """Return the path of the file in which `save_state` saves the state of the worker with the global rank `rank`, by
+    default this worker's own rank."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -303,8 +305,8 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Read the files NAME-RANK.pt in a folder. Return a dict that maps the rank of each file to the number of workers
-    in the run that saved the file."""
+    """Read the files NAME-RANK.pt in a folder. Return a dict that maps the RANK of each file to the number of workers
+    of the run that saved the file."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 

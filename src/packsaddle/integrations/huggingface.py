@@ -31,8 +31,8 @@ from packsaddle.integrations.callbacks import (
 )
 from packsaddle.local.updates import LocalUpdates
 
-# Names of TrainingArguments with which workers exchange numbers at every step. Older versions of transformers lack the
-# second argument.
+# Names of TrainingArguments that, if True, make workers exchange numbers at every step. Older versions of transformers
+# do not have the second one.
 _PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
 
 
@@ -62,13 +62,13 @@ class _Attached(Attached, TrainerCallback):
             self._resumed = Path(resume_from_checkpoint) if named else None
             return train(resume_from_checkpoint, *args, **others)
 
-        # Wrap the trainer's method to save this worker's state too. The callback `on_save` is not called after a
-        # SIGTERM.
+        # Wrap the trainer's method that saves a checkpoint, to save this worker's state too. The callback `on_save`
+        # would not suffice, since it is not called after a SIGTERM.
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
             if self.exchange is not None and not trainer.args.save_only_model:
-                folder = Path(trainer._get_output_dir(trial=trial))  # one folder per trial of a hyperparameter search
+                folder = Path(trainer._get_output_dir(trial=trial))  # differs between trials of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         trainer.train, trainer._save_checkpoint = training, saving
@@ -77,7 +77,7 @@ class _Attached(Attached, TrainerCallback):
         """Attach the hook or local updates, and restore their state in a resumed run. Raises the exceptions of `_make`
         and `load_state`."""
         trainer = self._trainer
-        # In further calls of train() the hook is already attached to this model.
+        # In further calls of `train` with the same model, the hook or local updates are already attached.
         if trainer.model_wrapped is not self._attached:
             # Read the wrapped model from the trainer: callbacks receive only the model inside DistributedDataParallel.
             self._attached = trainer.model_wrapped
@@ -98,34 +98,36 @@ class _Attached(Attached, TrainerCallback):
 class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs the metrics of `measures` as packsaddle/sent and so on.
 
-    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer))`. It accepts the arguments of
-    `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is measured every
-    `logging_steps` steps, or as set by a `Compression`.
+    Construct it with the trainer, and add it to the same trainer: `trainer.add_callback(PacksaddleCallback(trainer))`.
+    It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
+    contraction is measured every `logging_steps` steps, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
-    (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
-    worker the callback only warns. `hook` is the DDPHook, which further calls of `train` keep.
+    (`train(resume_from_checkpoint=...)`) restores this state from the folder `resume_from` if it is given, and
+    otherwise from the checkpoint. With one worker the callback only warns. `hook` is the DDPHook; further calls of
+    `train` use the same one.
     """
 
 
 class LocalUpdatesCallback(_Attached):
     """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
-    Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. It accepts the
-    arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
-    exchanges no gradients from the start of training. With several workers the trainer's TrainingArguments must have
-    `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. The metrics of `measures` are
-    logged as packsaddle/sent and so on; the contraction is measured in every round, or as set by a `Compression`.
+    Construct it with the trainer, and add it to the same trainer: `trainer.add_callback(LocalUpdatesCallback(trainer,
+    every=8))`. It accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's.
+    DistributedDataParallel exchanges no gradients from the start of training. With several workers the trainer's
+    TrainingArguments must have `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. The
+    metrics of `measures` are logged as packsaddle/sent and so on; the contraction is measured in every round, or as set
+    by a `Compression`.
 
-    During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
-    on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`), so every worker has the anchor.
-    With `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises
+    During training the trainer evaluates, predicts with and saves the anchor, i.e. the parameters on which all workers
+    last agreed. At the end of training pending updates are exchanged (`LocalUpdates.flush`), so every worker has the
+    anchor. With `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises
     RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt. A resumed run restores it as with `PacksaddleCallback`, also on another number of workers (see
-    `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is the LocalUpdates, which
-    further calls of `train` keep.
+    packsaddle-RANK.pt. A resumed run restores this state as with `PacksaddleCallback`, even if its number of workers is
+    different (see `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is the
+    LocalUpdates; further calls of `train` use the same one.
     """
 
     _makes = LocalUpdates
@@ -142,7 +144,7 @@ class LocalUpdatesCallback(_Attached):
         # True during training, when evaluation and saving use the anchor, on which all workers last agreed.
         self._at_anchor = False
         self._ended_at_best = False
-        # Wrap these methods, since callbacks run only after them.
+        # Wrap these methods, since the trainer calls callbacks only after they have run.
         for name in ("evaluate", "predict", "save_model"):
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
@@ -157,8 +159,9 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach and restore local updates. Raises ValueError if TrainingArguments make several workers wait for each
-        other at every step, and RuntimeError if the last training loaded the best model."""
+        """Attach local updates, and restore their state in a resumed run. Raises ValueError if TrainingArguments make
+        several workers wait for each other at every step. Raises RuntimeError if an earlier call of `train` loaded the
+        best model at its end."""
         found = {name: getattr(args, name) for name in _PER_STEP if getattr(args, name, False) is not False}
         if found and args.world_size > 1:
             needed, got = ", ".join(f"{name}=False" for name in found), " and ".join(map(repr, found.values()))
@@ -181,11 +184,12 @@ class LocalUpdatesCallback(_Attached):
 class CertificateCallback(TrainerCallback):
     """Checks every `every_n_steps` steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
-    Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
-    batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,
-    identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
-    `LocalUpdatesCallback` in the trainer the anchor, i.e. the parameters on which all workers last agreed, is
-    certified. Raises ValueError if `every_n_steps` is below 1.
+    Construct it with the trainer, and add it to the same trainer. The numbers are logged as certificate/grad_norm and
+    so on. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`;
+    `batches` is an iterable of this worker's batches, identical in every pass; `options` are further arguments of
+    `packsaddle.certify`. `certificate` is the last certificate. With a `LocalUpdatesCallback` in the trainer the
+    anchor, i.e. the parameters on which all workers last agreed, is certified. Raises ValueError if `every_n_steps` is
+    below 1.
     """
 
     def __init__(

@@ -13,7 +13,8 @@ from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, lo
 
 
 class JoinedOptimizer(CompositeOptimizer):
-    """Several optimizers of different parameters as one optimizer, with all their groups and states.
+    """Several optimizers of different parameters, joined to one optimizer that has all their parameter groups and
+    states.
 
     It is for frameworks that accept only one optimizer, such as transformers' Trainer and Lightning's automatic mode.
     `members` is the list of the joined optimizers; `step` steps them in the order of the list. The state dict combines
@@ -32,7 +33,7 @@ class JoinedOptimizer(CompositeOptimizer):
     _is_made = _steps_members = False
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
-        # This call raises an error if an object is not an optimizer, or if a parameter is in two optimizers.
+        # `as_optimizers` raises an error if an object is not an optimizer, or if a parameter is in two optimizers.
         as_optimizers(list(members))
         self.members = list(members)
         super().__init__(parameters_of(self.members), {})
@@ -67,7 +68,7 @@ class JoinedOptimizer(CompositeOptimizer):
                 member.param_groups = mine
 
     @property
-    def state(self) -> Any:  # a mapping, and not torch's defaultdict
+    def state(self) -> Any:  # not a defaultdict, as in torch's optimizers
         """The states of all parameters as one mapping from parameter to state. Each entry is stored in the `state` of
         the joined optimizer that has the parameter."""
         return _States(self.members)
@@ -129,8 +130,8 @@ class JoinedOptimizer(CompositeOptimizer):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load `state_dict`, which this class saved, into all joined optimizers. Raises ValueError, with nothing
-        changed, if the saved parameter groups do not match those of the optimizers."""
+        """Load `state_dict`, a result of the method `state_dict`, into the joined optimizers. Raises ValueError, with
+        nothing changed, if the saved parameter groups do not match those of the optimizers."""
         # Check the groups, and number the parameters of each joined optimizer from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -168,8 +169,8 @@ def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> 
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The states of several optimizers as one mapping. An entry is read and written in the state of the optimizer that
-    has the parameter."""
+    """The states of several optimizers as one mapping from parameter to state. An entry is read from, and written to,
+    the `state` of the optimizer that has the parameter."""
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
         self._members = members

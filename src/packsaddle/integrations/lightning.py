@@ -1,7 +1,7 @@
 """Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and saddle certificates of the model.
 
-Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks on GPUs only; these callbacks work wherever DDPStrategy
-does. This module needs lightning 2.x: pip install 'packsaddle[lightning]'.
+Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks only on GPUs. These callbacks work on all devices that
+DDPStrategy supports. This module needs lightning 2.x: pip install 'packsaddle[lightning]'.
 """
 
 import shutil
@@ -47,7 +47,8 @@ class _Attached(Attached, Callback):
         self._saved = False  # True if workers' states were saved next to the loaded checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
+        """Wrap the strategy's methods that save and remove checkpoints, so that this worker's state is saved and
+        removed with each checkpoint."""
         if stage == "fit":
             # Reset `_saved` too, since it may be from a checkpoint that was loaded for testing.
             self.exchange, self._saved = None, False
@@ -67,7 +68,8 @@ class _Attached(Attached, Callback):
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log the metrics of `measures`, in float64 to count bytes exactly; loggers receive rank 0's values."""
+        """Log the metrics of `measures`. They are float64, in which counts of bytes are exact; loggers receive rank 0's
+        values."""
         if self.exchange is not None:
             now = measures(self.exchange).items()
             found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
@@ -79,16 +81,19 @@ class _Attached(Attached, Callback):
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note that workers' states were saved next to the checkpoint, if `state` shows it. `on_train_start` restores
-        them after it has attached the hook or local updates."""
+        """Record in `_saved` if workers' states were saved next to the loaded checkpoint: `state`, a result of
+        `state_dict`, then has the entry "steps". `on_train_start` restores these states after it has attached the hook
+        or local updates."""
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
-        """Context manager within which the model has this worker's own parameters."""
+        """Context manager within which the model has this worker's own parameters. It is a no-op here, and
+        `LocalUpdatesCallback` overrides it."""
         return nullcontext()
 
     def together(self) -> AbstractContextManager[None]:
-        """Context manager within which the model has parameters that are identical on all workers."""
+        """Context manager within which the model has parameters that are identical on all workers. It is a no-op here,
+        and `LocalUpdatesCallback` overrides it."""
         return nullcontext()
 
 
@@ -98,9 +103,9 @@ class PacksaddleCallback(_Attached):
     It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
     contraction is measured every `log_every_n_steps` steps, or as set by a `Compression`.
 
-    Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
-    removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker the callback only warns.
-    `hook` is the DDPHook, or None.
+    Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt. This file is
+    removed with the checkpoint, and `Trainer.fit(ckpt_path=...)` loads it. With one worker the callback only warns.
+    `hook` is the DDPHook; it is None before training and with one worker.
     """
 
 
@@ -111,8 +116,8 @@ class LocalUpdatesCallback(_Attached):
     exchanges no gradients from the start of training. The metrics of `measures` are logged as packsaddle/sent and so
     on; the contraction is measured in every round, or as set by a `Compression`.
 
-    Validation during `fit` and checkpoints use the anchor: the parameters last agreed on, identical on all workers. At
-    the end pending updates are exchanged (`LocalUpdates.flush`), and every worker has the anchor.
+    Validation during `fit`, and checkpoints, use the anchor, i.e. the parameters on which all workers last agreed. At
+    the end of training pending updates are exchanged (`LocalUpdates.flush`), and every worker has the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
     `PacksaddleCallback`. A run may resume on another number of workers (see `load_checkpoint`). With one worker nothing
@@ -203,8 +208,8 @@ class _Files:
         strategy.lightning_module_state_dict = self.tensors
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
-        """Save a checkpoint, and next to it this worker's state unless the checkpoint contains only weights.
-        The file name may contain a metric, whose value differs between workers: rank 0's name is used."""
+        """Save a checkpoint. Also save this worker's state next to it, unless the checkpoint contains only weights. All
+        workers use rank 0's file name, since a metric in the name may differ between workers."""
         exchange = self._callback.exchange
         if exchange is not None:
             self._names[str(filepath)] = filepath = self._strategy.broadcast(str(filepath))
@@ -221,7 +226,8 @@ class _Files:
 
     def tensors(self) -> dict[str, Any]:
         """Return the model's `state_dict`, as the strategy collects it, with the parameters set to the anchor, on which
-        all workers last agreed. Its tensors are views of the parameters, or copies, as the strategy makes them."""
+        all workers last agreed. The returned tensors are views or copies of the parameters, depending on the
+        strategy."""
         with self._callback.together():
             found: dict[str, Any] = self._tensors()
         return found
@@ -239,10 +245,10 @@ class CertificateCallback(Callback):
     """Checks every N epochs or steps if the model is at a saddle; logs a `Certificate`, and prints the result.
 
     The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
-    batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of
-    `packsaddle.certify`. `certificate` is the last certificate. With a LocalUpdatesCallback in the trainer the anchor,
-    i.e. the parameters on which all workers last agreed, is certified. Raises ValueError unless exactly one of
-    `every_n_epochs` and `every_n_steps` is given.
+    batch, without calling `log`; `batches` is an iterable of this worker's batches, identical in every pass; `options`
+    are further arguments of `packsaddle.certify`. `certificate` is the last certificate. With a LocalUpdatesCallback in
+    the trainer the anchor, i.e. the parameters on which all workers last agreed, is certified. Raises ValueError unless
+    exactly one of `every_n_epochs` and `every_n_steps` is given.
     """
 
     def __init__(
@@ -264,13 +270,13 @@ class CertificateCallback(Callback):
         self._seen = 0  # trainer.global_step after the last batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the count of steps, by which certificates are due, at the trainer's current step, which is that of the
-        checkpoint in a resumed run."""
+        """Record the trainer's current step, from which the next certificate is counted. In a resumed run it is the
+        step of the checkpoint."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         before, self._seen = self._seen, trainer.global_step
-        # With several optimizers, global_step grows by more than 1 per batch.
+        # With several optimizers, global_step may grow by more than 1 in a batch, past a multiple of `every_n_steps`.
         if self._steps is not None and self._seen // self._steps > before // self._steps:
             self._certify(trainer, pl_module)
 

@@ -45,8 +45,8 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field that a dataclass declares, by name. A comment is read from the field's line and
-    the lines above it. It is "" if there is none."""
+    """Return the comment of each field that a dataclass declares, by name. A comment may be on the field's line and on
+    the lines above it. A field without a comment has the text ""."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body

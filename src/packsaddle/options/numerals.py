@@ -5,11 +5,11 @@ from contextlib import suppress
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
-# Number of units in a second; dividing by it makes 55ms exactly 0.055
+# Number of units in a second. A duration is divided by it, so that 55ms is exactly the float 0.055.
 _UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
-# Above this number a float may differ from the whole number that the text means.
+# Up to this magnitude every whole number is a float, so a parsed float is exactly the number that was written.
 _EXACT = 2.0**53
 
 

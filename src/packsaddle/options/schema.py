@@ -1,7 +1,7 @@
 """Construction of frozen dataclasses from dictionaries, such as those read from TOML.
 
-Error messages name the invalid key and the most similar valid key. As tomllib keeps no positions of keys, `line_of`
-finds the line of a key for a message.
+Error messages name the invalid key and the most similar valid key. Since tomllib does not report the positions of keys,
+`line_of` searches the text for the line of a key.
 """
 
 import dataclasses
@@ -111,8 +111,9 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
     the data do not fit the type.
 
     `where` is the path of the value, and `root` the dataclass of the whole configuration, for error messages. In a
-    configuration a number may be text such as "25M", a plain value in place of a table sets its first field, and fields
-    with defaults may be missing. All three are errors with `saved`, which is for data that `feedback.state` wrote.
+    configuration a number may be text such as "25M", a plain value in place of a table sets the table's first field,
+    and fields with defaults may be missing. If `saved` is True, i.e. for data that `feedback.state` wrote, each of
+    these three is an error.
     """
     # Decode annotations that allow several types or values.
     origin, args = get_origin(hint), get_args(hint)
@@ -191,8 +192,8 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
     """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
     type `cls`, or "" if no name is close enough.
 
-    A key of a different table needs a more similar name than a key of this table. It is not suggested if some `kind` of
-    this table has a key with its name.
+    A key of a different table is suggested only if its name is more similar than is required for a key of this table.
+    It is not suggested if some `kind` of this table has a key of the same name.
     """
     table, name = place[:-1], shortened(str(place[-1]))
     known = dict.fromkeys(_places(root))
@@ -242,8 +243,9 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
     """Return "FILE, line N" for a key in a TOML text. If the key is not in the text, N is the line of the innermost
     enclosing table that is in the text. If no such table exists, return "FILE".
 
-    The line of a table is that of its first mention. To find statements, lines are accumulated until tomllib can parse
-    them after the last header: no part of a statement is valid alone.
+    The line of a table is that of its first mention. A statement may have several lines. Lines are accumulated until
+    tomllib can parse them together with the header of their table. The statement is then complete, since no beginning
+    of a statement is valid alone.
     """
     header, statement, start, depth, found = "", "", 1, 0, 0
     # Split at newlines only: str.splitlines would split at characters that do not end a line in TOML.

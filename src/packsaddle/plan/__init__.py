@@ -1,4 +1,5 @@
-"""Plans for a network link: predictions of the time of a training step with each compressor, to find the fastest one.
+"""Plans for a network link: predictions of the time of a training step with each compressor, to find the fastest
+compressor.
 
 Start with `step_time` (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
 updates). `coding` measures the speed of compressors, `model` the time of a training step.

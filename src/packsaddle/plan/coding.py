@@ -68,8 +68,8 @@ def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
     """Return the pace, i.e. the speed, of a compressor as `measure` does, and the fraction by which the median time of
-    an encoding exceeds the minimum. Calls are repeated until the minimum times are reproduced within a tenth, or have
-    taken 5 seconds. Raises ValueError as `measure` does."""
+    an encoding exceeds the minimum. Calls are repeated until each minimum time is reproduced within a tenth, or until
+    the calls have taken 5 seconds in total. Raises ValueError as `measure` does."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}

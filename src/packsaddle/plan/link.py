@@ -1,4 +1,5 @@
-"""The plan for a network link: the compressor with the fastest step, compared with uncompressed ("dense") training."""
+"""The plan for a network link: the compressor with which training is predicted to be fastest, compared with
+uncompressed ("dense") training."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -124,8 +125,8 @@ class StepsNeeded:
 
 
 # Steps were measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800
-# steps, three seeds). In experiments/nanogpt Rounded("int4") needed 1.02 times as many steps as QSGD(127). Muon was
-# measured only with local updates.
+# steps, three seeds). Rounded("int4") was measured in experiments/nanogpt, where it needed 1.02 times as many steps as
+# QSGD(127). Muon was measured only with local updates.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -162,7 +163,7 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # link rate, in bytes/s, below which this is faster than DDP; None: always or never faster
+    break_even: float | None  # rate in bytes/s below which it is faster than DDP; None: always or never faster
     steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property
@@ -222,8 +223,8 @@ def forecast(
     overlap: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Verdict:
-    """Predict the step time of each of `compressors` in float32, with its fastest exchange, and of DDP without
-    compression.
+    """Predict the time of a training step that exchanges float32 gradients, for each of `compressors` in its fastest
+    exchange, and for DDP without compression.
 
     `workload` is the size of the model, exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange
     runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding. `update` is the
@@ -259,7 +260,8 @@ def forecast(
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, 4)
         needed = steps_needed(compressor, optimizer)
-        # The break-even rate needs all exchanges, since the fastest one depends on the rate.
+        # The break-even rate is computed from all exchanges, since it depends on the link rate which exchange is
+        # fastest.
         kinds = [step for _, step in steps]
         equal = break_even(kinds, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, sent, step.time(link, fleet), equal, needed))

@@ -34,8 +34,8 @@ _TWO_BITS = Rounded()
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
 # Steps to reach the loss of uncompressed ("dense") training, divided by the steps of dense training, for each number of
 # workers. The learning rate of each setting was tuned on one grid. The ratios grow with the number of workers, since
-# dense training gains more from a larger batch. Source: experiments/race, "Steps needed", and "Delays" for settings
-# with a delay, which is every / 4, or 1 if every is 2.
+# dense training gains more from a larger batch. Source: experiments/race, section "Steps needed", and section "Delays"
+# for settings with a delay. A delay is every / 4, or 1 if every is 2.
 _ADAMW: Mapping[Setting, Mapping[int, float]] = {
     Setting(2, _SIGN, keep_unsent=True): {2: 1.11, 4: 1.36},
     Setting(2, _TOPK, keep_unsent=True): {2: 1.18, 4: 1.49},
@@ -71,7 +71,8 @@ def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, 
     uncompressed training needs.
 
     Steps were measured with the inner `optimizer` and a few numbers of workers (`measured_workers`). The result is for
-    the smallest of these numbers that is at least `workers`, or for the largest if all are below `workers`.
+    the smallest of these numbers that is at least `workers`. If all of them are below `workers`, it is for the largest
+    one.
     """
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
@@ -95,7 +96,7 @@ class LocalForecast:
     compute: float  # seconds of computing, and of waiting for the slowest worker at each exchange
     waiting: float  # part of `compute`: seconds of waiting for the slowest worker
     coding: float  # seconds to compress and decompress
-    exchange: float  # seconds that steps wait for exchanges
+    exchange: float  # seconds of waiting for exchanges to complete
     steps: float  # inner steps that make the progress of one step of uncompressed training
 
     @property
@@ -128,13 +129,13 @@ class LocalForecast:
 
 
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the inner steps (steps of a worker's own optimizer) per second of all workers together, for workers of
-    unequal `speeds`.
+    """Predict the number of inner steps (steps of a worker's own optimizer) that workers of unequal `speeds` make per
+    second, all workers together.
 
     `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. A round is the
     steps between two exchanges. Returns a dict of rates in steps per second: "equal" if all workers make equal numbers
     of steps in a round, "paced" with `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges.
-    Its entry "steps" is the number of steps of each worker in a round with `Workers(weight="steps")`.
+    The entry "steps" of this dict is the number of steps of each worker in a round with `Workers(weight="steps")`.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)
@@ -159,9 +160,9 @@ def forecast_local(
     Settings that need over `most_steps` times the steps of uncompressed training are omitted. `optimizer` is the inner
     optimizer of the measurements, i.e. that of the steps between exchanges; `pace(compressor, d)` returns the speed of
     a compressor; `update` is the time in seconds per exchange to compute the compressor's input and the residual. If
-    exchanges overlap with later steps (a delay), the model is split into fragments that are exchanged separately. Their
-    number is the one with which steps wait for the least time. Raises ValueError for fewer than two workers, or if no
-    setting remains.
+    exchanges overlap with later steps (a delay), the model is split into fragments that are exchanged separately. The
+    number of fragments is chosen to minimize the time for which steps wait. Raises ValueError for fewer than two
+    workers, or if no setting remains.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -196,7 +197,8 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait for each other only at exchanges, so random differences between the times of their steps average out.
+    # Workers wait for each other only at exchanges, so random differences between their step times average out over the
+    # steps between two exchanges.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 

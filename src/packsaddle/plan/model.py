@@ -1,4 +1,5 @@
-"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
+"""The model for which a plan is made: the number of coordinates that workers exchange, and the time of a training
+step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 class TrainingStep:
     """A model and a batch, to time the model's training step.
 
-    The loss is the first tensor of one element among the model's outputs that require gradients. If there is none, it
-    is the sum of the mean squares of the outputs that require gradients.
+    The loss is the first output of the model that requires gradients and has a single element. If there is none, the
+    loss is the sum, over all outputs that require gradients, of the mean of their squares.
 
     >>> import torch
     >>> from packsaddle.plan import TrainingStep

@@ -1,8 +1,9 @@
 """A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
 
 A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links. Module `cost_model`
-has the number of sequential messages of an exchange, and its bytes over the busiest link. The model predicts the time
-of a step, not of a run, for which different compressors need different numbers of steps.
+computes the number of sequential messages of an exchange, and the exchange's bytes over the busiest link. The model
+predicts only the time of a step. The time of a run also depends on the number of steps, which differs between
+compressors.
 """
 
 import math
@@ -191,7 +192,7 @@ class Dense:
 
 
 Step = Compressed | Dense
-Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operations to seconds
+Seconds = Callable[[Work], float]  # maps the counts of encode, decode and add operations to seconds
 
 
 def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
@@ -203,8 +204,9 @@ def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
     """Return the rate of a link, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take
-    less time than one `dense` step. `kinds` are models of a compressed step, and `dense` of an uncompressed one. The
-    latency is that of `link`. Returns None if the compressed steps take less time at no rate, or at every rate."""
+    less time than one `dense` step. `kinds` are models of a compressed step, and `dense` is a model of an uncompressed
+    step. The link has the latency of `link`. Returns None if the compressed steps take less time at no rate, or at
+    every rate."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
@@ -218,8 +220,8 @@ def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, ste
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the number between `low` and `high` at which `holds` changes from true to false, by bisection of
-    logarithms. `holds(low)` must be true and `holds(high)` false."""
+    """Return the number between `low` and `high` at which `holds` changes from true to false, by bisection on a
+    logarithmic scale. `holds(low)` must be true and `holds(high)` false."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

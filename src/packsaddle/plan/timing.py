@@ -57,8 +57,8 @@ def side_by_side(
 
 
 def repeated(work: Callable[[], object], *, least: int = 5, limit: float = 20.0) -> Timing:
-    """Time `work` at least `least` times after two warm-up calls. Calls end when the three fastest times are within 2%
-    of each other, or when `limit` seconds have passed.
+    """Time `work` at least `least` times after two warm-up calls. Calls are repeated until the three shortest times are
+    within 2% of each other, or until they have taken `limit` seconds.
 
     Other programs on the machine can only lengthen a call, so the minimum is reproducible.
     """
