@@ -86,7 +86,8 @@ class Chunks:
 
     @property
     def _unary_bits(self) -> int:
-        """The largest number of bits that the quotients of all gaps take in unary."""
+        """The largest number of bits that the unary parts of the Rice codes take, summed over the gaps between all kept
+        indices."""
         b = self._rice_parameter
         return self.whole * wire.gap_bits(self.size, self.kept, b) + wire.gap_bits(self.rest, self.kept_of_rest, b)
 

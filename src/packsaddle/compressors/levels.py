@@ -40,7 +40,7 @@ class Layer:
     a magnitude of at least j, and the layer is the subset of the members whose level has a magnitude above j."""
 
     members: int  # number of coordinates whose level has a magnitude of at least j
-    going_on: int  # number whose level has a magnitude above j, i.e. the `members` of layer j + 1
+    going_on: int  # number of coordinates with a magnitude above j, i.e. `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:

@@ -209,8 +209,8 @@ def value_retention(how: ValueFormat | None) -> float:
     int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
     with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
-    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean); returns 4 / b.
-    int3: its levels split those of int2, so no more is lost.
+    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean), so this function
+    returns 4 / b. int3: its levels split those of int2, so at most as much is lost.
     """
     if how is None:
         return 1.0
