@@ -111,7 +111,7 @@ class Curvature:
         if not examples:
             raise ValueError("batches is empty on every worker")
 
-        # Find the coarsest precision in which the loss computes, and the mean loss f = sum_b n_b loss_b / N.
+        # Find the coarsest precision in which the loss is computed, and the mean loss f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
         self.examples = int(examples) // self._alike

@@ -37,7 +37,8 @@ _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the err
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better step
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
-# If a shorter step reduces the product's norm below this fraction, some 16-bit parameters do not move by that step.
+# If a product's norm falls below this fraction of its norm with a longer step, the shorter step is too short to move
+# some 16-bit parameters.
 _SHRUNK = 0.9
 _LOUD = 16  # errors above this multiple of the smallest measured rounding error are not caused by rounding
 # Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
