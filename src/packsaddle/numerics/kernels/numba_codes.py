@@ -103,8 +103,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
-    `compressors.quantized`; `bits` is at most 8."""
+    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and the norm of each bucket,
+    float[buckets]. See `compressors.quantized`; `bits` is at most 8."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
