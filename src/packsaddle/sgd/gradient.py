@@ -221,8 +221,8 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov` u
-    = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
+    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov`
+    u = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
     gradient, where eta is the learning rate and e the workers' mean error memory (dist-EF-SGDM; Zheng, Huang and Kwok
     2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this is
     EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
