@@ -146,10 +146,10 @@ class Drift:
 class DriftGuard:
     """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
-    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Causes are faulty
-    memory, different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight
-    decays and the noise std are compared too: if these differ, parameters stay equal, but error memories are scaled by
-    different rates. `digest` sums fingerprints over the processes of one worker.
+    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Possible causes of a
+    difference are faulty memory, different rounding, and a script that changes parameters on one worker. Hashes of
+    learning rates, weight decays and the noise std are compared too: if these differ, parameters stay equal, but error
+    memories are scaled by different rates. `digest` sums fingerprints over the processes of one worker.
     """
 
     def __init__(
