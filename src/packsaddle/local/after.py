@@ -37,8 +37,8 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        # Copies of the start points of all fragments (see `Anchor`), made before anchors are repaired; empty if the
-        # anchors do not differ between workers.
+        # Copies of the start points (see `Anchor`) of all fragments, made before the anchors are repaired. The list
+        # stays empty if the anchors do not differ between workers.
         before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:

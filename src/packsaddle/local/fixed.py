@@ -321,7 +321,7 @@ class FixedWorkers:
         checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
-    # Queries of the rounds in which this worker takes part.
+    # Properties of the schedule: whether an exchange begins, and whether this worker takes part in it.
 
     def exchanging(self, steps: int) -> bool:
         """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""

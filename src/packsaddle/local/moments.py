@@ -5,8 +5,8 @@ Between exchanges a worker's first moment m follows its own gradients, with thei
 
     m <- (1 - c) m + c ||m|| d / ||d||,    d = sqrt(v) * u (elementwise)
 
-where v is the second moment, so that a step m / sqrt(v) continues along u. This sends nothing more. The rule is ours,
-measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
+where v is the second moment, so that a step m / sqrt(v) continues along u. The rule needs no additional communication.
+It is ours, measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
 """
 
 import logging

@@ -74,9 +74,11 @@ class MemoryFile:
 
 
 class OwnFile:
-    """The file for this worker's error memory, locked against other processes until `close` or the process ends.
+    """The file for this worker's error memory. It is locked against other processes until `close` is called or the
+    process ends.
 
-    Raises ConfigError if another process has the lock, which the message names, or if the folder cannot be written.
+    Raises ConfigError if another process has the lock (the message names that process), or if the folder cannot be
+    written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,10 +110,10 @@ class OwnFile:
         """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
         `save`.
 
-        It is the memory in the file. If the file's worker has sent updates since the file was written, the memory is
-        zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of another run, is
-        renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file is then a copy,
-        or locks do not work.
+        The returned memory is the one in the file. If the file's worker has sent updates since the file was written,
+        the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of
+        another run, is renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file
+        is then a copy, or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True

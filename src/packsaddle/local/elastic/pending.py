@@ -1,7 +1,7 @@
 """This worker's pending updates: in its error memories and parameters, in its memory file, and in an exchange in doubt.
 
-An exchange is in doubt from this worker's confirmation until the vote, and until the next quorum if the confirmation
-failed: other workers may have committed it.
+An exchange is in doubt while the other workers may have committed it, and this worker cannot know. That is the time
+from this worker's confirmation to the vote or, if the confirmation failed, to the next quorum.
 """
 
 import logging

@@ -86,8 +86,8 @@ class Roster:
         self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories. It is over the workers whose files contain
-        their memory if `keeps` is True, and over the workers whose files do not contain it if False."""
+        """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum includes the
+        workers whose files contain their memory. If it is False, the sum includes the workers whose files do not."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
@@ -144,8 +144,9 @@ class Account:
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the other workers
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return the weight that this worker has in a round now (see `Elastic.weight`), or 0 if it has not stepped.
-        Raises ConfigError if the weight function's total is not finite or decreases."""
+        """Return the weight that this worker has in a round now (see `Elastic.weight`). It is 0 if the worker has not
+        stepped since the last round that included its update. Raises ConfigError if the weight function's total is not
+        finite or decreases."""
         if not self.since:
             return 0.0
         if rule is None:
