@@ -71,8 +71,8 @@ class Layer:
 
 
 def histogram(codes: Tensor) -> Tensor:
-    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256].
-    If `codes` is on a GPU, the host does not wait for it."""
+    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256]. If `codes` is on a GPU, the
+    host does not wait for the result."""
     if loop := kernel("count_codes", device=codes.device):
         counts: Tensor = loop(codes)
         return counts

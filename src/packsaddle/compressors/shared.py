@@ -76,8 +76,8 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the flat sketch of v, float[d], with the randomness `drawn`, or an empty tensor if all values are sent
-        instead."""
+        """Return the sketch of v, float[d], as a flat tensor, float[...], with the randomness `drawn`. Returns an empty
+        tensor if all values are sent instead of a sketch."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
@@ -202,9 +202,9 @@ class SharedTopK(SharedSupport):
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return random projections of each block of v, as bfloat16 or float[blocks * projections]. The random numbers
-        are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no projections, since all
-        blocks are then kept."""
+        """Return random projections of each block of v, float[d], as bfloat16 or float[blocks * projections]. The
+        random numbers are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no
+        projections, since all blocks are then kept."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 

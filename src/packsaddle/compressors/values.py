@@ -24,7 +24,7 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", 
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; a last byte has the number of values modulo 8
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte is their number modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
@@ -42,9 +42,9 @@ def check_format(owner: str, how: object) -> None:
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", which has a scale per block.
-    In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit", float[1]. If `how` is None,
-    the only part is "values", unchanged."""
+    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", where "scales" has one scale, or a
+    few levels, per block. In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit",
+    float[1]. If `how` is None, the only part is "values", unchanged."""
     if how is None:
         return {"values": values}
     if not len(values):
