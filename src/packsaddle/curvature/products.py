@@ -45,7 +45,7 @@ _LOUD = 16  # errors above this multiple of the smallest measured rounding error
 _KINKED = 1e-3
 # Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.
 _ROOM_FOR_SHORT_STEPS = 1e-12
-_SHORTEST = 64  # smallest h, in units of ||x||'s last place
+_SHORTEST = 64  # smallest step h of the differences, in units of the last place of ||x||
 _CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
 # Distance from the parameters, to each side along a unit vector, at which the Hessian's Lipschitz constant is measured.
 _RHO_DISTANCE = 1e-2
@@ -244,7 +244,7 @@ class Differences(Products):
         self._eps = curvature.precision
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
-        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of h
+        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of the step h of the differences
         self._rounding = 0.0  # norm of the rounding error of one gradient
         self._quietest = math.inf  # smallest rounding error measured
         self._count, self._next_check = 0, 1
