@@ -313,7 +313,7 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high` to `places`. With `inverted`, write the indices of the
+    """Write to `places` the indices of the codes below `low` or above `high`. With `inverted`, write the indices of the
     codes from `low` to `high` instead. `places` must have one element more than there are such indices."""
     n: Any = 0
     # No branches: write every index to place n, and increment n only if the index belongs in `places`.

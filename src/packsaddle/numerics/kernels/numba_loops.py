@@ -72,8 +72,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write the indices of the magnitudes in `bits` that are at least `limit` to `out`, plus `offset`. Returns the
-    number n of such magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
+    """Write to `out` the indices, plus `offset`, of the magnitudes in `bits` that are at least `limit`. Returns the
+    number n of these magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
     # Most blocks have no magnitude that reaches `limit`. Count first, and write indices only if the count is not 0.
@@ -143,7 +143,7 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices of the magnitudes in `bits` that are at least `limit` to `found`, and return their number.
+    """Write to `found` the indices of the magnitudes in `bits` that are at least `limit`, and return their number.
     `found` must have one element more than `bits`."""
     m: Any = 0
     for i in range(len(bits)):
