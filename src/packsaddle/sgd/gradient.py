@@ -124,7 +124,7 @@ class Gradient:
         momentum; otherwise roll these vectors back. Plain gradients have no such vectors."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        # Use one pass on a CPU. On a GPU a foreach call is faster.
+        # On a CPU, add the gradients in one pass over memory. On a GPU a foreach call is faster.
         in_one_pass = out is not base and out.flat.device.type == "cpu"
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)

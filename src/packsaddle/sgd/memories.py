@@ -46,7 +46,8 @@ class EstimateMemory(ErrorMemory):
         """Return an upper bound on the change of any coordinate of the parameters in a step. `magnitude` is the largest
         absolute value of the mean update that the step adds to the mean estimate.
 
-        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to it.
+        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to the
+        measured value.
         """
         if self._bound is None:
             self._bound = float(measured(self.mean))
