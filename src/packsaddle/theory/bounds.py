@@ -224,8 +224,8 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
 
     It solves mu^2 / (1 - mu) = q, where q is the first bound divided by the factors of the third bound that do not
     contain mu. If q is small, mu is about sqrt(q). For a compressor that is `linear`, sqrt(q) is
-    epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For other compressors it is
-    sqrt(d) times this number. `constants` are those of `step_sizes`, by default `PRACTICAL`.
+    epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For a compressor that is not
+    linear, it is sqrt(d) times this number. `constants` are those of `step_sizes`, by default `PRACTICAL`.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
