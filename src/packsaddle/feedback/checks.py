@@ -21,11 +21,12 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule that is due every `steps` steps, or never if `steps` is 0. It stays due until `done` is called."""
+    """A schedule of a task that is due every `steps` steps, or never if `steps` is 0. The task stays due until `done`
+    is called."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.last = 0  # number of steps at the last `done`
+        self.last = 0  # number of steps at the last call of `done`
 
     def due(self, step: int) -> bool:
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
@@ -117,7 +118,8 @@ class StepRates:
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Describe the first difference between the rates of two workers, with both values, or return "" if all agree."""
+    """Describe the first difference between the rates of two workers, with both values, or return "" if all rates are
+    equal."""
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)

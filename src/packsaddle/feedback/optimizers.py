@@ -164,7 +164,7 @@ class Attempts:
             optimizer.register_step_post_hook(outside(end))
         if scaler is None:
             return
-        # Count the calls of the scaler's step, since a skipped one may call neither the optimizer nor its hooks.
+        # Count the calls of the scaler's `step`: if it skips a step, it may call neither the optimizer nor its hooks.
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

@@ -162,12 +162,12 @@ class State:
         self._read(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state. Raises ValueError, with nothing changed, if it is invalid here."""
+        """Load a state. Raises ValueError, with nothing changed, if the state is invalid for its owner."""
         for field, value in self._read(state):
             field.load(value)
 
     def _read(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-        """Validate a state, and return (field, saved value) of each field."""
+        """Validate a state, and return a pair (field, saved value) for each field."""
         for found in self._saved_in(state, (*self._head, "format")):
             check_format(found, "the state")
         for name, here in self._identity().items():
