@@ -1,7 +1,7 @@
 """Reactions to the end of a round of local updates, whether the round was applied or rejected.
 
-They are called in a fixed order, each with the `LocalRound` that has ended. To add one, write a class, here or in a new
-file, and add it to the list in `Reactions`.
+They are called in a fixed order, each with the `LocalRound` that has ended. To add a reaction, write a class, here or
+in a new file, and add it to the list in `Reactions`.
 """
 
 from collections.abc import Callable, Sequence

@@ -238,9 +238,10 @@ class Anchor:
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from the parameters x that are not frozen. It is the part of the local update that is missing
-        in start - x, where `start` is the point at which this worker continued after the last exchange. Then start - x
-        is the whole local update, except that for 16-bit parameters `owed` becomes the rounding error of x."""
+        """Subtract `owed` from the parameters x that are not frozen. `owed` is the part of the local update that is not
+        in start - x, where `start` is the point at which this worker continued after the last exchange. After the
+        subtraction, start - x is the whole local update, except that for 16-bit parameters `owed` becomes the rounding
+        error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed

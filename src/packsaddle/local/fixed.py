@@ -182,8 +182,8 @@ class FixedWorkers:
         bool, which is True if the exchange of the fragment begins and False if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # If all workers make the same steps, `after_step` has already announced
-        # the first step together with its exchanges.
+        # If all workers make equal numbers of steps, `after_step` has already announced the first step together with
+        # its exchanges.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
             self._announce()
         for part, begins in due:
@@ -213,9 +213,9 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. It is summed
-        over the processes that have shards of the worker, so that it is identical on all of them. Returns 0 if the time
-        is unknown."""
+        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. If several
+        processes have shards of the worker's model, their times are summed, so that all of them return the same number.
+        Returns 0 if the time is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 

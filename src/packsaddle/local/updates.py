@@ -253,8 +253,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
 
-        Returns True if collectives were run with a fixed set of workers. `has_ended` is True if this worker no longer
-        trains.
+        Returns True if collectives were run; always False if workers join and leave. `has_ended` is True if this worker
+        no longer trains.
         """
         # Repeat the work of `_before_step`, which is not called for a step that a scaler skips. Then count the step.
         self._whole.check_closed("optimizer.step()")
@@ -293,7 +293,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own{hint}")
 
-    # Workers that skip a round, join and leave.
+    # Methods to skip a round, to join and to leave.
 
     def sit_out(self) -> None:
         """Count the inner steps up to the next exchange without training, then run that exchange; collective. Raises
@@ -356,7 +356,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         which all workers last agreed: float[d], in the optimizer's order.
 
         They are the error memory, the local update since the last exchange, and the update in a running exchange, for
-        which it waits.
+        which this method waits.
         """
         return self._whole.joined(self._unapplied("pending()"))
 

@@ -18,13 +18,13 @@ _log = logging.getLogger("packsaddle")
 
 
 class Greeting:
-    """Exchanges the workers' Hello messages, and compares their arguments, anchors and messages.
+    """Exchanges the workers' `Hello` messages, which describe the workers, and compares the workers by them: their
+    arguments, anchors (parameters last agreed on) and compressed messages.
 
     Args:
         own: this worker's membership.
         pending: this worker's pending updates.
-        quorum: the quorum. At it, a worker whose anchor differs from that of most workers receives another worker's
-            state.
+        quorum: forms the set of workers. A worker whose anchor differs from that of most workers then receives a state.
         channel: the communicator of the workers.
     """
 
@@ -34,9 +34,9 @@ class Greeting:
         # otherwise the device of the anchor.
         device = own.fragments[0].anchor.flat.device
         self.device = torch.device("cpu") if channel.group.stages(device) else device
-        # Returns a text that must be equal on all workers.
+        # A function that returns the arguments that must be equal on all workers, as text.
         self.arguments: Callable[[], str] = str
-        self._arguments_hash = 0  # hash of this text when the worker joined
+        self._arguments_hash = 0  # hash of the text of `arguments` when the worker joined
 
     def exchange(self, *, dense: bool, seconds: float) -> list[Hello]:
         """Exchange the Hello messages, and check that they match (see `_check`); collective. Returns the messages by
@@ -88,7 +88,8 @@ class Greeting:
         )
 
     def _message(self) -> str:
-        """Return a text that identifies the messages of the next compressed round: version, compressor, d and round."""
+        """Return a text that describes this worker's message in the next compressed round: version, compressor, number
+        of coordinates d, and round. It must be equal on all workers."""
         part = self._own.due
         compressor = part.options.compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})

@@ -39,7 +39,8 @@ class MemoryFile:
     # Unsent updates by parameter name, floating-point tensors with the shapes of the parameters.
     error: Mapping[str, Tensor]
     next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
-    # Unsent updates by name, like `error`, if the round in progress is committed; empty if there is none.
+    # The updates that are still unsent if the round in progress is committed, by parameter name; empty if there is
+    # none.
     next_error: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -107,8 +108,8 @@ class OwnFile:
         return attempt in self._attempts and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
-        `save`.
+        """Return the error memory with which this worker continues, or None, and the norm of a lost memory, or 0.
+        Enables `save`.
 
         The returned memory is the one in the file. If the file's worker has sent updates since the file was written,
         the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of

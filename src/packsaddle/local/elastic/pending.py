@@ -34,7 +34,7 @@ class PendingUpdates:
         self.file = None if path is None else OwnFile(path)
         self.in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
 
-    # The exchange of the round in progress.
+    # Methods for the exchanges of the round in progress.
 
     def close_exchanges(self) -> bool:
         """Commit the exchanges in doubt; return True if all of them are applied, and False if one is rejected."""
@@ -64,7 +64,7 @@ class PendingUpdates:
                 view.mul_(name not in part.frozen_next)
         return self._own.has_joined and any(bool(vector.any()) for vector in pending)
 
-    # The memory file.
+    # Methods for the memory file.
 
     @property
     def are_kept(self) -> bool:

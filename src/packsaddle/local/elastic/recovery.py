@@ -73,8 +73,8 @@ class Recovery:
         """Load the received state, if there is one.
 
         The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
-        differ. So all processes use the number of steps that process 0 received, or its whole state if each process has
-        the whole model.
+        differ. So all processes use the number of steps that process 0 received, or the whole state that it received if
+        each process has the whole model.
         """
         if (state := self._received) is not None:
             self._received = None

@@ -1,4 +1,5 @@
-"""Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
+"""Records of a run whose workers join and leave: `Roster`, identical on all workers, and `Account`, a worker's own
+counts.
 
 A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
 committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor

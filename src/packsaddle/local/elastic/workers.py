@@ -357,7 +357,7 @@ class ElasticWorkers(Membership):
             )
         return applied
 
-    # Methods that have no function for elastic workers.
+    # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
 
     def check_fixed(self, call: str) -> None:
         """Raise RuntimeError for a call that only a fixed set of workers supports."""
@@ -387,7 +387,7 @@ class ElasticWorkers(Membership):
     def identity(self) -> dict[str, Any]:
         return {"elastic": True}
 
-    # Workers that leave.
+    # Methods for leaving the run.
 
     def _may_leave(self) -> bool:
         """Save the error memory to its file after SIGTERM; return False if the memory must be sent in the next round
