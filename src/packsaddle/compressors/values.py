@@ -81,7 +81,8 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
     """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes,
     uint8[...], and the levels, float64[blocks, 2^halvings]."""
-    # Only float32 values use the compiled loop. It adds them in float64 in any order, and such sums are almost exact.
+    # Only float32 values use the compiled loop. It adds them in float64 in any order, since float64 sums of float32
+    # values are almost exact.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
