@@ -291,8 +291,8 @@ class Differences(Products):
         """Try shorter steps until one crosses no kink of the loss, such as that of a ReLU. Return the trial with the
         smallest error, which may be `best` itself.
 
-        Only float64 is precise enough for such a step. Steps of similar length cross different kinks, so the error
-        grows as the step shortens, until the step crosses no kink. The product then equals the product by double
+        Only float64 is precise enough for a step that short. Steps of similar length cross different kinks, so the
+        error grows as the step shortens, until the step crosses no kink. The product then equals the product by double
         backward.
         """
         step = best.step

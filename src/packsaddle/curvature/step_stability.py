@@ -79,8 +79,8 @@ def largest_overshoot(
 
     The search uses `probes` + `candidates` Hessian-vector products. Hutchinson's estimate of the diagonal (Bekas,
     Kokiopoulou and Saad 2007) proposes candidates, whose curvature is then computed. So the result is correct for its
-    coordinate, but another one may be less stable. `steps` are in the order of `curvature.parameters`; the generator,
-    on the CPU, must be in the same state on every worker.
+    coordinate, but another coordinate may be less stable. `steps` are in the order of `curvature.parameters`; the
+    generator, on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
