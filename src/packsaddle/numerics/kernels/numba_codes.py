@@ -314,7 +314,7 @@ def pack_layer(
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
     """Write to `places` the indices of the codes below `low` or above `high`. With `inverted`, write the indices of the
-    codes from `low` to `high` instead. `places` must have one element more than there are such indices."""
+    codes from `low` to `high` instead. `places` must have one element more than the number of indices to write."""
     n: Any = 0
     # No branches: write every index to place n, and increment n only if the index belongs in `places`.
     for i in range(len(codes)):
