@@ -57,8 +57,8 @@ class Background:
     def submit(self, work: Callable[[], object], results: Results) -> None:
         """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`.
 
-        Raises ValueError for a tensor on another device than the background's, since a Future could not make its
-        consumers wait for that tensor.
+        Raises ValueError for a tensor whose device type differs from that of this object, since a Future could not make
+        its consumers wait for that tensor.
         """
         for _, result in results:
             if result.device.type != self._device.type:

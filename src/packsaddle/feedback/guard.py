@@ -74,8 +74,8 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones. If `most` is None, there
-    is no limit.
+    """Counts skipped steps, and raises NonFiniteError if more than `most` consecutive steps were skipped. If `most` is
+    None, there is no limit.
 
     `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step.
     """
