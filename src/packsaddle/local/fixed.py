@@ -79,8 +79,7 @@ class Connection:
 
 
 class FixedWorkers:
-    """Runs the rounds of a fixed set of workers, in which they average their local updates, and their other
-    collectives.
+    """Runs the collectives of a fixed set of workers, mainly the rounds in which they average their local updates.
 
     Args:
         options: options of the local updates.

@@ -86,8 +86,8 @@ class LocalRecords(Records):
 
     @property
     def clipped(self) -> int:
-        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. It
-        includes those in the saved state that was loaded."""
+        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. If a
+        saved state was loaded, the updates that it has counted are included."""
         return sum(part.clips.count for part in self._fragments)
 
     @property

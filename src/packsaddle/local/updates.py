@@ -271,8 +271,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         return ran
 
     def _enter(self) -> bool:
-        """If workers join and leave during training, join the others unless this worker has joined already. Returns
-        True if it joined now, so that its parameters may be those of the other workers."""
+        """If workers join and leave during training, join the run unless this worker has joined already. Returns True
+        if it joined now, so that its parameters may be those of the other workers."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps)
         return entered
@@ -420,7 +420,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         exchanged without noise, and their mean is subtracted from the anchor (the parameters last agreed on); an outer
         optimizer is not used. The part of the updates that compression does not send stays in the error memories for
         later rounds. Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round
-        of all present workers, also of those that continue training.
+        of all present workers, including workers that continue training.
 
         Args:
             compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,

@@ -1,4 +1,5 @@
-"""One worker's membership in a run whose workers join and leave: its name and counts, and the roster of the run."""
+"""One worker's membership in a run whose workers join and leave: its name and counts, and the records of all
+workers."""
 
 import os
 from collections.abc import Sequence

@@ -112,7 +112,7 @@ class OwnFile:
         Enables `save`.
 
         The returned memory is the one in the file. If the file's worker has sent updates since the file was written,
-        the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of
+        the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or a file of
         another run, is renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file
         is then a copy, or locks do not work.
         """

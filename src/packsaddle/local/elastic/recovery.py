@@ -50,8 +50,8 @@ class Recovery:
         own.settings.manager.register_state_dict_fn("packsaddle", self._receive, self._shared)
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state for a worker that is behind: the anchor, the roster, and
-        the states of the outer and inner optimizers."""
+        """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
+        the records of all workers (`Roster`), and the states of the outer and inner optimizers."""
         own = self._own
         inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
         return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})

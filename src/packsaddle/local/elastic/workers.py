@@ -2,7 +2,7 @@
 
 The workers of torchft's quorum exchange their updates v of one fragment (parameters exchanged together) in five steps:
 
-    quorum     the set of workers is fixed; a worker that is behind loads the state of another one (`Recovery`)
+    quorum     the set of workers is fixed; a worker that is behind loads another worker's state (`Recovery`)
     hello      one all-gather of each worker's name, weight, and hashes of arguments, anchor and message
     exchange   the mean of the compressed, weighted v; fragments alternate; weights are W w_i / sum_j w_j, 1 by default
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
@@ -196,7 +196,7 @@ class ElasticWorkers(Membership):
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
         With `uncompressed`, all pending updates are sent. Raises PeerLostError if no round is committed in `patience`
-        seconds, and ConfigError if this worker's arguments differ from those of the others.
+        seconds, and ConfigError if this worker's arguments differ from those of the other workers.
         """
         # Measure the time of an inner step, from which `_commit` chooses the steps of the next round.
         arrived = time.monotonic()
