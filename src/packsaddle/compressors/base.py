@@ -24,8 +24,8 @@ _PART = 1 << 20  # coordinates; for a longer vector, `message_bytes` extrapolate
 
 @dataclass(frozen=True)
 class Message:
-    """The compressed form of a vector. Its `parts` are sent to other workers, and every receiver recomputes its
-    `context` from the parts and the seed.
+    """The compressed form of a vector. Its `parts` are sent to other workers. Every receiver recomputes its `context`
+    from the parts, the seed and the step.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -80,7 +80,7 @@ class Summary:
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
-    It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of "Escaping Saddle Points with Compressed SGD"). A
+    C satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of "Escaping Saddle Points with Compressed SGD"). A
     subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Test it with
     `packsaddle.compressors.testing.check_compressor`. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
@@ -224,8 +224,8 @@ class Compressor(ABC):
 
 
 def cut_sizes(sizes: Sequence[int], start: int, stop: int, d: int) -> tuple[int, ...]:
-    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation.
-    `sizes` are the tensors' lengths. Returns () if they do not add up to d, the length of the concatenation."""
+    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation. `sizes`
+    are the tensors' lengths. Returns () if `sizes` do not add up to d, the length of the concatenation."""
     if sum(sizes) != d:
         return ()
     parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))

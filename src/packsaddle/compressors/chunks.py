@@ -1,8 +1,9 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
 A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
-kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. The code always has the
-size that the most unfavorable k of n indices need, at most log2(n / k) + 2 bits per index (see `wire.encode_indices`).
+of coordinates kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. If k of the n
+coordinates of a chunk are kept, the code always has the size that the most unfavorable k indices need, which is at most
+log2(n / k) + 2 bits per index (see `wire.encode_indices`).
 """
 
 from collections.abc import Callable
@@ -86,7 +87,8 @@ class Chunks:
 
     @property
     def _unary_bits(self) -> int:
-        """The largest number of bits that the quotients of all gaps take in unary."""
+        """The largest number of bits that the unary parts of the Rice codes take, summed over the gaps between all kept
+        indices."""
         b = self._rice_parameter
         return self.whole * wire.gap_bits(self.size, self.kept, b) + wire.gap_bits(self.rest, self.kept_of_rest, b)
 

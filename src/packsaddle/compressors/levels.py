@@ -40,7 +40,7 @@ class Layer:
     a magnitude of at least j, and the layer is the subset of the members whose level has a magnitude above j."""
 
     members: int  # number of coordinates whose level has a magnitude of at least j
-    going_on: int  # number whose level has a magnitude above j, i.e. the `members` of layer j + 1
+    going_on: int  # number of coordinates with a magnitude above j, i.e. `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:
@@ -71,8 +71,8 @@ class Layer:
 
 
 def histogram(codes: Tensor) -> Tensor:
-    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256].
-    If `codes` is on a GPU, the host does not wait for it."""
+    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256]. If `codes` is on a GPU, the
+    host does not wait for the result."""
     if loop := kernel("count_codes", device=codes.device):
         counts: Tensor = loop(codes)
         return counts

@@ -112,8 +112,9 @@ class Rounded(Compressor):
 
     The default, "int2", sends two bits of each coordinate: its sign, and whether its magnitude exceeds the mean
     magnitude of its block of 256 coordinates. Each block has two levels: the mean of the magnitudes that exceed this
-    mean, and the mean of the others. With the levels, a coordinate takes 2.1 bits. For a Gaussian vector, 12% of
-    ||v||^2 remains for the error memory; with `Sign`, 36% remains. Raises ValueError for an unknown format.
+    mean, and the mean of the magnitudes that do not. With the levels, a coordinate takes 2.1 bits. For a Gaussian
+    vector, 12% of ||v||^2 remains for the error memory; with `Sign`, 36% remains. Raises ValueError for an unknown
+    format.
 
     >>> import torch
     >>> from packsaddle import Rounded

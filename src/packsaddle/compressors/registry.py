@@ -25,7 +25,7 @@ def variants(kind: Any, ratio: float) -> list[Compressor]:
 
 
 def compressors(ratio: float) -> list[Compressor]:
-    """Return one object of each compressor class, or several for a class with variants. Those that have a ratio get
+    """Return one object of each compressor class, or several for a class with variants. Compressors with a ratio get
     this `ratio`. Raises ValueError unless `ratio` is in (0, 1]."""
     return [compressor for kind in CLASSES.values() for compressor in variants(kind, ratio)]
 

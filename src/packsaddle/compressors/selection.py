@@ -101,9 +101,9 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Estimate from `sample`, float[m], a threshold that k or more of n magnitudes reach, and the number of magnitudes
-    that reach it. The threshold is an integer, to compare with results of `as_integers`. Only rarely do fewer than k
-    magnitudes reach it."""
+    """Estimate a threshold that k or more of the magnitudes of n numbers reach, and how many of these magnitudes reach
+    it. `sample`, float[m], has some of the n numbers. The threshold is an integer, to compare with results of
+    `as_integers`. Only rarely do fewer than k magnitudes reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # Add a margin of four standard deviations, and 8 for small expected counts.

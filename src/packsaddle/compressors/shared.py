@@ -20,8 +20,8 @@ SketchTopK's sketch has R rows of c columns. Charikar et al. (2002) require c of
 - R = 2 m + 1, with the least m >= 1 for which 8^m >= d / (24 k): 3 rows up to d / k = 192, 5 up to 1,536, 7 up to
   12,288, ... A light coordinate shares its counter with a heavy hitter of a given sign with probability at most
   k / (2 c) = 1/32. So its median of R rows is a heavy hitter's value with probability at most
-  2 C(R, m + 1) 32^-(m + 1) <= 8^-m / 16. SketchTopK requests the exact values of 4 k candidates, and such
-  coordinates, on average d 8^-m / 16, fill at most half of the 3 k spare ones.
+  2 C(R, m + 1) 32^-(m + 1) <= 8^-m / 16. SketchTopK requests the exact values of 4 k candidates, of which 3 k are
+  spare. On average d 8^-m / 16 light coordinates have a heavy hitter's value. They fill at most half of the 3 k.
 """
 
 import math
@@ -76,8 +76,8 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the flat sketch of v, float[d], with the randomness `drawn`, or an empty tensor if all values are sent
-        instead."""
+        """Return the sketch of v, float[d], as a flat tensor, float[...], with the randomness `drawn`. Returns an empty
+        tensor if all values are sent instead of a sketch."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
@@ -89,8 +89,9 @@ class SharedSupport(KOfD):
         """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the cells (ranges of coordinates) of which the exact values are kept from `places`, the cells that
-        were sent, by their `values`. By default all of them are kept. The vector has d coordinates."""
+        """Select the cells (ranges of coordinates) to keep. `places` are the cells that were sent, and `values` their
+        exact values, by which a subclass selects. By default all cells that were sent are kept. The vector has d
+        coordinates."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -201,9 +202,9 @@ class SharedTopK(SharedSupport):
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return random projections of each block of v, as bfloat16 or float[blocks * projections]. The random numbers
-        are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no projections, since all
-        blocks are then kept."""
+        """Return random projections of each block of v, float[d], as bfloat16 or float[blocks * projections]. The
+        random numbers are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no
+        projections, since all blocks are then kept."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
@@ -217,7 +218,8 @@ class SharedTopK(SharedSupport):
 
 
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
-    """Project each block v_j, of `size` coordinates, to G_j v_j, float[rows], where G_j has N(0, 1) entries.
+    """Project each block v_j, of `size` coordinates, of v, float[d], to G_j v_j, float[rows], where G_j has N(0, 1)
+    entries.
 
     Returns float[blocks * rows], in at least float32. Entries are a function of the key and of block, row and column,
     so they are identical on all workers and no matrix is stored. The last block may be shorter.

@@ -397,8 +397,8 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if the number of coordinates follows from the vector's length. A given k may be varied by `apportion`,
-        differently on each worker."""
+        """True if a ratio was given, so that the number of coordinates sent follows from the vector's length. If k was
+        given instead, `apportion` may vary it, differently on each worker."""
         return self.k is None
 
     def chunks(self, d: int) -> Chunks | None:

@@ -30,7 +30,7 @@ def nasty_vectors() -> dict[str, Tensor]:
     spike[17] = -3.0
     denormal = torch.full((30,), 1e-42)
     denormal[::3] *= -2
-    # Squares that underflow or overflow, ties between magnitudes, and zeros of both signs.
+    # The vectors include squares that underflow or overflow, ties between magnitudes, and zeros of both signs.
     return {
         "gaussian": gaussian,
         "double": torch.randn(33, generator=rng, dtype=torch.float64),

@@ -24,7 +24,7 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", 
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; a last byte has the number of values modulo 8
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte is their number modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
@@ -42,9 +42,9 @@ def check_format(owner: str, how: object) -> None:
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", which has a scale per block.
-    In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit", float[1]. If `how` is None,
-    the only part is "values", unchanged."""
+    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", where "scales" has one scale, or a
+    few levels, per block. In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit",
+    float[1]. If `how` is None, the only part is "values", unchanged."""
     if how is None:
         return {"values": values}
     if not len(values):
@@ -81,7 +81,8 @@ def _in_blocks(values: Tensor) -> Tensor:
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
     """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes,
     uint8[...], and the levels, float64[blocks, 2^halvings]."""
-    # Only float32 values use the compiled loop. It adds them in float64 in any order, and such sums are almost exact.
+    # Only float32 values use the compiled loop. It adds them in float64 in any order, since float64 sums of float32
+    # values are almost exact.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
@@ -209,8 +210,8 @@ def value_retention(how: ValueFormat | None) -> float:
     int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
     with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
-    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean); returns 4 / b.
-    int3: its levels split those of int2, so no more is lost.
+    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean), so this function
+    returns 4 / b. int3: its levels split those of int2, so at most as much is lost.
     """
     if how is None:
         return 1.0

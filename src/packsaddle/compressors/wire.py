@@ -104,8 +104,8 @@ def unpack_rice(
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int, unary: int) -> Tensor:
-    """Encode the gaps between increasing indices, int64[k], in Rice codes with parameter b; nothing else is stored.
-    `unary`, the number of bits for their quotients, must not be too small.
+    """Encode the gaps between increasing indices, int64[k], in Rice codes with parameter b, uint8[...]; nothing else is
+    stored. `unary` is the number of bits for the quotients of the gaps by 2^b, at least `unary_bits` of the gaps.
 
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
     c = floor(i / kept), and the first gap of a chunk is relative to its start.
@@ -131,7 +131,8 @@ def unpack_gaps(
     packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, *, part: str = "indices", padded: bool = True
 ) -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
-    below `stop`; an error names `part`. `padded` is as in `unpack_rice`: False if `pack_gaps` had `unary_bits` bits."""
+    below `stop`; an error names `part`. `padded` is False if `unary` of `pack_gaps` was exactly `unary_bits` (see
+    `unpack_rice`)."""
     index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=padded)
     # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
@@ -167,7 +168,7 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
 
 
 def index_bytes(d: int, k: int) -> int:
-    """Return the number of bytes of `encode_indices` for k indices of [0, d)."""
+    """Return the number of bytes in which `encode_indices` encodes k indices of [0, d)."""
     if k in (0, d):
         return 0
     b = gap_parameter(d, k)
@@ -180,12 +181,13 @@ def gap_parameter(n: int, k: int) -> int:
 
 
 def gap_bits(n: int, k: int, b: int) -> int:
-    """Return the largest number of bits that the quotients of k gaps in [0, n) by 2^b take in unary."""
+    """Return the largest number of bits that k gaps in [0, n) take in unary after division by 2^b, rounded down."""
     return k + ((n - k) >> b)
 
 
 def rice_bytes(n: int, b: int, unary: int) -> int:
-    """Return the number of bytes of `pack_rice` for n numbers."""
+    """Return the number of bytes in which `pack_rice` encodes n numbers with parameter b. `unary` is the number of bits
+    for their quotients by 2^b."""
     return math.ceil(unary / 8) + math.ceil(n * b / 8)
 
 

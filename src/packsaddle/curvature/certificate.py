@@ -256,7 +256,7 @@ class Share:
 
     drawn: int  # m, number of iterates drawn and certified
     stationary: int  # number of iterates certified as second-order stationary
-    refuted: int  # number of iterates that are saddles or have too large gradients; the rest are undecided
+    refuted: int  # number of iterates that are saddles or have too large gradients; all others are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":

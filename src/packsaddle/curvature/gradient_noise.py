@@ -1,8 +1,9 @@
 """Mini-batch noise of gradients, to compare with artificial noise xi_t of standard deviation r per coordinate.
 
 A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples. The mean over W workers
-divides this variance by W, but not that of xi_t, which is identical on all workers. Both are scaled by the same
-learning rate and pass the same error memories, so the ratio of r sqrt(d) to sqrt(E||g - grad f||^2) depends on neither.
+divides this variance by W, but not that of xi_t, which is identical on all workers. Both kinds of noise are scaled by
+the same learning rate and pass the same error memories, so the ratio of r sqrt(d) to sqrt(E||g - grad f||^2) depends on
+neither.
 """
 
 import math

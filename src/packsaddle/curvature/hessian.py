@@ -50,7 +50,8 @@ def fresh_generator() -> torch.Generator:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return a model's trainable parameters. Raises ValueError if there are none, or if one is complex."""
+    """Return a model's trainable parameters. Raises TypeError if `model` is not a torch Module, and ValueError if it
+    has no trainable parameters, or one that is not floating-point (such as a complex one)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -68,9 +69,10 @@ class Curvature:
     A vector has one element for each of the d coordinates of the trainable parameters.
 
     `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are those of this worker, an iterable that can
-    be iterated repeatedly; a worker may have none if another has some. Construction is collective and evaluates the
-    loss twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an exhausted
-    iterator), or if there are no examples or no trainable parameters, and NotFiniteError if the loss is not finite.
+    be iterated repeatedly; a worker may have no batches if another worker has some. Construction is collective and
+    evaluates the loss twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an
+    exhausted iterator), or if there are no examples or no trainable parameters, and NotFiniteError if the loss is not
+    finite.
     """
 
     has_double_backward = True
@@ -111,7 +113,7 @@ class Curvature:
         if not examples:
             raise ValueError("batches is empty on every worker")
 
-        # Find the coarsest precision in which the loss computes, and the mean loss f = sum_b n_b loss_b / N.
+        # Find the coarsest precision in which the loss is computed, and the mean loss f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
         self.examples = int(examples) // self._alike

@@ -144,8 +144,8 @@ class Lanczos:
     """The Lanczos process on a symmetric matrix A, with one product in each `step`.
 
     `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, new for every certificate and
-    identical on all workers. `precision` is the unit roundoff of the products. `error()` is the current estimate of
-    the error of a product with a unit vector beyond this rounding. Vectors may be sharded: then `n` is their whole
+    identical on all workers. `precision` is the unit roundoff of the products. `error()` returns the current estimate
+    of the error of a product with a unit vector, without this rounding. Vectors may be sharded: then `n` is their whole
     length, and `dot` is collective. `dot` returns a number, or a float64[], for which the host waits once per step.
 
     The first `max_vectors` vectors are stored, by default all. While all are stored, each new vector is orthogonalized

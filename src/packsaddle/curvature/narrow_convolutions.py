@@ -3,8 +3,8 @@
 A convolution is affected if its kernel has size 1, its stride is above 1, and it has fewer input channels than a vector
 register holds numbers: 8 with AVX2, 16 with AVX-512. If its input or its weight is in channels-last memory, oneDNN's
 `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13). The process
-then crashes or hangs, or the gradient is silently wrong. Narrow ResNets have such convolutions in their shortcuts.
-Torch with oneDNN disabled is safe, but takes 1.5 times as long for such networks.
+then crashes or hangs, or the gradient is silently wrong. Narrow ResNets have convolutions of this kind in their
+shortcuts. Torch with oneDNN disabled is safe, but takes 1.5 times as long for narrow ResNets as with oneDNN.
 """
 
 from collections.abc import Iterator

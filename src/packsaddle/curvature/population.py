@@ -6,7 +6,7 @@ the variation between batches:
 
 gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
             (Borell's inequality, and ||C|| <= tr C); s^2 is measured as sum_b n_b ||g_b - g_n||^2 / ((B - 1) n).
-upper bound v is found on every second batch and measured on the B' others, which are independent of it: the
+upper bound v is found on every second batch and measured on the B' other batches, which are independent of v: the
             v^T H_b v have expected value v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean plus
             Student's t-quantile for B' - 1 degrees of freedom times its standard error.
 lower bound lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the

@@ -37,14 +37,15 @@ _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the err
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better step
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
-# If a shorter step reduces the product's norm below this fraction, some 16-bit parameters do not move by that step.
+# If a product's norm falls below this fraction of its norm with a longer step, the shorter step is too short to move
+# some 16-bit parameters.
 _SHRUNK = 0.9
 _LOUD = 16  # errors above this multiple of the smallest measured rounding error are not caused by rounding
 # Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
 _KINKED = 1e-3
 # Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.
 _ROOM_FOR_SHORT_STEPS = 1e-12
-_SHORTEST = 64  # smallest h, in units of ||x||'s last place
+_SHORTEST = 64  # smallest step h of the differences, in units of the last place of ||x||
 _CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
 # Distance from the parameters, to each side along a unit vector, at which the Hessian's Lipschitz constant is measured.
 _RHO_DISTANCE = 1e-2
@@ -243,7 +244,7 @@ class Differences(Products):
         self._eps = curvature.precision
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
-        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of h
+        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of the step h of the differences
         self._rounding = 0.0  # norm of the rounding error of one gradient
         self._quietest = math.inf  # smallest rounding error measured
         self._count, self._next_check = 0, 1
@@ -290,8 +291,8 @@ class Differences(Products):
         """Try shorter steps until one crosses no kink of the loss, such as that of a ReLU. Return the trial with the
         smallest error, which may be `best` itself.
 
-        Only float64 is precise enough for such a step. Steps of similar length cross different kinks, so the error
-        grows as the step shortens, until the step crosses no kink. The product then equals the product by double
+        Only float64 is precise enough for a step that short. Steps of similar length cross different kinks, so the
+        error grows as the step shortens, until the step crosses no kink. The product then equals the product by double
         backward.
         """
         step = best.step

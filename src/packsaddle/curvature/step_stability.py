@@ -1,8 +1,8 @@
 """A check that no single coordinate has an effective step size too large for its curvature, as RandomK can cause.
 
 A coordinate that is sent with probability mu per step waits T steps, on average 1 / mu, and then moves by the sum of
-their gradients. On a quadratic with step size eta and curvature H_jj, this is x_j <- (1 - eta T H_jj) x_j with
-geometrically distributed T. The coordinate grows without bound if E ln|1 - eta T H_jj| > 0. For small mu, T mu is
+the gradients of these steps. On a quadratic with step size eta and curvature H_jj, this is x_j <- (1 - eta T H_jj) x_j
+with geometrically distributed T. The coordinate grows without bound if E ln|1 - eta T H_jj| > 0. For small mu, T mu is
 nearly exponentially distributed, and the inequality holds if (eta / mu) H_jj > 2.68. For mu = 1 it holds if (eta / mu)
 H_jj > 2.
 
@@ -79,8 +79,8 @@ def largest_overshoot(
 
     The search uses `probes` + `candidates` Hessian-vector products. Hutchinson's estimate of the diagonal (Bekas,
     Kokiopoulou and Saad 2007) proposes candidates, whose curvature is then computed. So the result is correct for its
-    coordinate, but another one may be less stable. `steps` are in the order of `curvature.parameters`; the generator,
-    on the CPU, must be in the same state on every worker.
+    coordinate, but another coordinate may be less stable. `steps` are in the order of `curvature.parameters`; the
+    generator, on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])

@@ -31,8 +31,9 @@ class Background:
     """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
 
     On a device with streams they run in a separate stream, after the work that the current stream has queued when
-    `submit` is called. They run in a thread too if they make the host wait: on a CPU, on MPS, which has one queue, and
-    with `blocks`, for a group that stages its collectives (see `Group.stages`).
+    `submit` is called. If the functions make the host wait, they also run in a thread of their own. That is the case on
+    a CPU, on MPS (which has one queue), and with `blocks`. Set `blocks` for a group whose collectives copy tensors to
+    the host (see `Group.stages`).
     """
 
     def __init__(self, device: torch.device, *, blocks: bool = False) -> None:
@@ -56,8 +57,8 @@ class Background:
     def submit(self, work: Callable[[], object], results: Results) -> None:
         """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`.
 
-        Raises ValueError for a tensor on another device than the background's, since a Future could not make its
-        consumers wait for that tensor.
+        Raises ValueError for a tensor whose device type differs from that of this object, since a Future could not make
+        its consumers wait for that tensor.
         """
         for _, result in results:
             if result.device.type != self._device.type:

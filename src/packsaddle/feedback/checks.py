@@ -21,11 +21,12 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule that is due every `steps` steps, or never if `steps` is 0. It stays due until `done` is called."""
+    """A schedule of a task that is due every `steps` steps, or never if `steps` is 0. The task stays due until `done`
+    is called."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.last = 0  # number of steps at the last `done`
+        self.last = 0  # number of steps at the last call of `done`
 
     def due(self, step: int) -> bool:
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
@@ -117,7 +118,8 @@ class StepRates:
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Describe the first difference between the rates of two workers, with both values, or return "" if all agree."""
+    """Describe the first difference between the rates of two workers, with both values, or return "" if all rates are
+    equal."""
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)
@@ -146,10 +148,10 @@ class Drift:
 class DriftGuard:
     """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
-    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Causes are faulty
-    memory, different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight
-    decays and the noise std are compared too: if these differ, parameters stay equal, but error memories are scaled by
-    different rates. `digest` sums fingerprints over the processes of one worker.
+    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Possible causes of a
+    difference are faulty memory, different rounding, and a script that changes parameters on one worker. Hashes of
+    learning rates, weight decays and the noise std are compared too: if these differ, parameters stay equal, but error
+    memories are scaled by different rates. `digest` sums fingerprints over the processes of one worker.
     """
 
     def __init__(

@@ -19,7 +19,8 @@ from packsaddle.numerics.sketches import NormSketch
 @dataclass(frozen=True)
 class EscapeRule:
     """Settings of the escape check (lines 4-8 of Algorithm 1), which rolls the parameters back to the start point of a
-    segment of steps unless the segment decreased the loss. They say when it runs, and where it evaluates the loss."""
+    segment of steps unless the segment decreased the loss. The settings determine when the check runs, and at which
+    points it evaluates the loss."""
 
     interval: int  # maximum length I of a segment in steps, at least 1; local updates count rounds
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment

@@ -17,7 +17,7 @@ class Exchanging:
     """Base class of an object that exchanges updates of parameters with other workers, and saves its state.
 
     If it has `optimizers`, these step on each worker separately: between two exchanges, their states and parameters
-    differ between workers. Otherwise they are identical on all workers.
+    differ between workers. If it has none, parameters and optimizer states are identical on all workers.
     """
 
     saved_state: State

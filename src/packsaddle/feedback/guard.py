@@ -74,8 +74,8 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones. If `most` is None, there
-    is no limit.
+    """Counts skipped steps, and raises NonFiniteError if more than `most` consecutive steps were skipped. If `most` is
+    None, there is no limit.
 
     `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step.
     """
@@ -247,8 +247,8 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return the flag of an invalid vector to send, v: float[1] or float[0], to average over workers together with
-        `dense`, float[m], the uncompressed part of v.
+        """Return a flag, float[1] or float[0], that reports to all workers whether this worker's vector to send, v, is
+        invalid. The flag is averaged over workers together with `dense`, float[m], the uncompressed part of v.
 
         With flag="dense", an invalid v is flagged by setting `dense` to NaN in place, unless `dense` is empty. Also
         returns the index in the vector [dense, flag] of a number whose NaN mean rejects the exchange, or None if there

@@ -113,11 +113,12 @@ class ErrorMemory:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Correct the new error memory of the parameters that this worker did not use in the backward pass, so that it
-        sent zeros for them. Call after `absorb`.
+        """Correct the new error memory of the parameters for which this worker sent zeros, because it did not use them
+        in the backward pass. Call after `absorb`.
 
-        The old error memory is added to the new one where `used`, bool[p], is False. Where `by_any`, bool[p], is False
-        too, no worker used the parameter, and the residual of the zeros is discarded.
+        `used` and `by_any`, bool[number of parameters], are True for the parameters that this worker used, and that any
+        worker used. Where `used` is False, the old error memory is added to the new one. Where `by_any` is False too,
+        no worker used the parameter, and the residual of the zeros is discarded.
         """
         for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
             new.mul_(anywhere).add_(old * ~here)

@@ -42,7 +42,7 @@ def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
     """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
-    TypeError for another object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
+    TypeError for any other object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
     if isinstance(given, Iterable) and not isinstance(given, list | tuple):
         kind = type(given).__name__
         raise TypeError(f"optimizer must be a torch optimizer, or a list of them such as [muon, adamw], got a {kind}")
@@ -164,7 +164,7 @@ class Attempts:
             optimizer.register_step_post_hook(outside(end))
         if scaler is None:
             return
-        # Count the calls of the scaler's step, since a skipped one may call neither the optimizer nor its hooks.
+        # Count the calls of the scaler's `step`: if it skips a step, it may call neither the optimizer nor its hooks.
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

@@ -35,5 +35,5 @@ class Report:
         return json.dumps(astuple(self))
 
     def __bool__(self) -> bool:
-        """Return True if the report is of a problem, i.e. its kind is not "valid"."""
+        """Return True if the report names a problem, i.e. if its kind is not "valid"."""
         return self.kind != "valid"

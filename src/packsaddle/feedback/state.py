@@ -128,8 +128,8 @@ class State:
         head: the path of the dictionary with the format and the values of the identity. If it is (), the format has the
             path ("format",), and the values of the identity are in a dictionary at ("identity",).
         names: the names of parameters in error messages, by key; by default the keys.
-        only_with: advice in error messages, by name of an identity value. If there is any, the state can only be loaded
-            as it was saved, and not for another number of workers.
+        only_with: advice in error messages, by name of an identity value. If there is any advice, the state cannot be
+            converted to another number of workers, and `split` raises ValueError.
     """
 
     def __init__(
@@ -162,12 +162,12 @@ class State:
         self._read(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state. Raises ValueError, with nothing changed, if it is invalid here."""
+        """Load a state. Raises ValueError, with nothing changed, if the state is invalid for its owner."""
         for field, value in self._read(state):
             field.load(value)
 
     def _read(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-        """Validate a state, and return (field, saved value) of each field."""
+        """Validate a state, and return a pair (field, saved value) for each field."""
         for found in self._saved_in(state, (*self._head, "format")):
             check_format(found, "the state")
         for name, here in self._identity().items():
@@ -194,7 +194,7 @@ class State:
         workers.
 
         `leaves` are the tensors and plain values of one worker's state by path; so are the results. Raises ValueError
-        if the state has another format or cannot be split.
+        if the format of the state is not `FORMAT`, or if the state cannot be split.
         """
         for path, value in leaves.items():
             if path[-1] == "format":

@@ -1,7 +1,7 @@
 """Reactions to the end of a round of local updates, whether the round was applied or rejected.
 
-They are called in a fixed order, each with the `LocalRound` that has ended. To add one, write a class, here or in a new
-file, and add it to the list in `Reactions`.
+They are called in a fixed order, each with the `LocalRound` that has ended. To add a reaction, write a class, here or
+in a new file, and add it to the list in `Reactions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +37,8 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        # Copies of the start points of all fragments (see `Anchor`), made before anchors are repaired; empty if the
-        # anchors do not differ between workers.
+        # Copies of the start points (see `Anchor`) of all fragments, made before the anchors are repaired. The list
+        # stays empty if the anchors do not differ between workers.
         before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:

@@ -19,8 +19,8 @@ from packsaddle.local.inner import Shards
 
 
 def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
-    """Return this worker's term of the mean squared norm of the workers' updates: W w_i norm(q_i)^2 for each tensor, to
-    be averaged over workers.
+    """Return this worker's term of the mean squared norm of the workers' updates: W w_i norm(q_i)^2 for each tensor,
+    float[number of tensors], to be averaged over workers.
 
     W is the number of workers, w_i the worker's weight in the mean, and q_i its decoded update. `sent` has the tensors
     W w_i q_i, and `share` is W w_i. If the worker is not in the exchange, `share` and the result are 0.
@@ -33,9 +33,9 @@ def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, s
     """Multiply the mean update of each tensor by r^p, in place. Collective over the processes that have shards of this
     worker's tensors.
 
-    r is the root mean square of the norms of the workers' updates divided by the norm of their mean, and lies in
-    [1, sqrt(workers)]. `squares` has one entry per tensor, the mean over workers of `squares_of`. A mean update of
-    zeros does not change.
+    `means` has the mean update of each tensor. r is the root mean square of the norms of the workers' updates, divided
+    by the norm of their mean, and lies in [1, sqrt(workers)]. `squares`, float[number of tensors], is the mean over
+    workers of the result of `squares_of`. A mean update of zeros does not change.
     """
     of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
     both = shards.total(torch.stack([squares.to(of_mean), of_mean]))

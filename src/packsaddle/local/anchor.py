@@ -1,10 +1,11 @@
 """The anchor of a fragment (parameters exchanged together), and changes of the parameters x relative to it.
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
-exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. On its
-own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there, for
-W workers. Its local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed`
-records by how much.
+exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. Its local
+update is start - x, the change of its parameters since then. In a two-way exchange each of the W workers averages one
+chunk of the vector for all workers. On that chunk it continues from a in both cases, since its e contains W times the
+residual of a mean there. A frozen parameter x does not move; if its start point moves, `Anchor.owed` records by how
+much.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -39,7 +40,7 @@ class Anchor:
         self.layout, self.keeps = layout, keeps
         self._trained, self._memory = trained, memory
         # The part of the local update that start - x does not contain, float[n]. It arises when the start point moves
-        # without the parameters x, or when x is rounded to 16 bits. None: 0.
+        # without the parameters x, or when x is rounded to 16 bits. None means 0.
         self.owed: Tensor | None = None
         # The coordinates that this worker owns (averages for all workers) in a two-way exchange. There its start point
         # is a. The slice is empty unless `keeps` is set.
@@ -91,9 +92,9 @@ class Anchor:
         """Apply the workers' mean update to the anchor a (line 11 of Algorithm 1): a <- a - mean. If `outer` is given,
         this optimizer makes a step instead, with the mean, float[n], as its gradient.
 
-        The anchor of a frozen parameter does not change, neither by an outer momentum nor by a decoded message that is
-        not exactly zero. `frozen` are the names of the frozen parameters, identical on all workers. If workers have
-        frozen different parameters, `frozen` is None, and `outer` skips the parameters whose mean is zero.
+        The anchor of a frozen parameter keeps its value, even if an outer momentum, or a decoded message that is not
+        exactly zero, would change it. `frozen` are the names of the frozen parameters, identical on all workers. If
+        workers have frozen different parameters, `frozen` is None, and `outer` skips the parameters whose mean is zero.
         """
         stays = [name in (frozen or ()) for name in self.layout.names]
         before = [(a, a.clone()) for a, is_frozen in zip(self.views, stays, strict=True) if is_frozen]
@@ -163,16 +164,17 @@ class Anchor:
             self.owed = change.flat if self.owed is None else change.flat.add_(self.owed)
 
     def set_parameters(self, values: Sequence[Tensor], frozen: Collection[str] | None = None) -> None:
-        """Set the parameters to `values`. Parameters whose names are in `frozen` keep their values; by default,
-        `frozen` has all currently frozen parameters."""
+        """Set the parameters to `values`, one tensor per parameter. Parameters whose names are in `frozen` keep their
+        values; by default, `frozen` has all currently frozen parameters."""
         frozen = self._frozen if frozen is None else frozen
         for name, x, value in zip(self.layout.names, self.tensors(), values, strict=True):
             if name not in frozen:
                 assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
-        """Clear `owed`, the part of the local update that is missing in start - x, the difference between this worker's
-        parameters after the last exchange and now. It is kept for the parameters whose names are in `frozen`."""
+        """Clear `owed`, the part of the local update that start - x does not contain. Here x are the parameters, and
+        `start` is the point at which they continued after the last exchange. `owed` is kept for the parameters whose
+        names are in `frozen`."""
         if not frozen or self.owed is None:
             self.owed = None
             return
@@ -212,9 +214,9 @@ class Anchor:
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return the difference, float[n], between this worker's start point, from which it continues after an
-        exchange, and the start point that it would have if it owned (averaged for all workers) no coordinates in a
-        two-way exchange. Returns None if it owns none."""
+        """Return start - (a - e), float[n], or None if this worker owns no coordinates. Here a is the anchor, e is the
+        error memory, and `start` is the point at which this worker continues after an exchange. They differ at the
+        coordinates that the worker owns, i.e. averages for all workers, in a two-way exchange."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
@@ -236,9 +238,10 @@ class Anchor:
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from the parameters x that are not frozen. It is the part of the local update that is missing
-        in start - x, where `start` is the point at which this worker continued after the last exchange. Then start - x
-        is the whole local update, except that for 16-bit parameters `owed` becomes the rounding error of x."""
+        """Subtract `owed` from the parameters x that are not frozen. `owed` is the part of the local update that is not
+        in start - x, where `start` is the point at which this worker continued after the last exchange. After the
+        subtraction, start - x is the whole local update, except that for 16-bit parameters `owed` becomes the rounding
+        error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed

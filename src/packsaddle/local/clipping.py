@@ -20,7 +20,8 @@ _log = logging.getLogger("packsaddle")
 
 @dataclass(frozen=True)
 class Clip:
-    """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`)."""
+    """Record of one worker's update that was scaled down in an applied round, since its norm exceeded
+    `Workers.clip`."""
 
     step: int  # index t of the round, counted per fragment (parameters exchanged together)
     worker: str  # rank of the worker, or with a manager its name in the log
@@ -28,11 +29,11 @@ class Clip:
 
 
 class Clips:
-    """Records of the workers' updates that were scaled down because they were too long (see `Workers.clip`), for one
-    fragment, i.e. for parameters that are exchanged together.
+    """Records of the workers' updates that were scaled down because their norms exceeded a limit (see `Workers.clip`),
+    for one fragment, i.e. for parameters that are exchanged together.
 
-    `found` lists the records since construction or loading, and `count` is their number over the whole training. With
-    `logs`, the 1st, 2nd, 4th, ... consecutive clipped update of a worker is logged.
+    `found` lists the records since construction or loading, and `count` is the number of records over the whole
+    training. With `logs`, the 1st, 2nd, 4th, ... consecutive clipped update of a worker is logged.
     """
 
     def __init__(self, *, logs: bool) -> None:
@@ -68,8 +69,8 @@ class Standing(IntEnum):
 
 
 def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the norm of a worker's update, float32[1]. `v` is the part of the update in this process, and `total` sums
-    a tensor over the processes of the worker."""
+    """Return the norm of a worker's update, float32[1]. `v`, float[n], is this process's part of the update, and
+    `total` sums a tensor over the processes of the worker."""
     norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).reshape(1)
     return total(norm.square_()).sqrt_().float()
 

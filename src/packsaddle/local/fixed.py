@@ -79,8 +79,7 @@ class Connection:
 
 
 class FixedWorkers:
-    """Runs the rounds of a fixed set of workers, in which they average their local updates, and their other
-    collectives.
+    """Runs the collectives of a fixed set of workers, mainly the rounds in which they average their local updates.
 
     Args:
         options: options of the local updates.
@@ -182,8 +181,8 @@ class FixedWorkers:
         bool, which is True if the exchange of the fragment begins and False if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # If all workers make the same steps, `after_step` has already announced
-        # the first step together with its exchanges.
+        # If all workers make equal numbers of steps, `after_step` has already announced the first step together with
+        # its exchanges.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
             self._announce()
         for part, begins in due:
@@ -213,9 +212,9 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. It is summed
-        over the processes that have shards of the worker, so that it is identical on all of them. Returns 0 if the time
-        is unknown."""
+        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. If several
+        processes have shards of the worker's model, their times are summed, so that all of them return the same number.
+        Returns 0 if the time is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
@@ -321,7 +320,7 @@ class FixedWorkers:
         checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
-    # Queries of the rounds in which this worker takes part.
+    # Properties of the schedule: whether an exchange begins, and whether this worker takes part in it.
 
     def exchanging(self, steps: int) -> bool:
         """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""

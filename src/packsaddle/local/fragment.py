@@ -253,10 +253,10 @@ class Fragment(Slice):
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
             self.anchor.own(self.feedback.owned)
-        # If this worker owns coordinates, `use` has moved its start point and recorded the move in `owed`. Adding the
-        # saved "shift" cancels that record.
+        # If this worker owns coordinates (averages them for all workers), `use` has moved its start point, and recorded
+        # the move in `owed`. Adding the saved value of `Anchor.shift` cancels that record.
         self._owe(saved["shift"])
-        # A delayed exchange will move x to the start point, so that record is cleared, except for frozen parameters.
+        # A delayed exchange will move x to the start point, so clear `owed`, except for frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
         self._owe(saved["owed"])

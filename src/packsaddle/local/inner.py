@@ -152,13 +152,15 @@ class Shards:
         # Collect each group of processes once, in the order of the parameters, which is identical on all processes.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
-        # Use `within` in place of a mesh's group of the same processes, since it may exchange tensors on more devices.
+        # If `within` and the group of a mesh have the same processes, use `within`, since it may support tensors on
+        # more devices than the group of the mesh.
         ranks = getattr(within, "ranks", None)
         self._sharing = [within if within and group.ranks == ranks else group for group in distinct_groups(sharing)]
         self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[...], reduced with OR over all processes of this worker: True where it is True on one."""
+        """Return `bad`, bool[...], reduced with OR over all processes of this worker. The result is True where `bad` is
+        True on at least one of them."""
         return self.digest(bad.to(torch.int32)) > 0 if self.groups else bad
 
     def any(self, bad: bool, device: torch.device) -> bool:
@@ -193,7 +195,8 @@ class OtherOptimizers:
     """Detects optimizers that train parameters of a model which the model's `LocalUpdates` does not exchange.
 
     `parameters` are the exchanged parameters. `check` raises RuntimeError if an optimizer has stepped on a parameter
-    that is not exchanged, but that is in one module with exchanged parameters. No error is raised if `checks` is False.
+    that is not exchanged, but belongs to the same module as exchanged parameters. No error is raised if `checks` is
+    False.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:

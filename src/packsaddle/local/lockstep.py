@@ -1,4 +1,5 @@
-"""Collectives of local updates, run in one order after a check that all workers make the same call at the same step.
+"""Collectives of local updates. They run in the same order on all workers, each after a check that all workers make the
+same call at the same step.
 
 If the compressor is a function of the round, the check compares the compressors too. If workers made different calls,
 collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
@@ -76,9 +77,9 @@ class Lockstep:
     records the bytes of the check as "guard".
 
     `behind` runs collectives that overlap with inner steps; if it is None, no collective overlaps. With `norms`, every
-    check has room for the norm of a worker's update, so that the checks of all calls have the same size. With `paced`,
-    every check also has room for the time of an inner step, and calls other than exchanges may follow different numbers
-    of steps on different workers.
+    check also sends the norm of the worker's update (0 in calls without an update), so that the checks of all calls
+    have the same size. With `paced`, every check also sends the time of an inner step, and calls other than exchanges
+    may follow different numbers of steps on different workers.
     """
 
     def __init__(
@@ -114,10 +115,10 @@ class Lockstep:
     ) -> PendingCall:
         """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
-        The methods `wait` and `check` of the result raise the errors that `run` would raise. `check` returns True if
-        all workers have the same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers' calls are
-        compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls are always
-        compared before `work`.
+        The methods `wait` and `check` of the returned call raise the errors that `run` would raise. `check` returns
+        True if all workers have the same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers'
+        calls are compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls
+        are always compared before `work`.
 
         `norm`, float32[1], the norm of this worker's update, is gathered together with the workers' calls. Then `work`
         is called with all workers' norms, float32[W], and standings, int64[W] (see `Standing`).
@@ -162,8 +163,8 @@ class Lockstep:
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`), int64[W, 5 or 6];
-        collective. Returns the headers and a list. The list has the workers' norms, float32[W], and standings,
-        int64[W], or is empty if `norm` is None."""
+        collective. Returns the headers and a list. The list has the workers' norms, float32[W], and standings, int64[W]
+        (see `Standing`), or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:

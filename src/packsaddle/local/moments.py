@@ -5,8 +5,8 @@ Between exchanges a worker's first moment m follows its own gradients, with thei
 
     m <- (1 - c) m + c ||m|| d / ||d||,    d = sqrt(v) * u (elementwise)
 
-where v is the second moment, so that a step m / sqrt(v) continues along u. This sends nothing more. The rule is ours,
-measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
+where v is the second moment, so that a step m / sqrt(v) continues along u. The rule needs no additional communication.
+It is ours, measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
 """
 
 import logging
@@ -95,8 +95,8 @@ class MeanMomentum:
         mean update is 0. Collective over the processes that have shards of this worker's parameters. Logs a warning at
         the first call if no parameter has moments, unless one of the optimizers is a torch optimizer with moments.
         """
-        # Compute the norms of each first moment m and its new direction d. They include parameters without moments, so
-        # that all shards sum tensors of equal size even if one of them has lost its moments.
+        # Compute the norms of each first moment m and its new direction d. Parameters without moments are included, so
+        # that all processes sum tensors of equal size even if one process has lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
         device = local_part(parameters[0]).device
         norms = torch.zeros(2 * len(moments), dtype=wide(device), device=device)
@@ -120,8 +120,9 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return a parameter's first moment m, second moment v and mean update, each as the local part of a shard.
-        Returns None if the parameter is frozen, i.e. has no update, or if it has no moments of its shape."""
+        """Return a parameter's first moment m, second moment v and mean update. If the parameter is sharded, they are
+        this process's shards. Returns None if the parameter is frozen, i.e. has no update, or if it has no moments of
+        its shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         # With amsgrad, Adam divides by the maximum of the second moments, so use that as v.
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))

@@ -127,7 +127,8 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round, so that no state of an exchange may fit one set of workers."""
+        """True if workers may be absent in a round. An exchange must then keep no state that is only valid for one set
+        of workers."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -154,12 +155,13 @@ class Elastic(Option):
     """Settings of a worker in a run whose workers join and leave during training (see `LocalUpdates`).
 
     Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays and escape checks are not
-    supported, nor is any exchange except "direct" and "two-way" (see `Compression`). In a two-way exchange the workers
-    of the round that send an update own equal chunks, which change with the workers.
+    supported, nor is any exchange except "direct" and "two-way" (see `Compression`). In a two-way exchange, each worker
+    that sends an update in the round averages one chunk of the vector; the chunks have equal sizes, and are different
+    for other sets of workers.
 
     A worker may be a site: all processes in torch's default group, each with a Manager from `connect(..., site=True)`.
-    They train one model with DistributedDataParallel or FSDP2, and join, leave and vote together. Parameters are
-    DTensors in a site only, and then all of them are sharded.
+    They train one model with DistributedDataParallel or FSDP2, and join, leave and vote together. Only in a site may
+    parameters be DTensors, and then all parameters must be sharded.
 
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`); in a site also with
@@ -423,8 +425,9 @@ class LocalOptions(Option):
             raise ValueError(f'exchange must not be "senders" {where}')
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
-        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages, or if the
-        parameters are DTensors (`sharded`), which `workers` does not support."""
+        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages. Raises
+        ValueError too if the parameters are DTensors (`sharded`) although workers join and leave and each is one
+        process."""
         if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "

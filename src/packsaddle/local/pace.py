@@ -15,8 +15,7 @@ import torch
 
 from packsaddle.numerics.transfers import to_host
 
-# A worker's speed counts as changed if its fraction of the sum of all workers'
-# speeds changed by more than this, relatively.
+# A worker's speed counts as changed if the relative change of its fraction of the sum of all speeds exceeds this.
 _TOLERANCE = 0.1
 _ROUNDS = 2  # number of consecutive rounds with changed speeds after which the numbers of steps are chosen anew
 

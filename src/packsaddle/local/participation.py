@@ -1,7 +1,8 @@
 """Participation in rounds of local updates: the weights of the workers, and a random sample of workers per round.
 
-Federated averaging (McMahan et al. 2017, Algorithm 1): each round has m = ceil(C W) of W clients, drawn at random, and
-their mean is weighted by n_k, the number of examples of client k.
+Both follow federated averaging (McMahan et al. 2017, Algorithm 1). There, m = ceil(C W) of the W clients are drawn at
+random in each round, for a fraction C. The mean of their updates is weighted by n_k, the number of examples of client
+k.
 """
 
 import math

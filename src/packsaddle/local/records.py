@@ -27,7 +27,7 @@ class Baseline:
 
     def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
         self._size = sum(local_part(p).nbytes for p in parameters) // processes
-        self._with_others = Bytes()  # correction of the bytes before loading, if the number of workers differed
+        self._with_others = Bytes()  # bytes to add if a state of another number of workers was loaded; otherwise 0
 
     def bytes(self, steps: int, workers: int) -> Bytes:
         return self._with_others + ring_all_reduce(steps * self._size, workers)
@@ -86,8 +86,8 @@ class LocalRecords(Records):
 
     @property
     def clipped(self) -> int:
-        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. It
-        includes those in the saved state that was loaded."""
+        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. If a
+        saved state was loaded, the updates that it has counted are included."""
         return sum(part.clips.count for part in self._fragments)
 
     @property

@@ -60,7 +60,7 @@ class LocalRound:
     frozen: list[str] = field(default_factory=list)  # names of the parameters frozen at `begin` on this worker
     agrees: bool = True  # True if all workers have frozen the same parameters, which the exchange then does not change
     residuals: dict[str, Tensor] = field(default_factory=dict)  # residuals 0 - C(0) of frozen parameters, by name
-    # Copies of the parameters at `begin`, with which changes after `begin` are kept; empty: there are no later changes.
+    # Copies of the parameters at `begin`, from which later changes are measured; empty: there are no later changes.
     before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
@@ -90,7 +90,7 @@ class LocalRound:
             part: the fragment (parameters exchanged together), of which the round becomes `current`.
             due: the inner step after which the round is applied.
             weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its
-                local update, and owns no chunk in a two-way exchange.
+                local update, and averages no chunk for the other workers in a two-way exchange.
             later: True if the round is applied at a later step; the changes of the parameters until then are kept.
             flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which
                 the parameters are those of the anchor; None in other rounds.

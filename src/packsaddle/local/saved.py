@@ -1,4 +1,4 @@
-"""The saved state of local updates: its fields, and rules for loading it with another number of workers."""
+"""The saved state of local updates: its fields, and rules for loading it if the number of workers has changed."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol

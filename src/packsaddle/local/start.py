@@ -121,7 +121,7 @@ class StateDictWarning:
     the anchor, on which all workers last agreed. A script that saves this state dict on rank 0 would save the model of
     one worker.
 
-    `owner` is the `LocalUpdates` of the model; the hook is removed when it is garbage-collected. `differs(owner)`
+    `owner` is the `LocalUpdates` of the model. The hook is removed when `owner` is garbage-collected. `differs(owner)`
     returns True if the parameters differ from the anchor. The hook does not warn within `own_state`, in which
     checkpoints read each worker's parameters. In a copy of the model the hook is a no-op.
     """

@@ -253,8 +253,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
 
-        Returns True if collectives were run with a fixed set of workers. `has_ended` is True if this worker no longer
-        trains.
+        Returns True if collectives were run; always False if workers join and leave. `has_ended` is True if this worker
+        no longer trains.
         """
         # Repeat the work of `_before_step`, which is not called for a step that a scaler skips. Then count the step.
         self._whole.check_closed("optimizer.step()")
@@ -271,8 +271,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         return ran
 
     def _enter(self) -> bool:
-        """If workers join and leave during training, join the others unless this worker has joined already. Returns
-        True if it joined now, so that its parameters may be those of the other workers."""
+        """If workers join and leave during training, join the run unless this worker has joined already. Returns True
+        if it joined now, so that its parameters may be those of the other workers."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps)
         return entered
@@ -293,7 +293,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own{hint}")
 
-    # Workers that skip a round, join and leave.
+    # Methods to skip a round, to join and to leave.
 
     def sit_out(self) -> None:
         """Count the inner steps up to the next exchange without training, then run that exchange; collective. Raises
@@ -356,7 +356,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         which all workers last agreed: float[d], in the optimizer's order.
 
         They are the error memory, the local update since the last exchange, and the update in a running exchange, for
-        which it waits.
+        which this method waits.
         """
         return self._whole.joined(self._unapplied("pending()"))
 
@@ -420,7 +420,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         exchanged without noise, and their mean is subtracted from the anchor (the parameters last agreed on); an outer
         optimizer is not used. The part of the updates that compression does not send stays in the error memories for
         later rounds. Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round
-        of all present workers, also of those that continue training.
+        of all present workers, including workers that continue training.
 
         Args:
             compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,

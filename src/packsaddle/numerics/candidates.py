@@ -75,8 +75,8 @@ class Candidates:
 
     def predict(self, v: Tensor, k: int, least: float) -> None:
         """Set the threshold for the next vector, after a selection of k coordinates from v, float[n]. `least` is the
-        k-th largest magnitude in v. The prediction is that it changes by the factor by which it has changed since the
-        previous selection."""
+        k-th largest magnitude in v. The prediction assumes that this magnitude changes again by the factor by which it
+        has changed since the previous selection."""
         if len(v) == self.n and 0 < least < math.inf:
             growth = least / (self._last or least)
             predicted = least * min(_MOST_GROWTH, max(1 / _MOST_GROWTH, growth))

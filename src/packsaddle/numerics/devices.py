@@ -1,6 +1,6 @@
-"""Properties of types of devices that need no torch.distributed: whether they have float64, streams and pinned memory.
+"""Properties of device types (float64, streams, pinned memory), determined without torch.distributed.
 
-They are here and not in `comm.devices`, since compressors and certificates need them and do not import `comm`.
+These functions are not in `comm.devices`, since compressors and certificates need them, but do not import `comm`.
 """
 
 import torch

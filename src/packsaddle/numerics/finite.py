@@ -84,8 +84,9 @@ Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): out += alpha * more, t
 
 
 def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> float | None:
-    """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results.
-    If each `out` is a range of a vector and they cover its compressed coordinates, collect `candidates` of the vector.
+    """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results. If
+    the tensors `out` are ranges of one vector that cover its compressed coordinates, collect `candidates` of that
+    vector.
 
     Returns None if a sum of squares of elements of `out` or `alpha * more` is non-finite. Completed additions are then
     undone by subtraction, so all tensors are unchanged up to rounding.

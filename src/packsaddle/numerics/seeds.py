@@ -6,8 +6,8 @@ stream also depends on the worker (the order of its batches). Global random stat
 Counter-based numbers are functions of a counter and a key, so any range of a sequence can be computed alone. A random
 word is the 32-bit counter, hashed twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's
 search, https://github.com/skeeto/hash-prospector). A key is added before each of the two hashes, so that the sequences
-of different keys do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A
-sequence repeats after 2^32 words, or 2^33 normal numbers.
+of different keys do not overlap as shifted copies. Normal numbers are computed by the Box-Muller transform in float32.
+A sequence repeats after 2^32 words, or 2^33 normal numbers.
 """
 
 import math
@@ -122,8 +122,8 @@ def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
-    """Apply a keyed permutation of the integers below 2^bits, a Feistel network, to each number in x. Each round XORs
-    one half of the bits with a keyed hash of the other half."""
+    """Apply a Feistel network, i.e. a keyed permutation of the integers below 2^bits, to each number in x, int64[k].
+    Each round XORs one half of the bits with a keyed hash of the other half."""
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = x & low_mask, x >> low_bits

@@ -132,8 +132,8 @@ def _median(rows: list[Tensor]) -> Tensor:
     """Return the elementwise median of vectors; for an even number of vectors, the mean of the middle two values.
 
     Of any n // 2 + 2 of the n values, the smallest and the largest cannot be the median of all n. So both are discarded
-    and another value is added, repeatedly, until only the median remains. They are found by elementwise minima and
-    maxima, which are faster than a sort.
+    and another value is added, repeatedly, until only the median remains. The smallest and the largest are found by
+    elementwise minima and maxima, which are faster than a sort.
     """
     n = len(rows)
     if n % 2 == 0:

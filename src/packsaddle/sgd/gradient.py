@@ -124,7 +124,7 @@ class Gradient:
         momentum; otherwise roll these vectors back. Plain gradients have no such vectors."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        # Use one pass on a CPU. On a GPU a foreach call is faster.
+        # On a CPU, add the gradients in one pass over memory. On a GPU a foreach call is faster.
         in_one_pass = out is not base and out.flat.device.type == "cpu"
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
@@ -221,8 +221,8 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov` u
-    = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
+    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov`
+    u = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
     gradient, where eta is the learning rate and e the workers' mean error memory (dist-EF-SGDM; Zheng, Huang and Kwok
     2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this is
     EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).

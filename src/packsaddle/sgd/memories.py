@@ -22,8 +22,8 @@ _LARGE = 1 << 20
 class EstimateMemory(ErrorMemory):
     """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
-    The method is from Richtarik, Sokolov and Fatkhullin 2021. With its update u and estimate g^(i), a worker sends C(u
-    - g^(i)), compressed by C, and adds it to g^(i). The parameters x become x - eta mean_i g^(i), where eta is the
+    The method is from Richtarik, Sokolov and Fatkhullin 2021. A worker with the update u and the estimate g^(i) sends
+    C(u - g^(i)), compressed by C, and adds it to g^(i). The parameters x become x - eta mean_i g^(i), where eta is the
     learning rate. So no update is ever unsent, and there is no error memory. EF21's proof does not assume bounded
     gradients. With small batches the method needs momentum. Raises ValueError for 16-bit parameters.
     """
@@ -46,7 +46,8 @@ class EstimateMemory(ErrorMemory):
         """Return an upper bound on the change of any coordinate of the parameters in a step. `magnitude` is the largest
         absolute value of the mean update that the step adds to the mean estimate.
 
-        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to it.
+        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to the
+        measured value.
         """
         if self._bound is None:
             self._bound = float(measured(self.mean))

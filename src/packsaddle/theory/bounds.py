@@ -81,7 +81,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants that the theorems hide in O-tilde, which are powers of the logarithm iota, and factors.
+    """The constants that the theorems hide in O-tilde: constant factors, and powers of a logarithm called iota.
 
     The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). It is an assumption that they are
     also valid, up to logarithms, for Algorithm 1. The factors `first_order_factor` and `second_order_factor`, both 1,
@@ -170,9 +170,8 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
     With units restored, they are iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and
     mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times its factor in `c`. Here `mu` is the contraction of the
-    compressor, D is 1 for a compressor that is `linear` and d for others, and chi^2 = sigma^2 + ||xi||^2, where xi is
-    the artificial noise. N is the `noise_ratio` of the assumptions `a`, whose class defines L, epsilon, rho, sigma and
-    d.
+    compressor, D is 1 if the compressor is `linear` and d if it is not, and chi^2 = sigma^2 + ||xi||^2, where xi is the
+    artificial noise. N is the `noise_ratio` of the assumptions `a`, whose class defines L, epsilon, rho, sigma and d.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
@@ -225,8 +224,8 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
 
     It solves mu^2 / (1 - mu) = q, where q is the first bound divided by the factors of the third bound that do not
     contain mu. If q is small, mu is about sqrt(q). For a compressor that is `linear`, sqrt(q) is
-    epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For other compressors it is
-    sqrt(d) times this number. `constants` are those of `step_sizes`, by default `PRACTICAL`.
+    epsilon^(3/4) / sqrt(alpha), where alpha is 1 under Assumption C and d without it. For a compressor that is not
+    linear, it is sqrt(d) times this number. `constants` are those of `step_sizes`, by default `PRACTICAL`.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])

@@ -44,9 +44,9 @@ class Plan:
 
     The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are the contraction mu and the
     number k of coordinates sent, which are exact, and `sent`, which is exact except for the size of coded indices.
-    Bytes are those that one worker sends. They do not include the escape check, which accepts or rolls back the steps
-    since the last check once these exceed `interval` steps or the distance `radius`. If it accepts them, it all-reduces
-    d uncompressed values.
+    Numbers of bytes are for one worker, and count the bytes that it sends. They do not include the escape check, which
+    accepts or rolls back the steps since the last check once these exceed `interval` steps or the distance `radius`. If
+    it accepts them, it all-reduces d uncompressed values.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions

@@ -1,4 +1,4 @@
-"""The start of a round: the `Hello` that each worker sends about itself, and the check that all of them fit."""
+"""The start of a round: each worker sends a `Hello` about itself, and all workers check that these messages match."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,27 +18,29 @@ _log = logging.getLogger("packsaddle")
 
 
 class Greeting:
-    """Exchanges the workers' Hello messages, and compares their arguments, anchors and messages.
+    """Exchanges the workers' `Hello` messages, which describe the workers, and compares the workers by them: their
+    arguments, anchors (parameters last agreed on) and compressed messages.
 
     Args:
         own: this worker's membership.
         pending: this worker's pending updates.
-        quorum: the quorum, at which a worker with another anchor must receive the state of another worker.
+        quorum: forms the set of workers. A worker whose anchor differs from that of most workers then receives a state.
         channel: the communicator of the workers.
     """
 
     def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
         self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
-        # The device of small messages, such as `Hello`: the CPU, unless the group cannot exchange its tensors.
+        # The device of small messages, such as `Hello`: the CPU if the group copies all messages to the CPU anyway, and
+        # otherwise the device of the anchor.
         device = own.fragments[0].anchor.flat.device
         self.device = torch.device("cpu") if channel.group.stages(device) else device
-        # Returns a text that must be equal on all workers.
+        # A function that returns the arguments that must be equal on all workers, as text.
         self.arguments: Callable[[], str] = str
-        self._arguments_hash = 0  # hash of this text when the worker joined
+        self._arguments_hash = 0  # hash of the text of `arguments` when the worker joined
 
     def exchange(self, *, dense: bool, seconds: float) -> list[Hello]:
-        """Exchange the Hello messages, and check that all of them fit (see `_check`); collective. Returns the messages
-        by rank.
+        """Exchange the Hello messages, and check that they match (see `_check`); collective. Returns the messages by
+        rank.
 
         Args:
             dense: this worker requests a round that sends all pending updates.
@@ -56,10 +58,10 @@ class Greeting:
     def _hello(self, *, dense: bool, seconds: float) -> Hello:
         own, account, every = self._own, self._own.account, self._own.due.options.compression.compare_every
         compared = every > 0 and own.rounds % every == 0
-        # A worker that has not joined only receives (weight 0). A worker that has not stepped since its last round has
-        # weight 0 too, but it may have an error memory, or unsent updates of fragments that were not in that round. If
-        # all pending updates are sent, it counts with `idle_weight`, its last weight. If it has no pending updates, its
-        # zeros are averaged with the updates of other workers.
+        # A worker that has not joined has weight 0: it only receives the mean. A worker that has not stepped since its
+        # last round has weight 0 too. But it may have an error memory, or unsent updates of fragments that were not in
+        # that round. If all pending updates are sent, it counts with `idle_weight`, its last weight. If it has no
+        # pending updates, its zeros are averaged with the updates of other workers.
         has_more = len(own.fragments) > 1 and not account.since and self._pending.exist()
         checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in own.fragments]).sum()) if compared else 0
         anchor, nanoseconds, memories, more, missing = own.site.totals(
@@ -86,7 +88,8 @@ class Greeting:
         )
 
     def _message(self) -> str:
-        """Return a text that identifies the messages of the next compressed round: version, compressor, d and round."""
+        """Return a text that describes this worker's message in the next compressed round: version, compressor, number
+        of coordinates d, and round. It must be equal on all workers."""
         part = self._own.due
         compressor = part.options.compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})
@@ -95,9 +98,9 @@ class Greeting:
         """Check that arguments, anchors and messages match on all workers. The value that most workers have is the
         right one; in a tie, the first is.
 
-        Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker with other arguments
-        or messages, or if workers have different anchors in their first round. In a later round, a worker with another
-        anchor loads the right one.
+        Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker whose arguments or
+        messages are not the right ones, and on all workers if their anchors differ in their first round. In a later
+        round, a worker whose anchor is not the right one raises RoundFailedError, and then loads the right anchor.
         """
         if len({h.arguments for h in hellos}) > 1:
             text = self.arguments()

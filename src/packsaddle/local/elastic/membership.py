@@ -1,4 +1,5 @@
-"""One worker's membership in a run whose workers join and leave: its name and counts, and the roster of the run."""
+"""One worker's membership in a run whose workers join and leave: its name and counts, and the records of all
+workers."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ class Membership:
     Args:
         settings: the settings of this worker.
         within: the processes of this worker; None: it is one process.
-        fragments: the fragments of the model.
+        fragments: the parts of the model, each of which is exchanged separately.
         schedule: the steps after which a fragment is exchanged.
     """
 
@@ -41,7 +42,8 @@ class Membership:
 
     @property
     def due(self) -> Fragment:
-        """The fragment that is exchanged in the next round, unless all are."""
+        """The fragment (part of the model) that the next round exchanges. A round that sends all pending updates
+        exchanges all fragments instead."""
         return self.fragments[self._schedule.in_rotation(self.rounds)]
 
     @property

@@ -39,7 +39,8 @@ class MemoryFile:
     # Unsent updates by parameter name, floating-point tensors with the shapes of the parameters.
     error: Mapping[str, Tensor]
     next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
-    # Unsent updates by name, like `error`, if the round in progress is committed; empty if there is none.
+    # The updates that are still unsent if the round in progress is committed, by parameter name; empty if there is
+    # none.
     next_error: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -74,9 +75,11 @@ class MemoryFile:
 
 
 class OwnFile:
-    """The file for this worker's error memory, locked against other processes until `close` or the process ends.
+    """The file for this worker's error memory. It is locked against other processes until `close` is called or the
+    process ends.
 
-    Raises ConfigError if another process has the lock, which the message names, or if the folder cannot be written.
+    Raises ConfigError if another process has the lock (the message names that process), or if the folder cannot be
+    written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,13 +108,13 @@ class OwnFile:
         return attempt in self._attempts and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
-        `save`.
+        """Return the error memory with which this worker continues, or None, and the norm of a lost memory, or 0.
+        Enables `save`.
 
-        It is the memory in the file. If the file's worker has sent updates since the file was written, the memory is
-        zero instead, and the worker's later memory is lost. An outdated or unreadable file, or one of another run, is
-        renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file is then a copy,
-        or locks do not work.
+        The returned memory is the one in the file. If the file's worker has sent updates since the file was written,
+        the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or a file of
+        another run, is renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file
+        is then a copy, or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True

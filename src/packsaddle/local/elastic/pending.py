@@ -1,7 +1,7 @@
 """This worker's pending updates: in its error memories and parameters, in its memory file, and in an exchange in doubt.
 
-An exchange is in doubt from this worker's confirmation until the vote, and until the next quorum if the confirmation
-failed: other workers may have committed it.
+An exchange is in doubt while the other workers may have committed it, and this worker cannot know. That is the time
+from this worker's confirmation to the vote or, if the confirmation failed, to the next quorum.
 """
 
 import logging
@@ -34,7 +34,7 @@ class PendingUpdates:
         self.file = None if path is None else OwnFile(path)
         self.in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
 
-    # The exchange of the round in progress.
+    # Methods for the exchanges of the round in progress.
 
     def close_exchanges(self) -> bool:
         """Commit the exchanges in doubt; return True if all of them are applied, and False if one is rejected."""
@@ -64,7 +64,7 @@ class PendingUpdates:
                 view.mul_(name not in part.frozen_next)
         return self._own.has_joined and any(bool(vector.any()) for vector in pending)
 
-    # The memory file.
+    # Methods for the memory file.
 
     @property
     def are_kept(self) -> bool:

@@ -1,4 +1,5 @@
-"""The torchft Manager's part of a round: it determines the set of workers, collects their errors and votes."""
+"""The torchft Manager's part of a round: the Manager determines the set of workers, and collects their errors and their
+votes."""
 
 from contextlib import suppress
 from datetime import timedelta
@@ -29,7 +30,8 @@ class Quorum:
 
     def form(self, *, is_last: bool) -> None:
         """Wait until torchft has determined the set of workers. A worker that is behind receives another worker's state
-        within this call. If this worker leaves after the round (`is_last`), the wait ends with its grace period.
+        within this call. If this worker leaves after the round (`is_last`), it waits at most until the end of its grace
+        period.
 
         Raises RoundFailedError if there is no quorum.
         """
@@ -68,5 +70,5 @@ class Quorum:
             raise RoundFailedError("" if reason is None else reason or str(self._manager.errored()))
 
     def mark_as_behind(self) -> None:
-        """Let this worker receive the state of another worker at the next quorum."""
+        """Mark this worker as behind, so that it receives the state of another worker at the next quorum."""
         self._manager.load_state_dict({"step": 0, "batches_committed": 0})

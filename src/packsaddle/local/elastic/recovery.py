@@ -50,8 +50,8 @@ class Recovery:
         own.settings.manager.register_state_dict_fn("packsaddle", self._receive, self._shared)
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state for a worker that is behind: the anchor, the roster, and
-        the states of the outer and inner optimizers."""
+        """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
+        the records of all workers (`Roster`), and the states of the outer and inner optimizers."""
         own = self._own
         inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
         return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
@@ -73,8 +73,8 @@ class Recovery:
         """Load the received state, if there is one.
 
         The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
-        differ. So all processes use the number of steps that process 0 received, or its whole state if each process has
-        the whole model.
+        differ. So all processes use the number of steps that process 0 received, or the whole state that it received if
+        each process has the whole model.
         """
         if (state := self._received) is not None:
             self._received = None
@@ -99,8 +99,8 @@ class Recovery:
         self._check(state)
         own, account, is_new = self._own, self._own.account, not self._own.roster.past
         was = [(part, part.anchor.copy_starts()) for part in own.fragments]
-        # Commit the exchange in doubt if the anchor of the others includes this worker's last attempt; else roll it
-        # back.
+        # Commit the exchange in doubt if the other workers' anchor includes this worker's last attempt at a round.
+        # Otherwise roll it back.
         included = state["roster"]["included"].get(own.worker, 0)
         sent, taken = set[Fragment](), False
         if self._pending.in_doubt and included == account.attempts:
@@ -123,10 +123,12 @@ class Recovery:
             self._begin_at(state)
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        """Raise ConfigError, with nothing changed, if the state does not fit, or if this worker would lose rounds by
-        loading it: if it is from another run, or has fewer rounds of this run. The memory file is then up to date.
+        """Raise ConfigError, with nothing changed, if the received state does not match this worker's arguments, or if
+        this worker would lose rounds by loading it. Rounds would be lost if the state is from another run, or has fewer
+        rounds of this run. In that case the pending updates are first saved to the memory file.
 
-        torchft lets newcomers begin a run of their own if the other workers do not answer in time.
+        A state of another run may arrive because torchft lets new workers begin a run of their own if the existing
+        workers do not answer in time.
         """
         try:
             self._state.validate(state)
@@ -134,8 +136,8 @@ class Recovery:
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
         mine, theirs = self._own.rounds, sum(part["rounds"] for part in state["fragments"])
         own_run, run = self._own.roster.run, state["roster"]["run"]
-        # A worker may be one round ahead, which the others have rolled back. It has as many exchanges as there are
-        # fragments if it was uncompressed.
+        # This worker may have one more round than the other workers, which they have rolled back. If that round was
+        # uncompressed, it counts as one exchange for each fragment.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
             self._pending.save()
             raise ConfigError(
@@ -172,7 +174,7 @@ class Recovery:
     def _begin_at(self, state: Mapping[str, Any]) -> None:
         """Continue, as a new worker, at the sender's number of steps, with the state of its inner optimizers."""
         self._own.steps = state["steps"]
-        # With empty moments the first steps would be too large.
+        # With empty optimizer moments, the first steps would be too large.
         if state["inner"] is not None and self._own.settings.share_optimizer_state:
             try:
                 load_states(self._inner, state["inner"])

@@ -1,4 +1,5 @@
-"""Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
+"""Records of a run whose workers join and leave: `Roster`, identical on all workers, and `Account`, a worker's own
+counts.
 
 A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
 committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor
@@ -86,8 +87,8 @@ class Roster:
         self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories. It is over the workers whose files contain
-        their memory if `keeps` is True, and over the workers whose files do not contain it if False."""
+        """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum includes the
+        workers whose files contain their memory. If it is False, the sum includes the workers whose files do not."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
@@ -144,8 +145,9 @@ class Account:
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the other workers
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return the weight that this worker has in a round now (see `Elastic.weight`), or 0 if it has not stepped.
-        Raises ConfigError if the weight function's total is not finite or decreases."""
+        """Return the weight that this worker has in a round now (see `Elastic.weight`). It is 0 if the worker has not
+        stepped since the last round that included its update. Raises ConfigError if the weight function's total is not
+        finite or decreases."""
         if not self.since:
             return 0.0
         if rule is None:

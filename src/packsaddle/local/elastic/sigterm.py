@@ -1,4 +1,5 @@
-"""SIGTERM handling: on the signal, a worker leaves the run after its next inner step, or while it waits for others."""
+"""SIGTERM handling: on the signal, a worker leaves the run after its next inner step, or while it waits for other
+workers."""
 
 import os
 import signal

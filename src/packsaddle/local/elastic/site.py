@@ -1,4 +1,5 @@
-"""The processes of one worker, a site, which agree on all that decides about a round."""
+"""A site: the processes that together are one worker. They must agree on everything that decides whether a round is
+committed."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,8 @@ class Site(ObjectCollectives):
 
     Args:
         within: the group of the processes; None: the worker is one process.
-        fragments: the fragments of the model, of which each process has its shard, or the whole.
+        fragments: the parts of the model that are exchanged separately. Each process has a shard of them, or all of
+            them.
     """
 
     def __init__(self, within: Group | None, fragments: Sequence[Fragment]) -> None:
@@ -30,7 +32,7 @@ class Site(ObjectCollectives):
         self.has_replicas = within is not None and splits == {False}
 
     def totals(self, *numbers: int) -> list[int]:
-        """Return integers, each summed over the processes, modulo 2^64."""
+        """Return `numbers`, each summed over the processes of this worker, modulo 2^64."""
         if self.size == 1:
             return list(map(int, numbers))
         totals = torch.tensor(numbers, dtype=torch.int64)
@@ -38,9 +40,10 @@ class Site(ObjectCollectives):
         return totals.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Return True if the flag is True on one of the processes."""
+        """Return True if `flag` is True on at least one of this worker's processes."""
         return self.totals(flag)[0] > 0
 
     def fails_together(self) -> AbstractContextManager[None]:
-        """Context manager that raises an error on all processes if its block raises one on a process."""
+        """Context manager that raises an error on all processes of this worker if its block raises an error on one of
+        them."""
         return fail_together(self.group)

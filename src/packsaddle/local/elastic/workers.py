@@ -2,22 +2,24 @@
 
 The workers of torchft's quorum exchange their updates v of one fragment (parameters exchanged together) in five steps:
 
-    quorum     the set of workers is fixed; a worker that is behind loads the state of another one (`Recovery`)
+    quorum     the set of workers is fixed; a worker that is behind loads another worker's state (`Recovery`)
     hello      one all-gather of each worker's name, weight, and hashes of arguments, anchor and message
     exchange   the mean of the compressed, weighted v; fragments alternate; weights are W w_i / sum_j w_j, 1 by default
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
 A worker whose confirmation fails cannot determine whether another worker has committed the round. It keeps the exchange
-until the next quorum. If others are ahead, the state that it receives contains its last attempt included in the anchor,
-by which the exchange is committed or rolled back. So no update is applied twice, and none is lost.
+until the next quorum. If the other workers are ahead then, the state that they send records this worker's last attempt
+that their anchor includes. It determines whether this worker commits the exchange or rolls it back. So no update is
+applied twice, and none is lost.
 
 A worker only receives (w_i = 0) in its first round, and in rounds before which it has not stepped, unless all pending
 updates are sent.
 
 A worker may be a site of several processes. Each process runs these steps with its peers in the other sites, and after
-each step they agree whether it failed on one of them (`fail_together`); the vote is torchft's, of all of them. All that
-decides about a round is equal on the processes of a site: its name, weights, hashes, times and signals are combined.
+each step the processes of a site agree whether the step failed on one of them (`fail_together`). The vote of torchft
+includes all processes. Everything that decides about a round must be equal on the processes of a site, so their names,
+weights, hashes, times and signals are combined.
 """
 
 import logging
@@ -194,7 +196,7 @@ class ElasticWorkers(Membership):
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
         With `uncompressed`, all pending updates are sent. Raises PeerLostError if no round is committed in `patience`
-        seconds, and ConfigError if this worker's arguments differ from those of the others.
+        seconds, and ConfigError if this worker's arguments differ from those of the other workers.
         """
         # Measure the time of an inner step, from which `_commit` chooses the steps of the next round.
         arrived = time.monotonic()
@@ -253,8 +255,8 @@ class ElasticWorkers(Membership):
             reason = str(error)
             self._quorum.report(error)
             self._recovery.discard_received()
-        # Vote. If this worker's confirmation failed, other workers may still have committed the round. Its fragments
-        # are then in doubt, and `Recovery` commits it or rolls it back at the next quorum.
+        # Vote. If this worker's confirmation failed, other workers may still have committed the round. The exchanges of
+        # the round are then in doubt, and `Recovery` commits them or rolls them back at the next quorum.
         try:
             self._quorum.vote(reason if attempt is None else None)
         except RoundFailedError:
@@ -355,7 +357,7 @@ class ElasticWorkers(Membership):
             )
         return applied
 
-    # Methods that have no function for elastic workers.
+    # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
 
     def check_fixed(self, call: str) -> None:
         """Raise RuntimeError for a call that only a fixed set of workers supports."""
@@ -385,7 +387,7 @@ class ElasticWorkers(Membership):
     def identity(self) -> dict[str, Any]:
         return {"elastic": True}
 
-    # Workers that leave.
+    # Methods for leaving the run.
 
     def _may_leave(self) -> bool:
         """Save the error memory to its file after SIGTERM; return False if the memory must be sent in the next round

@@ -51,7 +51,7 @@ def compiler(device: torch.device | str) -> str:
 
 
 def arithmetic(device: torch.device | str) -> str:
-    """Return the type of a device and the compiler of its inner loops, such as "numba on cpu".
+    """Return a text that names the type of a device and the compiler of its inner loops, such as "numba on cpu".
 
     The result must be equal on all workers. Otherwise results that every worker computes separately could differ:
     random numbers, sums, the order of ties.

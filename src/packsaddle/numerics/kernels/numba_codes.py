@@ -103,8 +103,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
-    `compressors.quantized`; `bits` is at most 8."""
+    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and the norm of each bucket,
+    float[buckets]. See `compressors.quantized`; `bits` is at most 8."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
@@ -313,8 +313,8 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high` to `places`. With `inverted`, write the indices of the
-    codes from `low` to `high` instead. `places` must have one element more than there are such indices."""
+    """Write to `places` the indices of the codes below `low` or above `high`. With `inverted`, write the indices of the
+    codes from `low` to `high` instead. `places` must have one element more than the number of indices to write."""
     n: Any = 0
     # No branches: write every index to place n, and increment n only if the index belongs in `places`.
     for i in range(len(codes)):

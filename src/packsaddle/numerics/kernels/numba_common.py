@@ -18,9 +18,10 @@ WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
-# Loops with this decorator may add in any order.
+# Loops with this decorator may reorder their floating-point additions.
 compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-# Loops with this decorator may add in any order, and may use fused multiply-add, as torch.add does for `alpha`.
+# Loops with this decorator may reorder their floating-point additions, and may use fused multiply-add, as torch.add
+# does for `alpha`.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 

@@ -72,8 +72,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write the indices of the magnitudes in `bits` that are at least `limit` to `out`, plus `offset`. Returns the
-    number n of such magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
+    """Write to `out` the indices, plus `offset`, of the magnitudes in `bits` that are at least `limit`. Returns the
+    number n of these magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
     # Most blocks have no magnitude that reaches `limit`. Count first, and write indices only if the count is not 0.
@@ -103,9 +103,9 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the indices of the `kept` largest magnitudes in each run of `chunk` elements of v, increasing int64[...].
-    If the last run is shorter, `kept_of_last` of its indices are returned. Among equal magnitudes, the first are
-    selected."""
+    """Return the indices of the `kept` largest magnitudes in each run of `chunk` elements of v, float[d], increasing
+    int64[...]. If the last run is shorter, `kept_of_last` of its indices are returned. Among equal magnitudes, the
+    first are selected."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()
@@ -143,7 +143,7 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices of the magnitudes in `bits` that are at least `limit` to `found`, and return their number.
+    """Write to `found` the indices of the magnitudes in `bits` that are at least `limit`, and return their number.
     `found` must have one element more than `bits`."""
     m: Any = 0
     for i in range(len(bits)):
@@ -154,8 +154,8 @@ def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
 
 @compiled_loop
 def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
-    """Return a threshold that exactly k of `magnitudes`, integers, reach. If ties exclude that, return the k-th largest
-    magnitude."""
+    """Return a threshold that exactly k of the integers in `magnitudes` reach. If ties make that impossible, return the
+    k-th largest integer."""
     most = magnitudes.dtype.type(0)
     for i in range(len(magnitudes)):
         most = max(most, magnitudes[i])

@@ -28,8 +28,8 @@ def mixed(h: Any) -> Any:
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale * N(0, 1) noise to out: the numbers `start`, start + 1, ... of the sequence of `keys` (see
-    `seeds.add_gaussians`)."""
+    """Add scale * N(0, 1) noise to out, float[n], in place: the numbers `start`, start + 1, ... of the sequence that
+    `keys` define (see `seeds.add_gaussians`)."""
     o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
     factor = scalar(scale, o)
     in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))

@@ -146,7 +146,7 @@ def _add_levels(packed, norms, out, alpha, levels, bucket, d, n, BITS: tl.conste
     low = tl.load(packed + byte + 1, mask=(i < d) & (byte + 1 < n), other=0).to(tl.int32)
     code = (((high << 8) | low) >> (16 - BITS - (bit & 7).to(tl.int32))) & ((1 << BITS) - 1)
     norm = tl.load(norms + i // bucket, mask=i < d, other=0.0)
-    _add(out, i, ((code - levels).to(norm.dtype) * alpha) * norm, d)  # this order cannot overflow
+    _add(out, i, ((code - levels).to(norm.dtype) * alpha) * norm, d)  # this order of factors cannot overflow
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
