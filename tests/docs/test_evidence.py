@@ -177,7 +177,7 @@ def clock() -> Iterator[str]:
         key: sorted(fmean(ours) / limit for ours, _, limit in (best_at(*key[:1], rate, key[1]) for rate in RATES))
         for key in (("Muon", 2), ("AdamW", 2))
     }
-    yield "with AdamW alone {:.2f} to {:.2f} times as long".format(*(over["AdamW", 2][i] for i in (0, -1)))
+    yield "with AdamW alone takes {:.2f} to {:.2f} times as long".format(*(over["AdamW", 2][i] for i in (0, -1)))
     yield "training takes {:.2f} to {:.2f} times as long as dense".format(*(over["Muon", 2][i] for i in (0, -1)))
     (ours, peer, _), (more_ours, more_peer, _) = best_at("Muon", "1000"), best_at("Muon", "1000", 4)
     assert max(ours) > min(peer)  # the ranges overlap

@@ -41,7 +41,7 @@ HOMES = {
     r"model\.join\(\)": "docs/ddp.md",
     r"download\.pytorch\.org/whl/cpu": "docs/start.md",
     r"38%\s+at\s+1,024": "docs/scale.md",
-    r"28%\s+at\s+1%": "docs/compressors.md",
+    r"28%\s+of\s+the\s+bytes\s+of\s+dense": "docs/compressors.md",
     r"bias\s+is\s+sent\s+every\s+1000\s+steps": "docs/departures.md",
     r"\b0\.19\.6\b": "docs/comparison.md",
     r"1\.5,\s+1\.7,\s+2\.7,\s+3,\s+4": "experiments/adamw/README.md",
