@@ -3,7 +3,7 @@
 import csv
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, mean
 
 import torch
 from stored_rows import at_best_rate, read
@@ -86,16 +86,18 @@ def test_all_methods_inside_muon_and_adamw() -> None:
 
 
 def test_workers_of_unequal_speeds() -> None:
-    """The tables of the guide and of the card are the rows, in which paces reach 95% and 93% of all speeds."""
+    """The tables of the guide and the card are means of three runs, in which paces reach 95% and 93% of all speeds."""
     folder = DOCS.parent / "experiments" / "pace"
     guide, card = (DOCS / "unequal-speeds.md").read_text(), (folder / "README.md").read_text()
     with (folder / "speeds.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        percent = f"{float(row['of_the_sum']):.1%}"
-        cells = [row["way"], row["steps_in_a_round"].replace(" ", ", "), row["examples_a_second"], percent]
+    for speeds, way in {(row["speeds"], row["way"]) for row in rows}:
+        runs = [row for row in rows if (row["speeds"], row["way"]) == (speeds, way)]
+        assert len(runs) == 3
+        of_the_sum = [float(row["of_the_sum"]) for row in runs]
+        percent, rate = f"{fmean(of_the_sum):.1%}", fmean(float(row["examples_a_second"]) for row in runs)
+        cells = [way, runs[0]["steps_in_a_round"].replace(" ", ", "), f"{rate:.1f}", percent]
         assert f" | {' | '.join(cells)} |" in card
-        assert row["way"] == "without exchanges" or percent in guide
-    two, four = (float(row["of_the_sum"]) for row in rows if row["way"] == "paces")
-    assert two >= 0.95
-    assert four >= 0.93
+        assert way == "without exchanges" or percent in guide
+        assert way == "without exchanges" or f"{min(of_the_sum):.1%} to {max(of_the_sum):.1%}" in card
+        assert way != "paces" or min(of_the_sum) >= (0.95 if speeds == "1 0.333333" else 0.93)
