@@ -47,6 +47,7 @@ import packsaddle
 from lab.bench.hosts import Hosts
 from lab.bench.origin import Origin
 from lab.bench.rows_file import add_rows, read_rows
+from lab.race.inner import Half
 from packsaddle.comm import process_group, resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -59,8 +60,14 @@ STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core t
 
 
 # A method is None for dense training, or further arguments of `LocalUpdates`, which send one bit per coordinate every 8
-# steps.
+# steps. Local SGD and DiLoCo send their updates in 16 bits and uncompressed, as their other implementations can.
 Method = Mapping[str, Any] | None
+DILOCO = packsaddle.OuterSGD(0.7, 0.5)
+PEER: Mapping[str, Any] = {
+    "compressor": packsaddle.Compression(Half(), dense_below=0),
+    "mean_momentum": 0.0,
+    "keep_unsent": False,
+}
 METHODS: dict[str, Method] = {
     "dense": None,
     "local": {},
@@ -68,6 +75,8 @@ METHODS: dict[str, Method] = {
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
     "local, overlap": {"overlap": 2},
     "local, agreement, overlap": {"outer": packsaddle.OuterAgreement(0.5), "overlap": 3},
+    **{f"local SGD {every}, 16 bits": {**PEER, "every": every} for every in (8, 32, 128)},
+    **{f"DiLoCo {every}, 16 bits": {**PEER, "every": every, "outer": DILOCO} for every in (32, 128)},
     "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # for two workers only
 }
 
@@ -296,7 +305,7 @@ class Reached:
         """
         how = METHODS[self.method]
         overlap = how.get("overlap", 0) if how else 0
-        hidden = overlap * STEP_TIME * self.steps / EVERY
+        hidden = overlap * STEP_TIME * self.steps / EVERY  # all methods with overlap have this period
         exchanges = 8 * self.sent / (mbit * 1e6)
         return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
 
