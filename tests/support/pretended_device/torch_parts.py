@@ -1,6 +1,7 @@
-"""The Python parts of torch that a build for CPUs has not: modules of devices, storages, and NCCL."""
+"""The Python parts of torch that a build for CPUs has not: modules of devices, storages, NCCL, and debugging."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ def patch_device_module(kind: str, module: Any, devices: int) -> None:
         there.is_available = lambda: True
         there.synchronize = torch.accelerator.synchronize
         return
-    for part in (_state(devices), _streams(kind), _memory(module), _random(kind, devices)):
+    for part in (_state(module, devices), _streams(kind), _memory(module), _random(kind, devices)):
         for name, value in part.items():
             setattr(there, name, value)
     raw: Any = torch._C
@@ -43,10 +44,10 @@ def _index(device: Any) -> int:
     return _index(None) if index is None else index
 
 
-def _state(devices: int) -> dict[str, Any]:
+def _state(module: Any, devices: int) -> dict[str, Any]:
     raw: Any = torch._C
     return {
-        "is_available": lambda: True,
+        "is_available": module.use,
         "_is_compiled": lambda: True,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,
@@ -192,3 +193,34 @@ def patch_collectives(kind: str, module: Any) -> None:
     c10d.ProcessGroupNCCL = dist.ProcessGroupNCCL = ProcessGroupNCCL  # type: ignore[attr-defined]
     c10d._NCCL_AVAILABLE = True
     c10d._new_process_group_helper = helped
+
+
+def patch_debugging(device: Any) -> None:
+    """Give torch.cuda.set_sync_debug_mode its mode and its notice, and torch.profiler the device's kernels."""
+    if device.kind != "cuda":
+        return
+    raw: Any = torch._C
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    notices = [notice]  # given once
+
+    def set_mode(mode: int) -> None:
+        while notices:
+            warnings.warn(notices.pop(), stacklevel=3)
+        device.sync_debug_mode = mode
+
+    class Profile:
+        def __init__(self, activities: list[Any]) -> None:
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self) -> Any:
+            self.launches = -device.module.launches()
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.launches += device.module.launches()
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(key="cudaLaunchKernel", count=self.launches)]
+
+    raw._cuda_set_sync_debug_mode = set_mode
+    torch.profiler.profile = Profile  # type: ignore[assignment,misc]

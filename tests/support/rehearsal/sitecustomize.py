@@ -1,0 +1,21 @@
+"""Gives every Python that has this folder on its path two pretended GPUs, whose events it writes to the file EVENTS."""
+
+import os
+from collections import Counter
+from typing import Any
+
+from pretended_device import build, start
+
+
+class _Written(Counter[Any]):
+    """A counter of events that writes each of them when it is counted first, since workers may end without a word."""
+
+    def __setitem__(self, event: Any, number: int) -> None:
+        if event not in self:
+            with open(os.environ["EVENTS"], "a") as file:
+                file.write(" | ".join(event) + "\n")
+        super().__setitem__(event, number)
+
+
+_recording = start("cuda", build.built(), devices=2).record()
+_recording.__enter__().events = _Written()
