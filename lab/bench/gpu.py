@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
     # Report.
-    print(f"\n{table(found)}\n\n{LEGEND}\n\nPlease send {args.out}: everything above is in it.")
+    print(f"\n{table(found)}\n\n{LEGEND}\n\nPlease send {args.out} in an issue: everything above is in it.")
     if failed := [name for name, part in found.items() if _has_failed(part)]:
         print(f"failed: {', '.join(failed)}. The same command tries these parts again.", file=sys.stderr)
     return int(bool(failed))
