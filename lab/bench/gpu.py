@@ -126,14 +126,14 @@ def packing(d: int, repeats: int) -> dict[str, Any]:
     v = torch.randn(d, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     out, found = torch.zeros_like(v), dict[str, Any]()
     for compressor in compressors(0.01):
-        works = {"copy": copier(d), f"{describe(compressor)} pack": partial(compressor.encode, v, seed=0, step=0)}
+        name, encode = describe(compressor), partial(compressor.encode, v, seed=0, step=0)
         try:
-            message = compressor.encode(v, seed=0, step=0)
-            received = compressor.receive(message.parts, d, seed=0, step=0)
-            works[f"{describe(compressor)} unpack"] = partial(compressor.add_decoded, received, out, 1e-6)
+            received = compressor.receive(encode().parts, d, seed=0, step=0)
+            decode = partial(compressor.add_decoded, received, out, 1e-6)
+            works: dict[str, Work] = {"copy": copier(d), f"{name} pack": encode, f"{name} unpack": decode}
             found |= ratios(side_by_side(works, repeats=repeats))
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
-            found[describe(compressor)] = {"failed": str(error).splitlines()[0]}
+            found[name] = {"failed": str(error).splitlines()[0]}
     return found
 
 

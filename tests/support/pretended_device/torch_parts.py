@@ -196,31 +196,19 @@ def patch_collectives(kind: str, module: Any) -> None:
 
 
 def patch_debugging(device: Any) -> None:
-    """Give torch.cuda.set_sync_debug_mode its mode and its notice, and torch.profiler the device's kernels."""
-    if device.kind != "cuda":
-        return
-    raw: Any = torch._C
+    """Let torch.cuda.set_sync_debug_mode set the mode of a CUDA device, and torch.profiler count its kernels."""
     notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
-    notices = [notice]  # given once
 
     def set_mode(mode: int) -> None:
-        while notices:
-            warnings.warn(notices.pop(), stacklevel=3)
+        warnings.warn(notice, stacklevel=3)  # torch gives it once
         device.sync_debug_mode = mode
 
-    class Profile:
-        def __init__(self, activities: list[Any]) -> None:
-            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+    @contextlib.contextmanager
+    def profile(activities: list[Any]) -> Iterator[SimpleNamespace]:
+        before, kernels = device.module.launches(), SimpleNamespace(key="cudaLaunchKernel", count=0)
+        yield SimpleNamespace(key_averages=lambda: [kernels])
+        kernels.count = device.module.launches() - before
 
-        def __enter__(self) -> Any:
-            self.launches = -device.module.launches()
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.launches += device.module.launches()
-
-        def key_averages(self) -> list[SimpleNamespace]:
-            return [SimpleNamespace(key="cudaLaunchKernel", count=self.launches)]
-
-    raw._cuda_set_sync_debug_mode = set_mode
-    torch.profiler.profile = Profile  # type: ignore[assignment,misc]
+    there: Any = torch
+    if device.kind == "cuda":
+        there._C._cuda_set_sync_debug_mode, there.profiler.profile = set_mode, profile
