@@ -37,7 +37,6 @@ from packsaddle.comm.devices import accelerators
 from packsaddle.compressors import compressors, describe
 from packsaddle.plan import Timing, side_by_side
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 530.0
 COLLECTIVE = timedelta(minutes=2)  # the longest time of a collective, so that a hang ends its part and not the command
 Work = Callable[[], object]
@@ -97,6 +96,8 @@ def _makers() -> dict[str, Make]:
 def steps(d: int, repeats: int) -> dict[str, Any]:
     """Time optimizer steps and rounds of local updates, with one optimizer in memory at a time."""
     found: dict[str, Any] = {}
+    gc.collect()
+    gc.freeze()  # later collections skip what torch has imported, which would take a second each
     for name, make in _makers().items():
         try:
             found |= _step(name, make, d, repeats)
@@ -171,15 +172,15 @@ def trained() -> dict[str, Any]:
                 local.flush()
             x = nn.utils.parameters_to_vector(model.parameters()).detach().cpu()
             others = group.all_gather(x)
-            found[name] = {"first loss": losses[0], "last loss": losses[-1],
+            found[name] = {"first loss": round(losses[0], 4), "last loss": round(losses[-1], 4),
                            "one model": all(torch.equal(x, other) for other in others)}  # fmt: skip
         return found
 
 
 def triton(seconds: float) -> dict[str, Any]:
     """Compare the Triton loops with torch's, in a separate process. Raises WorkerFailedError if they differ."""
-    command = [sys.executable, "tests/support/triton_loops.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    command = [sys.executable, str(Path(__file__).parents[2] / "tests/support/triton_loops.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise WorkerFailedError(last, done.stderr)
@@ -256,9 +257,10 @@ def _has_failed(part: object) -> bool:
 
 def parts(sizes: list[int], repeats: int, end: float) -> dict[str, Work]:
     """Return the functions that measure the parts, by name."""
+    small = min(1_000_000, *sizes)
     works: dict[str, Work] = {
         "Triton loops": lambda: triton(max(1.0, end - time.monotonic())),
-        "waits": partial(waits, min(1_000_000, *sizes)),
+        f"waits, d = {small:,}": partial(waits, small),
         "two processes": partial(launch, trained, (), 2),
     }
     for d in sizes:

@@ -20,7 +20,7 @@ def test_the_whole_command(library: Path, tmp_path: Path) -> None:
     out, events = tmp_path / "gpu.json", tmp_path / "events"
     gpus = {f"cuda:{i}": "pretended, 8 GiB, compute capability 9.0" for i in range(2)}
     before = {"gpus": gpus, **machine(threads=1), "repeats": 1, "Triton loops": {"equal to torch's": "signs"}}
-    out.write_text(json.dumps(before | {"waits": {"failed": "no time was left"}}))
+    out.write_text(json.dumps(before | {"waits, d = 5,000": {"failed": "no time was left"}}))
     path = os.pathsep.join([str(Path(build.__file__).parents[1] / "rehearsal"), *sys.path])
     command = [sys.executable, "-m", "lab.bench.gpu", "--out", str(out), "--d", "5000", "--repeats", "1"]
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "EVENTS": str(events)}
@@ -30,19 +30,19 @@ def test_the_whole_command(library: Path, tmp_path: Path) -> None:
     # Every part has its rows.
     found = json.loads(out.read_text())
     assert found.items() >= before.items()
-    waits = {name: row["waits"] for name, row in found["waits"].items()}
+    waits = {name: row["waits"] for name, row in found["waits, d = 5,000"].items()}
     assert waits["SGD, fused"] == waits["AdamW, fused, between two rounds of local updates"] == 0
     assert waits["AdamW, fused, and a round of local updates"] == waits["CompressedSGD TopK(ratio=0.01)"] == 1
-    assert all(row["launches"] > 0 for row in found["waits"].values())
+    assert all(row["launches"] > 0 for row in found["waits, d = 5,000"].values())
     assert found["two processes"].keys() == {"hook", "local updates"}
     assert all(row["one model"] and row["last loss"] < row["first loss"] for row in found["two processes"].values())
     timed = {part: found[f"{part}, d = 5,000"] for part in ("exchange", "steps", "packing")}
     assert timed["exchange"].keys() == {"copy", "all-reduce", "SGD's step and a round of local updates"}
-    assert timed["steps"].keys() == found["waits"].keys() | {"copy"}
+    assert timed["steps"].keys() == waits.keys() | {"copy"}
     assert {name.rsplit(" ", 1)[0] for name in timed["packing"]} == {"copy", *map(describe, compressors(0.01))}
     for rows in timed.values():
         assert all(0 < row["low"] <= row["copies"] <= row["high"] for row in rows.values()), rows
-    for part, row in (("Triton loops", ""), ("waits", "SGD, fused"), ("exchange, d = 5,000", "all-reduce")):
+    for part, row in (("Triton loops", ""), ("waits, d = 5,000", "SGD, fused"), ("two processes", "hook")):
         assert f"| {part} | {row} | " in done.stdout
 
     # The devices have exchanged tensors by NCCL, and no process has made a fault.
