@@ -1,76 +1,51 @@
-"""A rehearsal of `make gpu`: its parts run on the pretended device, where it counts the host's waits.
+"""A rehearsal of `make gpu`: the whole command on two pretended GPUs, which its processes find as they would find real
+ones. gloo plays NCCL. There is no Triton on a pretended GPU, so that part comes from an earlier call."""
 
-The parts of two processes get the environment of a launcher, and a device each; gloo plays NCCL.
-"""
-
+import json
 import os
-import socket
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from pretended_device import FAULTS, start
+import pytest
+from pretended_device import FAULTS, build
 
-Rows = dict[str, dict[str, Any]]
-
-
-def _parts(library: Path) -> dict[str, Rows]:
-    device = start("cuda", library)
-    from lab.bench import gpu
-
-    def counted(_: str, work: Callable[[], object]) -> dict[str, float]:
-        with device.record() as log:
-            work()
-        return {"waits": log.total("wait"), "launches": log.launches}
-
-    gpu.counted = counted  # which reads torch's own counters of a CUDA build
-    return {
-        "waits": gpu.waits("cuda", 20_000),
-        "steps": gpu.steps("cuda", 5000, 1),
-        "packing": gpu.packing("cuda", 5000, 1),
-    }
+from lab.bench.result import machine
+from packsaddle.compressors import compressors, describe
 
 
-def test_the_parts_of_one_process(in_child: Callable[..., list[Any]], library: Path) -> None:
-    (found,) = in_child(_parts, library)
-    for part in ("steps", "packing"):
-        assert {name: row for name, row in found[part].items() if "failed" in row} == {}
-        assert all(0 < row["low"] <= row["copies"] <= row["high"] for row in found[part].values())
-    waits = {name: row["waits"] for name, row in found["waits"].items()}
-    assert waits["SGD, fused"] == waits["AdamW, fused"] == waits["a step between two rounds of local updates"] == 0
-    assert waits["AdamW, fused, and a round of local updates"] == 1
-    assert waits["CompressedSGD RandomK(ratio=0.01)"] == 1
-    assert all(row["launches"] > 0 for row in found["waits"].values())
+@pytest.mark.process
+def test_the_whole_command(library: Path, tmp_path: Path) -> None:
+    # Continue a call in which the Triton loops were compared, and another part failed.
+    out, events = tmp_path / "gpu.json", tmp_path / "events"
+    gpus = {f"cuda:{i}": "pretended, 8 GiB, compute capability 9.0" for i in range(2)}
+    before = {"gpus": gpus, **machine(threads=1), "repeats": 1, "Triton loops": {"equal to torch's": "signs"}}
+    out.write_text(json.dumps(before | {"waits, d = 5,000": {"failed": "no time was left"}}))
+    path = os.pathsep.join([str(Path(build.__file__).parents[1] / "rehearsal"), *sys.path])
+    command = [sys.executable, "-m", "lab.bench.gpu", "--out", str(out), "--d", "5000", "--repeats", "1"]
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "EVENTS": str(events)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
+    # Every part has its rows.
+    found = json.loads(out.read_text())
+    assert found.items() >= before.items()
+    waits = {name: row["waits"] for name, row in found["waits, d = 5,000"].items()}
+    assert waits["SGD, fused"] == waits["AdamW, fused, between two rounds of local updates"] == 0
+    assert waits["AdamW, fused, and a round of local updates"] == waits["CompressedSGD TopK(ratio=0.01)"] == 1
+    assert all(row["launches"] > 0 for row in found["waits, d = 5,000"].values())
+    assert found["two processes"].keys() == {"hook", "local updates"}
+    assert all(row["one model"] and row["last loss"] < row["first loss"] for row in found["two processes"].values())
+    timed = {part: found[f"{part}, d = 5,000"] for part in ("exchange", "steps", "packing")}
+    assert timed["exchange"].keys() == {"copy", "all-reduce", "SGD's step and a round of local updates"}
+    assert timed["steps"].keys() == waits.keys() | {"copy"}
+    assert {name.rsplit(" ", 1)[0] for name in timed["packing"]} == {"copy", *map(describe, compressors(0.01))}
+    assert all(0 < row["low"] <= row["copies"] <= row["high"] for rows in timed.values() for row in rows.values())
+    for part, row in (("Triton loops", ""), ("waits, d = 5,000", "SGD, fused"), ("two processes", "hook")):
+        assert f"| {part} | {row} | " in done.stdout
 
-def _parts_of_two(library: Path, folder: Path) -> tuple[dict[str, Rows], list[str], list[str]]:
-    """Return the rows by part, NCCL's collectives, and the faults, of which gloo with the device's tensors is one."""
-    device, rank = start("cuda", library, devices=2), dist.get_rank()
-    from lab.bench import gpu
-
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = torch.tensor([free.getsockname()[1] for free in (one, other)])
-        dist.broadcast(ports, 0)
-    dist.destroy_process_group()
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
-    found = dict[str, Rows]()
-    with device.record() as log:
-        for port, part in zip(ports.tolist(), ("trained", "exchanged"), strict=True):
-            os.environ["MASTER_PORT"] = str(port)
-            found[part] = getattr(gpu, part)("cuda", *((5000, 1) if part == "exchanged" else ()))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/after", rank=rank, world_size=2)  # the caller ends it
-    waits = [line for line in log.lines("wait", "background wait") if "gloo on the device" in line]
-    return found, log.lines("collective"), waits + log.lines(*FAULTS)
-
-
-def test_the_parts_of_two_processes(in_child: Callable[..., list[Any]], library: Path, tmp_path: Path) -> None:
-    for found, collectives, faults in in_child(_parts_of_two, library, tmp_path, workers=2):
-        assert collectives
-        assert not faults, "\n".join(faults)
-        assert found["trained"].keys() == {"hook", "local updates"}
-        assert all(row["one model"] and row["last loss"] < row["first loss"] for row in found["trained"].values())
-        assert found["exchanged"].keys() == {"copy", "all-reduce", "SGD's step and a round of local updates"}
-        assert all(0 < row["low"] <= row["copies"] <= row["high"] for row in found["exchanged"].values())
+    # The devices have exchanged tensors by NCCL, and no process has made a fault.
+    lines = events.read_text().splitlines()
+    assert any(line.startswith("collective | ") for line in lines)
+    faults = [line for line in lines if line.startswith(FAULTS) or "gloo on the device" in line]
+    assert not faults, "\n".join(faults)

@@ -1,4 +1,4 @@
-"""A script of test_triton: compares every loop of `numerics.kernels.triton_loops` with torch's result."""
+"""A script of test_triton and make gpu: compares each loop of `numerics.kernels.triton_loops` with torch's result."""
 
 import math
 

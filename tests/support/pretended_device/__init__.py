@@ -13,6 +13,9 @@ not accept. What a CPU hides is recorded in a `Log`, with the line of packsaddle
     unordered        a floating-point result that depends on the order of atomic additions
     async copy, collective
 
+The waits that torch.cuda.set_sync_debug_mode("warn") finds on a GPU are warned of in that mode, and torch.profiler
+counts kernels. In a fork of a process that has used the device, the device is refused, as CUDA is.
+
 NCCL is played by gloo on the same memory. Pinned memory that the device copies asynchronously holds garbage until the
 host has waited. Nothing is said about speed, overlap and deadlocks (everything runs immediately, in the host's order),
 numerics of the device (TF32, other orders of sums), Triton, CUDA graphs, memory limits and NCCL's own failures.
@@ -26,6 +29,7 @@ import ctypes
 import importlib.util
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,7 +37,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from pretended_device.torch_parts import patch_collectives, patch_device_module, patch_storages
+from pretended_device.torch_parts import patch_collectives, patch_debugging, patch_device_module, patch_storages
 
 Kind = Literal["cuda", "xpu", "mps"]
 FAULTS = ("race", "freed too early")
@@ -60,8 +64,9 @@ class Device:
 
     def __init__(self, kind: Kind, module: Any) -> None:
         self.kind, self.module = kind, module
+        self.sync_debug_mode = 0
         self._log = Log()
-        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)(self._record)  # kept alive
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)(self._record)
 
     @property
     def callback(self) -> int:
@@ -71,6 +76,8 @@ class Device:
     def _record(self, kind: bytes, what: bytes) -> None:
         in_background = kind == b"wait" and threading.current_thread().name.startswith("packsaddle")
         self._log.events["background " * in_background + kind.decode(), what.decode(), _line()] += 1
+        if self.sync_debug_mode and kind == b"wait" and what not in (b"synchronize", b"Event.synchronize"):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     @contextlib.contextmanager
     def record(self) -> Iterator[Log]:
@@ -85,6 +92,9 @@ class Device:
             self._log = outer
 
 
+_started: list[Device] = []  # kept alive: the library calls the device until the process ends
+
+
 def start(kind: Kind, library: Path, devices: int = 1) -> Device:
     """Make torch use `devices` accelerators of this type, from the library of `build.built`."""
     spec = importlib.util.spec_from_file_location("pretended", library)
@@ -93,11 +103,13 @@ def start(kind: Kind, library: Path, devices: int = 1) -> Device:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     device = Device(kind, module)
+    _started.append(device)
     module.start(kind, devices, device.callback)
     atexit.register(module.stop)  # what is freed later has no Python to call
     patch_device_module(kind, module, devices)
     patch_storages(kind, module)
     patch_collectives(kind, module)
+    patch_debugging(device)
     return device
 
 

@@ -5,6 +5,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/MPSHooksInterface.h>
 #include <ATen/detail/XPUHooksInterface.h>
+#include <pthread.h>
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -16,7 +17,10 @@ namespace pretended {
 #define HOOKS                                                                                                \
   void init() const override {}                                                                              \
   bool isBuilt() const override { return true; }                                                             \
-  bool isAvailable() const override { return true; }                                                         \
+  bool isAvailable() const override {                                                                        \
+    use();                                                                                                   \
+    return true;                                                                                             \
+  }                                                                                                          \
   bool hasPrimaryContext(DeviceIndex) const override { return true; }                                        \
   DeviceIndex deviceCount() const override { return devices; }                                               \
   DeviceIndex getCurrentDevice() const override { return pretended::current_device; }                        \
@@ -75,6 +79,7 @@ void start(const std::string& type, int number, int64_t pointer) {
   c10::SetAllocator(kind, &device_allocator);
   c10::impl::DeviceGuardImplRegistrar(kind, new Guard());
   register_kernels();
+  pthread_atfork(nullptr, nullptr, [] { in_bad_fork = in_bad_fork || is_used; });
 }
 }  // namespace pretended
 
@@ -89,6 +94,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return c10::make_intrusive<Collectives>(gloo, is_nccl, timeout);
   });
   m.def("start", &start);
+  m.def("use", [] {
+    use();
+    return true;
+  });
   m.def("stop", [] { callback = nullptr; });
   m.def("launches", [] { return launches; });
   m.def("live_bytes", [] { return live_bytes; });

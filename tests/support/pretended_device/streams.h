@@ -32,6 +32,14 @@ using c10::Stream;
 DeviceType kind = DeviceType::CUDA;  // of this process, set by `start`
 DeviceIndex devices = 1;
 
+// CUDA refuses to work in a fork of a process that has used it, be it to look for devices.
+bool is_used = false, in_bad_fork = false;
+void use() {
+  TORCH_CHECK(!in_bad_fork, "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must "
+                            "use the 'spawn' start method");
+  is_used = true;
+}
+
 // One thread at a time. A thread that waits for another one releases the GIL, which that one needs to record events.
 std::recursive_mutex mutex;
 struct Lock {
@@ -206,6 +214,7 @@ struct DeviceAllocator final : c10::Allocator {
     free(pointer);
   }
   c10::DataPtr allocate(size_t bytes) override {
+    use();
     void* pointer = nullptr;
     TORCH_CHECK(posix_memalign(&pointer, 512, std::max<size_t>(bytes, 512)) == 0, "out of memory");
     memset(pointer, 0xCD, bytes);  // uninitialized memory must not look like zeros

@@ -1,6 +1,7 @@
-"""The Python parts of torch that a build for CPUs has not: modules of devices, storages, and NCCL."""
+"""The Python parts of torch that a build for CPUs has not: modules of devices, storages, NCCL, and debugging."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ def patch_device_module(kind: str, module: Any, devices: int) -> None:
         there.is_available = lambda: True
         there.synchronize = torch.accelerator.synchronize
         return
-    for part in (_state(devices), _streams(kind), _memory(module), _random(kind, devices)):
+    for part in (_state(module, devices), _streams(kind), _memory(module), _random(kind, devices)):
         for name, value in part.items():
             setattr(there, name, value)
     raw: Any = torch._C
@@ -43,10 +44,10 @@ def _index(device: Any) -> int:
     return _index(None) if index is None else index
 
 
-def _state(devices: int) -> dict[str, Any]:
+def _state(module: Any, devices: int) -> dict[str, Any]:
     raw: Any = torch._C
     return {
-        "is_available": lambda: True,
+        "is_available": module.use,
         "_is_compiled": lambda: True,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,
@@ -192,3 +193,22 @@ def patch_collectives(kind: str, module: Any) -> None:
     c10d.ProcessGroupNCCL = dist.ProcessGroupNCCL = ProcessGroupNCCL  # type: ignore[attr-defined]
     c10d._NCCL_AVAILABLE = True
     c10d._new_process_group_helper = helped
+
+
+def patch_debugging(device: Any) -> None:
+    """Let torch.cuda.set_sync_debug_mode set the mode of a CUDA device, and torch.profiler count its kernels."""
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+
+    def set_mode(mode: int) -> None:
+        warnings.warn(notice, stacklevel=3)  # torch gives it once
+        device.sync_debug_mode = mode
+
+    @contextlib.contextmanager
+    def profile(activities: list[Any]) -> Iterator[SimpleNamespace]:
+        before, kernels = device.module.launches(), SimpleNamespace(key="cudaLaunchKernel", count=0)
+        yield SimpleNamespace(key_averages=lambda: [kernels])
+        kernels.count = device.module.launches() - before
+
+    there: Any = torch
+    if device.kind == "cuda":
+        there._C._cuda_set_sync_debug_mode, there.profiler.profile = set_mode, profile
