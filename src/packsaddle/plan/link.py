@@ -163,7 +163,8 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # rate in bytes/s below which it is faster than DDP; None: always or never faster
+    # Rate in bytes/s below which the compressor is faster than DDP; None: it is faster at every rate, or at none.
+    break_even: float | None
     steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property
