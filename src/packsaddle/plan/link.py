@@ -163,8 +163,7 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    # Rate in bytes/s below which the compressor is faster than DDP; None: it is faster at every rate, or at none.
-    break_even: float | None
+    break_even: float | None  # rate in bytes/s below which compression beats DDP; None: at every rate, or at none
     steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property
