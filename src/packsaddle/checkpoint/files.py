@@ -26,7 +26,7 @@ FORMAT = 3  # version of the file format
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks an incomplete or damaged step
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # in bytes; ten times the size for a model with 100,000 parameter tensors
+_LARGEST_MANIFEST = 1 << 26  # maximum bytes of a manifest: ten times the size for 100,000 parameter tensors
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 

@@ -155,8 +155,8 @@ def load_checkpoint(
     On the same number of workers, training continues bitwise identically. If the number of workers has changed, each
     worker loads the mean of the saved error memories, with a warning. It then also loads the means of parameters and
     optimizer states if these differ between workers, as with `LocalUpdates`. Newer, damaged steps are renamed to
-    step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. `parts` and
-    `process_group` are as in `save_checkpoint`.
+    step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. See
+    `save_checkpoint` for `parts` and `process_group`.
 
     Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, or if the saved state of
     a part cannot be loaded: it is of a different model or seed, for example, or cannot be converted to this number of

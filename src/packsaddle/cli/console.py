@@ -24,8 +24,8 @@ def number_table(*headings: str, words: int = 1) -> Table:
 
 
 def digits(number: float) -> str:
-    """Format a positive number: from 1000 on as a whole number with commas, and below with four significant digits.
-    Only numbers below 1e-4 have an exponent."""
+    """Format a positive number. Numbers from 1000 on are rounded to whole numbers and have commas. Smaller numbers have
+    four significant digits, and an exponent only below 1e-4."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 

@@ -57,8 +57,8 @@ class Invalid:
 
     @contextmanager
     def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager that suppresses and records a MessageError of its block, and names `worker` in it as the
-        sender of the message. If `worker` is None, the error already names the rank."""
+        """Context manager that suppresses and records a MessageError raised in its block. The recorded error names
+        `worker` as the sender of the message. If `worker` is None, the error already names the rank."""
         first, token = len(self._checks), deferred.set(self._checks)
         try:
             yield

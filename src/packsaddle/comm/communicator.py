@@ -1,8 +1,8 @@
 """Collectives with byte counts, collectives for Python objects, and a check that all workers have equal arguments.
 
 The bytes counted for each of W workers are:
-- in a ring all-reduce of n bytes, 2 (W - 1) / W n sent and as many received;
-- in a ring all-gather of n bytes per worker, (W - 1) n sent and as many received;
+- in a ring all-reduce of n bytes, 2 (W - 1) / W n bytes sent and the same number received;
+- in a ring all-gather of n bytes per worker, (W - 1) n bytes sent and the same number received;
 - in an all-to-all, the messages that it sends to other workers and receives from them;
 - in a broadcast of n bytes, (W - 1) n sent by rank 0, and n received by every other worker.
 

@@ -154,8 +154,8 @@ class Owners(Aggregator):
         return slice(*self.bounds(d, workers)[rank : rank + 2])
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange. The contraction of a chunk is that of the compressor of messages
-        times that of the compressor of replies; mu is the mean over chunks, weighted by chunk size."""
+        """Return the contraction mu of one exchange, the mean over chunks, weighted by chunk size. The contraction of a
+        chunk is the product of two: that of the compressor of messages, and that of the compressor of replies."""
         chunks = self._chunks(d, workers)
         parts = [(b - a, self.compressor.restrict(a, b, d), self.back.restrict(a, b, d)) for a, b in chunks]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0

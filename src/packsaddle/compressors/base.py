@@ -121,7 +121,8 @@ class Compressor(ABC):
 
     @property
     def needs_tensors(self) -> bool:
-        """True if C(v) depends on the shapes of the tensors concatenated in v; pass them to `for_tensors` first."""
+        """True if C(v) depends on the shapes of the tensors concatenated in v. Before such a compressor is used, call
+        `for_tensors` with these shapes."""
         return self.for_tensors([torch.Size([2, 3])]) != self
 
     @abstractmethod
@@ -137,16 +138,17 @@ class Compressor(ABC):
         """Add alpha * C(v), decoded from a valid `message` of `encode` or `receive`, to out, float[d], in place."""
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
-        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector."""
+        """Rebuild another worker's message of d coordinates from its `parts`. `seed` and `step` must be the ones that
+        were passed to `encode`. Raises MessageError if the parts do not match `expected_parts`, or do not encode a
+        vector."""
         self.check_parts(parts, d)
         with decoding(self):
             return Message(parts, self.context_of(parts, d, seed=seed, step=step))
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Any:
-        """Return the context of a message, i.e. its data that is not sent, from its `parts`, which have passed
-        `check_parts`. By default it is None. `seed` and `step` are those of `encode`. Raises MessageError if the parts
-        do not encode a vector of d coordinates."""
+        """Return the context of a message, i.e. its data that is not sent, computed from its `parts`, which have passed
+        `check_parts`. By default it is None. `seed` and `step` are the ones that were passed to `encode`. Raises
+        MessageError if the parts do not encode a vector of d coordinates."""
         return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:

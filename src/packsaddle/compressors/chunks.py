@@ -47,8 +47,8 @@ class Chunks:
         return min(shares, default=1.0)
 
     def largest(self, v: Tensor) -> Tensor:
-        """Return the indices of the largest magnitudes in each chunk of v, increasing int64[total].
-        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk."""
+        """Return the indices of the largest magnitudes in each chunk of v, int64[total], in increasing order. NaN
+        counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk."""
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
             return index
@@ -94,7 +94,8 @@ class Chunks:
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
-    """Return the flat indices of the k largest magnitudes in each row of a matrix of n rows, increasing int64[n k]."""
+    """Return the indices of the k largest magnitudes in each row of a matrix of n rows. They are indices into the
+    flattened matrix, int64[n k], in increasing order."""
     if rows.device.type != "cpu":
         places = torch.topk(rows.abs(), k, dim=1, sorted=False).indices.sort(1).values
         return (places + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]).view(-1)

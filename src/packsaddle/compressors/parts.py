@@ -27,7 +27,7 @@ class Expected(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     least: int
     most: int
-    last: int | None = None  # required value of the last element; None: any
+    last: int | None = None  # required value of the last element; None: any value is valid
 
     def __str__(self) -> str:
         kind = str(self.dtypes[0]).removeprefix("torch.") if len(self.dtypes) == 1 else "float"

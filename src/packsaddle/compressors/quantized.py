@@ -227,7 +227,8 @@ class QSGD(Compressor):
             levels, norms = torch.cat(packed), torch.cat(scales)
         if self.fixed_size:
             return Message({"levels": levels, "scales": norms})
-        # Skip buckets whose norm is 0. On a GPU the host waits once, unless many norms are 0.
+        # Skip buckets whose norm is 0. On a GPU the host waits once here. If buckets are skipped, it waits again for
+        # the histogram of the remaining levels.
         nonzero, *numbers = read(norms.count_nonzero(), *([] if on_cpu else [histogram(levels)]))
         some = self._not_zero(norms, len(v), nonzero)
         counts = torch.tensor(numbers[0]) if numbers and some is None else None

@@ -31,7 +31,7 @@ def as_integers(v: Tensor) -> Tensor:
 
 
 def largest(v: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest magnitudes of v, float[n], increasing int64[k].
+    """Return the indices of the k largest magnitudes of v, float[n]. The indices are int64[k], in increasing order.
 
     The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold. The
     threshold was predicted (see `numerics.candidates`), or is estimated from a sample such that slightly more than k
@@ -57,11 +57,12 @@ def largest(v: Tensor, k: int) -> Tensor:
 def largest_of_blocks(
     blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
 ) -> Tensor:
-    """Return the indices of the k largest magnitudes of n values that are generated in blocks, increasing int64[k].
+    """Return the indices of the k largest magnitudes of n values that are generated in blocks. The indices are
+    int64[k], in increasing order.
 
     Each call of `blocks()` yields all values; it is called several times, so that they need not be stored. `sample`
-    maps indices to values. Among equal magnitudes, the first indices from `first` on are preferred, and after them the
-    first indices from 0 on.
+    maps indices to values. Among equal magnitudes, those with indices from `first` on are preferred, in increasing
+    order, and after them those with indices from 0 on.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
@@ -87,8 +88,8 @@ def largest_of_blocks(
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers in `magnitudes`, int[n], increasing int64[k]. Among equal integers,
-    the first are selected. CPU only."""
+    """Return the indices of the k largest integers in `magnitudes`, int[n]. The indices are int64[k], in increasing
+    order. Among equal integers, the first are selected. CPU only."""
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)

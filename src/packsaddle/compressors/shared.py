@@ -218,11 +218,11 @@ class SharedTopK(SharedSupport):
 
 
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
-    """Project each block v_j, of `size` coordinates, of v, float[d], to G_j v_j, float[rows], where G_j has N(0, 1)
-    entries.
+    """Return a random projection G_j v_j of each block v_j of the vector v.
 
-    Returns float[blocks * rows], in at least float32. Entries are a function of the key and of block, row and column,
-    so they are identical on all workers and no matrix is stored. The last block may be shorter.
+    v is float[d], and its blocks have `size` coordinates each; the last block may be shorter. Each G_j is a matrix of
+    `rows` x `size` numbers drawn from N(0, 1). A number depends only on `key` and on its block, row and column, so it
+    is identical on all workers, and no matrix is stored. Returns float[blocks * rows], in at least float32.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     together = max(1, _SLAB // (size * rows))  # blocks projected at a time

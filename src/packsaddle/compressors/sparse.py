@@ -315,7 +315,8 @@ class _CodedSupport(Compressor):
 
     @abstractmethod
     def select(self, v: Tensor) -> Tensor:
-        """Return the indices of the coordinates of v, float[d], to send, increasing int64[k]."""
+        """Return the indices of the coordinates of v, float[d], that are sent. They are int64[k], in increasing
+        order."""
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         index = self.select(v)

@@ -54,8 +54,8 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
     """Check that `compressor` satisfies the contract of `Compressor`, with every check of this module.
 
     `vectors` are flat floating-point tensors, by default `nasty_vectors()`. Vectors that `compressor.validate` rejects
-    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the violated
-    property and the vector, and ValueError unless seeds is a positive integer.
+    are skipped. Expectations are estimated by means over `seeds` draws. If a check fails, raises AssertionError,
+    which names the violated property and the vector. Raises ValueError unless `seeds` is a positive integer.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor
@@ -80,7 +80,7 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_fields(compressor: Compressor) -> None:
-    """Check that `compressor` is a dataclass and hashable; raises AssertionError."""
+    """Raise AssertionError unless `compressor` is a dataclass and hashable."""
     name = type(compressor).__name__
     assert is_dataclass(compressor), f"{name}: must be a frozen dataclass"
     try:
@@ -90,8 +90,9 @@ def check_fields(compressor: Compressor) -> None:
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check `compressor` on v: 0 < mu <= 1, and E||v - C(v)||^2 <= (1 - mu) ||v||^2, estimated with `seeds` draws.
-    Raises AssertionError, which begins with `where`, and ValueError unless seeds is a positive integer."""
+    """Check `compressor` on v: 0 < mu <= 1, and E||v - C(v)||^2 <= (1 - mu) ||v||^2, estimated with `seeds` draws. If
+    the check fails, raises AssertionError with a message that begins with `where`. Raises ValueError unless `seeds` is
+    a positive integer."""
     check_count("seeds", seeds)
     mu, scale = compressor.mu(len(v)), _largest(v) or 1.0
     assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
@@ -107,7 +108,7 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
     """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
-    Errors begin with `where`."""
+    Messages of errors begin with `where`."""
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
     assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"
@@ -116,8 +117,8 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, and `fixed_size` is
-    False if the size varies. Errors begin with `where`."""
+    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, and `fixed_size` is False
+    if the size varies. Messages of errors begin with `where`."""
     d, scratch = len(v), v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
@@ -145,14 +146,16 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C(2 v) = 2 C(v), i.e. compression commutes with scaling. Errors begin with `where`."""
+    """Check `compressor` on v: C(2 v) = 2 C(v), i.e. compression commutes with scaling. Messages of errors begin with
+    `where`."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding; errors begin with `where`."""
+    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding. Messages of errors begin with
+    `where`."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -164,7 +167,7 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
     """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v), over `seeds` draws.
-    Errors begin with `where`."""
+    Messages of errors begin with `where`."""
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
@@ -194,7 +197,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 
 def check_empty(compressor: Compressor) -> None:
-    """Check that `compressor` encodes and decodes an empty vector; raises AssertionError."""
+    """Raise AssertionError unless `compressor` encodes and decodes an empty vector."""
     out = torch.zeros(0)
     compressor.add_decoded(compressor.encode(torch.zeros(0), seed=0, step=0), out)
     assert len(out) == 0, f"{compressor!r}: changes an empty vector"

@@ -114,8 +114,9 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int, unary: int) -> Tensor
 
 
 def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
-    """Return the number of integers between each index and the previous index in its chunk (for the first index, the
-    chunk's start), int64[k]: the gaps that `pack_gaps` encodes. The arguments are those of `pack_gaps`."""
+    """Return the gaps that `pack_gaps` encodes, int64[k], for the same arguments. A gap is the number of integers
+    between an index and the previous index in its chunk. For the first index of a chunk, it is the number of integers
+    from the chunk's start to the index."""
     gaps, first = torch.empty_like(index), index[::kept]
     torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)
     gaps[::kept] = first - torch.arange(len(first), device=index.device) * size
@@ -123,7 +124,8 @@ def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
 
 
 def unary_bits(numbers: Tensor, b: int) -> Tensor:
-    """Return the number of bits that `pack_rice` with parameter b takes for the quotients of `numbers`, int64[]."""
+    """Return the number of bits, int64[], that `pack_rice` with parameter b takes for the quotients of `numbers` by
+    2^b."""
     return (numbers >> b).sum() + len(numbers)
 
 
@@ -131,8 +133,8 @@ def unpack_gaps(
     packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, *, part: str = "indices", padded: bool = True
 ) -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
-    below `stop`; an error names `part`. `padded` is False if `unary` of `pack_gaps` was exactly `unary_bits` (see
-    `unpack_rice`)."""
+    below `stop`; an error names `part`. `padded` is False if the argument `unary` of `pack_gaps` was exactly the result
+    of `unary_bits` (see `unpack_rice`)."""
     index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=padded)
     # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1

@@ -120,7 +120,7 @@ class Certificate:
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
     hvp_reason: str | None  # error message of double backward; None: no error, or not tried
     hvp_error: float  # error of a Hessian-vector product with a unit vector; the bounds on eigenvalues include it
-    hvp_step: float | None  # last step h of the differences; None: double backward was used
+    hvp_step: float | None  # last step h of the finite differences; None: double backward was used
     hvps: int  # Hessian-vector products over the examples
     backward_passes: int  # number of backward passes over all examples; a pass over part of them counts as a fraction
     bytes_sent: int  # bytes sent by this worker
@@ -245,8 +245,8 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return the sorted indices of m iterates, drawn uniformly from 0 ... `steps` with replacement. The result depends
-    only on the arguments, of which `seed` is the seed of the draw."""
+    """Return the sorted indices of m iterates, drawn uniformly from 0 ... `steps` with replacement. The draw is seeded
+    by `seed`, so equal arguments give equal indices."""
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 

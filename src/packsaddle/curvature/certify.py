@@ -146,7 +146,7 @@ class CertifyEvery:
     """A counter of training steps that certifies the model's parameters every `every` steps; collective.
 
     Args:
-        model, loss_fn, batches: as for `certify`; `batches` are those of this worker, identical in every iteration.
+        model, loss_fn, batches: see `certify`. `batches` must yield this worker's batches, the same in every iteration.
         every: steps between two certificates.
         at: a function that returns a context in which all workers have equal parameters, such as
             `LocalUpdates.at_anchor`; by default the current parameters are certified.

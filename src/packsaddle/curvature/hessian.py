@@ -68,11 +68,11 @@ class Curvature:
 
     A vector has one element for each of the d coordinates of the trainable parameters.
 
-    `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are those of this worker, an iterable that can
+    `loss_fn(model, batch)` returns the mean loss of a batch. `batches` is an iterable of this worker's batches that can
     be iterated repeatedly; a worker may have no batches if another worker has some. Construction is collective and
     evaluates the loss twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an
-    exhausted iterator), or if there are no examples or no trainable parameters, and NotFiniteError if the loss is not
-    finite.
+    exhausted iterator), or if there are no examples or no trainable parameters. Raises NotFiniteError if the loss is
+    not finite.
     """
 
     has_double_backward = True

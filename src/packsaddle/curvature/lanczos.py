@@ -169,7 +169,8 @@ class Lanczos:
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
         self._known_error, self._dot = error, dot
-        self._error = 0.0  # largest component found in a product that would be 0 in exact arithmetic
+        # The largest magnitude of a product's component that would be 0 in exact arithmetic, over all products so far.
+        self._error = 0.0
         self.products = 0  # number of products so far, including those for Ritz vectors
         self._basis = [start / self._norm(start)]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two Lanczos vectors

@@ -127,8 +127,8 @@ def certify_population(
     Many small batches are better than few large ones.
 
     Args:
-        model, loss_fn, process_group: as for `certify`.
-        batches: as for `certify`, but each batch must be an independent draw from the population.
+        model, loss_fn, process_group: see `certify`.
+        batches: see `certify`; each batch must also be an independent draw from the population.
         epsilon: threshold for the gradient norm. Without it there is no verdict on stationarity, only on the sign of
             the smallest eigenvalue.
         hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured along the direction found.

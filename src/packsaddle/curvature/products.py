@@ -35,7 +35,7 @@ _NEARBY = 17 / 16  # ratio of two finite-difference steps h, whose products then
 _ROUNDS = 6  # maximum number of steps h to try for one product
 _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
-_FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better step
+_FAR = 0.1  # relative error of a product above which its step h is too long for its errors to predict a better step
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
 # If a product's norm falls below this fraction of its norm with a longer step, the shorter step is too short to move
 # some 16-bit parameters.
@@ -131,7 +131,8 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        # Products by differences of gradients, for comparison; None: not needed yet
+        # Hessian-vector products by finite differences of gradients, which verify those by double backward; None: not
+        # needed yet
         self._differences: Differences | None = None
         self._coarse = False  # True if a comparison in less than float64 has failed, so that later ones are in float64
 
@@ -209,7 +210,7 @@ class DoubleBackward(Products):
 class _Trial:
     """A Hessian-vector product by differences of gradients with step h, and its measured errors."""
 
-    step: float  # step h of the differences
+    step: float  # step h of the finite differences
     product: Tensor  # Hessian-vector product, float64[d]
     noise: float  # estimated error caused by rounding, which is proportional to 1 / h
     apart: float  # distance from the product with step 2 h

@@ -47,7 +47,8 @@ Walk = tuple[float, float, float]  # distance s, loss f(x + s v), and the larges
 
 @dataclass
 class CurvatureSearch:
-    """A search for negative curvature by Lanczos; its fields from `rho` on are the results of `run` or `proves`."""
+    """A search for negative curvature of the Hessian by the Lanczos method. `run` and `proves` store their results,
+    i.e. the bounds, the direction v and the verdict, in the fields below `on_bounds`."""
 
     products: Products
     grad_norm: float

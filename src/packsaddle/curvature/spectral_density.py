@@ -102,7 +102,7 @@ def spectral_density(
     """Estimate the density of the Hessian's eigenvalues at the model's current parameters; collective.
 
     Args:
-        model, loss_fn, batches, process_group: as for `certify`.
+        model, loss_fn, batches, process_group: see `certify`.
         probes: number of random vectors; standard errors fall as the inverse square root of their number.
         steps: maximum number of Hessian-vector products per probe; fewer suffice if its Krylov space is exhausted.
         width: standard deviation of the smoothing Gaussian; by default the range of Ritz values divided by `steps`.

@@ -11,7 +11,7 @@ from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
-CompressorSchedule = Callable[[int], Compressor]  # a function of the step or round
+CompressorSchedule = Callable[[int], Compressor]  # maps the index of a step or round to its compressor
 _A_COMPRESSOR = "a packsaddle Compressor such as RandomK(0.01)"
 _OR_A_SCHEDULE = f"{_A_COMPRESSOR}, or a function of the step that returns one"
 

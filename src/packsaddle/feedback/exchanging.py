@@ -28,7 +28,8 @@ class Exchanging:
         raises RuntimeError on all workers if one makes a different call."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        """Raise ValueError if `load_state_dict` would reject `state`. The error names the first entry that does not
+        fit."""
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:

@@ -197,8 +197,9 @@ class Verdict:
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Set the fraction of workers with an invalid vector, and the magnitude of the mean update, to `numbers`, which
-        are the values of `tensors` on the host. Returns True if the exchange is applied."""
+        """Set the fraction of workers with an invalid vector, and the magnitude of the mean update, to `numbers`. These
+        are the values, read on the host, of the tensors that the method `tensors` returns. Returns True if the exchange
+        is applied."""
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction

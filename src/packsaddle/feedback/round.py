@@ -177,7 +177,9 @@ class Round:
 
     v: Tensor  # the vector to send, float[n], or after `absorb` its residual
     invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
-    report: Report  # report of this worker's vector; also "valid" if the guard does not name invalid vectors
+    # The report on this worker's v. For an invalid v its kind is "vector", or "valid" if the guard does not name the
+    # invalid tensor: on a GPU, or if it was made without `unnamed`.
+    report: Report
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the vectors `extras` that `exchange` was given
     measured: Tensor  # float[m], the means over workers of the numbers that `measure` computed in `exchange`

@@ -261,8 +261,9 @@ def extent(p: Tensor) -> int:
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, which starts with `what`, if two tensors share memory, judged by the ranges that they span.
-    Views with gaps whose ranges overlap only in part, such as the columns x[:, :5] and x[:, 5:], are accepted."""
+    """Raise ValueError, with a message that starts with `what`, if two tensors share memory. Tensors count as sharing
+    if the ranges of memory from their first to their last element overlap. Only views with gaps are accepted if these
+    ranges overlap in part, such as the columns x[:, :5] and x[:, 5:]."""
     # Name, start and stop of each tensor that ends after the start of p, and True if the tensor has gaps.
     before: list[tuple[str, int, int, bool]] = []
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):

@@ -48,7 +48,8 @@ class Vector:
     path: Path
     shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: any length, and may be missing
     get: Callable[[], Mapping[Any, Tensor]]  # returns tensors by key; a function, since a step may swap buffers
-    set: Callable[[Mapping[Any, Tensor]], None] | None = None  # None: copy into the tensors that `get` returns
+    # Loads the tensors, given by key; None: they are copied into the tensors that `get` returns.
+    set: Callable[[Mapping[Any, Tensor]], None] | None = None
     optional: bool = False  # True if the whole field may be missing: it is then None in a state, and `get` returns {}
 
     def save(self, state: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ class Value:
     """A field of a saved state: a value of plain type, a dataclass, or tensors that belong to no parameter."""
 
     path: Path
-    hint: Any  # the type, as in an annotation
+    hint: Any  # type of the value, in the form of an annotation
     get: Callable[[], Any]
     load: Callable[[Any], object]
     check: Callable[[Any], None] | None = None  # raises ValueError if the saved value cannot be loaded here
@@ -158,7 +159,7 @@ class State:
         return state
 
     def validate(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load` accepts the state."""
+        """Raise ValueError if `load` would reject the state. The error names the first entry that does not fit."""
         self._read(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -193,8 +194,8 @@ class State:
         """Return the tensors of a saved state to average over workers, and its entries that are identical on all
         workers.
 
-        `leaves` are the tensors and plain values of one worker's state by path; so are the results. Raises ValueError
-        if the format of the state is not `FORMAT`, or if the state cannot be split.
+        `leaves` has the tensors and plain values of one worker's state by path, and the results are dicts by path, too.
+        Raises ValueError if the format of the state is not `FORMAT`, or if the state cannot be split.
         """
         for path, value in leaves.items():
             if path[-1] == "format":
@@ -211,7 +212,7 @@ class State:
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
         """Return the new values, by path, of all entries of kind "constant" (see `Rule`). They replace the saved values
-        when the number of workers changes. `leaves` are the entries of one worker's state, as in `split`."""
+        when the number of workers changes. `leaves` has the tensors and plain values of one worker's state by path."""
         identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
         return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 

@@ -71,8 +71,8 @@ class Allocation:
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def close(self, *, apply: bool) -> None:
-        """End a step. The next step divides its budget by the samples of this step if `apply` is True, and otherwise by
-        the same samples as this step did."""
+        """End a step. If `apply` is True, the samples of this step determine the budgets of the next step. Otherwise
+        these samples are discarded, and the samples that determined this step's budgets are used again."""
         if apply:
             self._last = self._next
         self._next = {}

@@ -128,7 +128,7 @@ def register_ddp_hook(
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """Register the hook of `register_ddp_hook` on the DistributedDataParallel in a model that a framework has wrapped.
 
-    The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are those of
+    The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are passed to
     `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
     Raises TypeError if the model has several DistributedDataParallels, if it has none although there are several
     workers, or if FSDP shards it. Raises RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process

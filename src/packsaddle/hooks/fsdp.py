@@ -245,7 +245,7 @@ def register_fsdp_hook(
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
             and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at
             the end of a backward pass; each shard counts its own skipped steps.
-        noise, start_step, seed: as in `register_ddp_hook`.
+        noise, start_step, seed: see `register_ddp_hook`.
 
     Replicas start from rank 0's parameters, which are broadcast here or, if the model is still on the meta device, in
     the first forward pass that records gradients; weights loaded later are not overwritten.

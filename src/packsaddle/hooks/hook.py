@@ -361,7 +361,8 @@ class GradientHook(Records, ABC):
         return self.saved_state.save()
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        """Raise ValueError if `load_state_dict` would reject `state`. The error names the first entry that does not
+        fit."""
         self.saved_state.validate(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

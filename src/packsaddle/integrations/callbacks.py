@@ -239,14 +239,14 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    `name` is as in `save_state`. Returns True if `exchange` was restored. Returns False, with a warning and nothing
-    changed, if no worker has a file. If `exchange` is None, which is the result of `attach` with one worker, the
-    function returns False, and warns if there are files.
+    `name` must be the one that was passed to `save_state`. Returns True if `exchange` was restored. Returns False, with
+    a warning and nothing changed, if no worker has a file. If `exchange` is None, which is the result of `attach` with
+    one worker, the function returns False, and warns if there are files.
 
     If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
     workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
     with nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
-    `exchange`, for example since its seed differs.
+    `exchange`, for example because it was saved with another seed.
     """
     if exchange is None:
         if saved := _survey(folder, name):

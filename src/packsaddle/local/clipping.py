@@ -76,7 +76,7 @@ def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
-    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
+    """Return the factors by which the workers' updates are scaled, float64[W]: min(1, most m / norm) for each worker.
 
     `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. `most` is the limit on
     a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even number of

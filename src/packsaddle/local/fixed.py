@@ -353,8 +353,8 @@ class FixedWorkers:
         return self._pacing.steps
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps of all workers together after `steps` of this worker. If workers make
-        different numbers of steps in a round, only the steps of complete rounds count."""
+        """Return the number of inner steps that all workers together have made when this worker has made `steps`. If
+        workers make different numbers of steps in a round, only the steps of complete rounds count."""
         schedule = self._schedule
         return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 

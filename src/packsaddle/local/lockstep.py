@@ -162,9 +162,9 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`), int64[W, 5 or 6];
-        collective. Returns the headers and a list. The list has the workers' norms, float32[W], and standings, int64[W]
-        (see `Standing`), or is empty if `norm` is None."""
+        """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`); collective. Returns the
+        headers, int64[W, 5 or 6], and a list. The list has the workers' norms, float32[W], and standings, int64[W] (see
+        `Standing`), or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:

@@ -172,8 +172,9 @@ class Elastic(Option):
         weight: the worker's weight in the mean. By default it is 1 if the worker has stepped. With "steps" it is the
             number of its inner steps since its last round. With a function that returns a running total, such as its
             number of tokens, it is the increase of the total, summed over the processes of a site. Unless None, a
-            slower worker makes fewer inner steps in a round and a faster one more, so that all end it together; the sum
-            of their steps is W `every` (see `Workers`).
+            slower worker makes fewer inner steps in a round and a faster one more, so that all W workers end it
+            together. The sum of their steps is W times the steps between two rounds: `every` divided by the number of
+            fragments (see `Overlap`).
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and

@@ -1,8 +1,8 @@
 """Paces: the number of inner steps of each worker in a round, such that workers of different speeds end it together.
 
-The sum of the paces of W workers is W `every`, as if all were equally fast. So a round trains on as many examples as
-with equal paces, and the number of bytes per example does not change. A faster worker makes more than `every` steps,
-and a slower one fewer.
+The sum of the paces of W workers is W times the pace of equally fast workers, which is `every` for a fixed set of
+workers. So a round trains on as many examples as with equal paces, and the number of bytes per example does not change.
+A faster worker makes more steps than that, and a slower one fewer.
 """
 
 import heapq

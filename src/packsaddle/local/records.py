@@ -103,8 +103,9 @@ class LocalRecords(Records):
 
     @property
     def paces(self) -> list[int]:
-        """The number of inner steps of each worker in a round, by rank. It is `every`, unless weight is "steps" (see
-        `Workers`). If workers join and leave (see `Elastic`), the list has only the number of this worker."""
+        """The number of inner steps of each worker in a round, by rank. Each number is `every`, except with
+        `Workers(weight="steps")`, where a faster worker makes more steps. If workers join and leave (see `Elastic`),
+        the list has one entry: the number of steps that this worker makes from one round to the next."""
         return list(self._workers.paces)
 
     @property

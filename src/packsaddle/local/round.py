@@ -63,7 +63,8 @@ class LocalRound:
     # Copies of the parameters at `begin`, from which later changes are measured; empty: there are no later changes.
     before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
-    mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
+    # The mean of C(v) over workers; float[n] if a delay or an option requires a vector. None: not averaged yet.
+    mean: Averaged | Tensor | None = None
     reports: list[Report] = field(default_factory=list)  # by rank, each worker's first invalid value; empty: all valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
@@ -87,7 +88,7 @@ class LocalRound:
         their error memory.
 
         Args:
-            part: the fragment (parameters exchanged together), of which the round becomes `current`.
+            part: the fragment (parameters exchanged together). The new round is stored in its field `current`.
             due: the inner step after which the round is applied.
             weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its
                 local update, and averages no chunk for the other workers in a two-way exchange.

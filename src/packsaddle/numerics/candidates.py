@@ -63,8 +63,8 @@ class Candidates:
             offered.reset(token)
 
     def reached(self, v: Tensor, k: int) -> Tensor | None:
-        """Return the indices that `collect` has stored for v, float[n], and discard them. Returns None if none are
-        stored for this vector, or if they are fewer than k, or 8 k or more."""
+        """Return the indices that `collect` has stored for v, float[n], and discard them. Returns None if no indices
+        are stored for v, if fewer than k are stored, or if 8 k or more are stored."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
         # If candidates are too few, or too many to be collected, a selection needs another pass over the vector. So

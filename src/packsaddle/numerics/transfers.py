@@ -46,8 +46,9 @@ class Readback:
 
 
 def indices_where(mask: Tensor, n: int) -> Tensor:
-    """Return the indices at which `mask`, bool[d], is True, increasing int64[n]; there must be exactly n. On a GPU this
-    is not checked, since the host would wait: the first n are returned, or fewer followed by zeros."""
+    """Return the indices at which `mask`, bool[d], is True. The indices are int64[n], in increasing order, and there
+    must be exactly n. On a GPU their number is not checked, since the host would wait: the first n are returned, or if
+    there are fewer, these and then zeros."""
     if mask.device.type == "cpu":  # numpy is four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static

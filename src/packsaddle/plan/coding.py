@@ -102,7 +102,8 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
 
 @dataclass(frozen=True)
 class CompressorEntry:
-    """Table entry of one compressor, measured on a Gaussian vector of d coordinates."""
+    """A row of the table of compressors: one compressor's contraction, bytes and speed for a vector of d coordinates.
+    The speed, and the part of the vector that is kept, are measured on a Gaussian vector."""
 
     compressor: str
     mu: float  # contraction guaranteed for every vector

@@ -163,7 +163,7 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # rate in bytes/s below which it is faster than DDP; None: always or never faster
+    break_even: float | None  # rate in bytes/s below which compression beats DDP; None: at every rate, or at none
     steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property

@@ -95,7 +95,7 @@ class Perturber:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
-        self.grown = 0.0  # std of the last step's lazy noise, in units of the parameters; 0: it had none
+        self.grown = 0.0  # std of the last step's lazy noise, in units of the parameters; 0: no lazy noise
         # The grid is (number of cells, size of a cell) if all workers send the
         # same cells in each step, and None otherwise.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None

@@ -183,7 +183,7 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
     """Return the number k of coordinates to send, from 1 to d, for which the first and third bound on the step size are
     about equal (see `balanced_mu`).
 
-    `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor that sends k coordinates.
+    See `plan` for `assumptions` and `constants`. `family(k)` is the compressor that sends k coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -199,7 +199,7 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     """Return the plan with the fewest total bytes over all k, where `family(k)` is the compressor that sends k
     coordinates.
 
-    `assumptions`, `constants` and `workers` are as in `plan`. Raises ValueError as `plan` does.
+    See `plan` for `assumptions`, `constants` and `workers`, and for the errors raised.
 
     Let k* be the smallest k for which the number of steps T is no larger than without compression, i.e. for k = d. For
     k below k*, compression limits the step size, and the product k T grows as k decreases. For k above k*, T is

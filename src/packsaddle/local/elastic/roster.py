@@ -87,8 +87,9 @@ class Roster:
         self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum includes the
-        workers whose files contain their memory. If it is False, the sum includes the workers whose files do not."""
+        """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum is over the
+        workers that have their error memory in a file. If it is False, the sum is over the workers without such a
+        file."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:

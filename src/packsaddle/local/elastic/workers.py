@@ -185,7 +185,7 @@ class ElasticWorkers(Membership):
         return False
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
-        """Run an uncompressed round of all present workers. Raises RuntimeError for a compressor."""
+        """Run an uncompressed round of all present workers. Raises RuntimeError if a compressor is given."""
         if compressor is not None:
             raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
         # Join first: a worker that has not stepped may have a memory file with updates to send.

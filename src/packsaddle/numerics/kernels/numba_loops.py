@@ -52,8 +52,9 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v, float[n], at which the magnitude, as an integer, is at least `threshold`, increasing
-    int64[...]. `expected` is an estimate of their number. See `compressors.selection.reaching`."""
+    """Return the indices of v, float[n], at which the magnitude, as an integer, is at least `threshold`. The indices
+    are int64[...], in increasing order. `expected` is an estimate of their number. See
+    `compressors.selection.reaching`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
@@ -103,9 +104,9 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the indices of the `kept` largest magnitudes in each run of `chunk` elements of v, float[d], increasing
-    int64[...]. If the last run is shorter, `kept_of_last` of its indices are returned. Among equal magnitudes, the
-    first are selected."""
+    """Return the indices of the `kept` largest magnitudes in each run of `chunk` elements of v, float[d]. The indices
+    are int64[...], in increasing order. If the last run is shorter, `kept_of_last` of its indices are returned. Among
+    equal magnitudes, the first are selected."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()

@@ -116,14 +116,15 @@ def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
 
 
 def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
-    """Decode the output of `pack_levels_of_blocks`. Returns the values, float[k], in the type of `levels`."""
+    """Decode the output of `pack_levels_of_blocks`. Returns the values, float[k], in the dtype of `levels`."""
     out = torch.zeros(k, dtype=levels.dtype)
     add_levels_of_blocks(packed, halvings, block, levels, out)
     return out
 
 
 def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
-    """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in the type of `levels`."""
+    """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in place. `levels` must have
+    the dtype of out."""
     bits = halvings + 1
     check_room("codes", packed, -(-len(out) * bits // 8))
     check_room("levels", levels, -(-len(out) // block) << halvings)
@@ -192,7 +193,8 @@ def _pack_four_bits(v: Array, scales: Array, block: int, packed: Array) -> None:
 
 
 def add_four_bits(packed: Tensor, block: int, scales: Tensor, out: Tensor, alpha: float) -> None:
-    """Decode the output of `pack_four_bits`, and add alpha * values to out, float[k], in the type of `scales`."""
+    """Decode the output of `pack_four_bits`, and add alpha times the values to out, float[k], in place. `scales` must
+    have the dtype of out."""
     check_room("codes", packed, -(-len(out) // 2))
     check_room("scales", scales, -(-len(out) // block))
     p, s, o = packed.numpy(), scales.numpy(), out.numpy()
