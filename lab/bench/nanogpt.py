@@ -32,7 +32,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -313,31 +313,44 @@ class Reached:
 def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
     """Return the Markdown table of the trainings of `reached`: their steps, and their speed-up over one machine alone.
 
-    `links` are the rates of the links in Mbit/s.
+    They are means over seeds, with the range of the speed-ups if there are several. `links` are the rates of the links
+    in Mbit/s.
     """
-    heads = ["workers", "method", "rate", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
+    heads = ["workers", "method", "rate", "seeds", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for one in reached(found):
-        ratios = [f"{one.speed_up(mbit):.2f}" for mbit in links]
-        lines.append(f"| {' | '.join([str(one.workers), one.method, f'{one.rate:g}', f'{one.steps:,.0f}', *ratios])} |")
+    for (workers, method), of_seeds in reached(found).items():
+        rates = ", ".join(f"{rate:g}" for rate in sorted({one.rate for one in of_seeds}))
+        steps = statistics.fmean(one.steps for one in of_seeds)
+        cells = [str(workers), method, rates, str(len(of_seeds)), f"{steps:,.0f}"]
+        cells += [spread([one.speed_up(mbit) for one in of_seeds]) for mbit in links]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
-    """Yield, for each setting, the training that ends at the same loss as one machine alone, with seed 0.
+def spread(numbers: Sequence[float]) -> str:
+    """Return the mean of some numbers as text, with their range if it is visible in two digits after the point."""
+    low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
+    return f"{statistics.fmean(numbers):.2f}" + (f" ({low} to {high})" if low != high else "")
 
-    Its length is interpolated, in the logarithm of the steps, between a training with a higher and one with a lower
-    loss.
+
+def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Reached]]:
+    """Return the trainings that end at the same loss as one machine alone with the same seed, by workers and method.
+
+    The length of a training is interpolated, in the logarithm of the steps, between a training with a higher and one
+    with a lower loss. Seeds without two such trainings are left out.
     """
-    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
-    for workers, name in _settings(found):
-        seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == "0"}
+    trainings: dict[tuple[int, str], list[Reached]] = {}
+    targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
+    for (workers, name), (seed, target) in product(_settings(found), targets.items()):
+        seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == seed}
         longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
         if workers > 1 and longer and longer[0] > min(seen):
             low, high = max(n for n in seen if n < longer[0]), longer[0]
             above, below = (float(seen[n]["loss"]) - target for n in (low, high))
             steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
-            yield Reached(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
+            one = Reached(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
+            trainings.setdefault((workers, name), []).append(one)
+    return trainings
 
 
 def _of(

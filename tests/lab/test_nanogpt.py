@@ -84,12 +84,19 @@ def test_a_speed_up_is_interpolated() -> None:
         {**row, "steps": "500", "loss": "2.0", "sent": "10"},
         {**row, "steps": "2000", "loss": "1.0", "sent": "40"},
     ]
-    assert list(reached(found)) == [Reached(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))]
+    one = Reached(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))
+    assert reached(found) == {(2, "local"): [one]}
+    # A seed counts if it has a longer and a shorter training, and each is compared with one machine of its seed.
+    second = [{**each, "seed": "1"} for each in (*found, {**row, "steps": "1000", "loss": "1.5", "sent": "20"})]
+    assert reached([*found, *second[:2]]) == {(2, "local"): [one]}
+    assert reached([*found, *second]) == {(2, "local"): [one, one]}
+    assert "| 2 | local | 0.001 | 2 | 1,000 | 2.00 |" in speed_ups([*found, *second], [1000])
     # At the better of two rates, of which neither is the recipe's.
     fast = [
         {**one, "rate": rate, "loss": loss} for one in found for rate, loss in (("0.002", one["loss"]), ("0.004", "9"))
     ]
-    (best,) = reached(searched([*found, *fast, {**found[1], "rate": "0.004", "steps": "1000", "loss": "1.5"}]))
+    searching = [*found, *fast, {**found[1], "rate": "0.004", "steps": "1000", "loss": "1.5"}]
+    ((best,),) = reached(searched(searching)).values()
     assert (best.rate, best.steps) == (0.004, pytest.approx(1000))
     assert Reached(2, "local", 0.001, 1000, 0).speed_up(10) == pytest.approx(2)
     as_long = 1000 * STEP_TIME * 10e6 / 8

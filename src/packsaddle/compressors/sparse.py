@@ -53,7 +53,7 @@ class Cells:
             return v.index_select(0, self.index)
         whole, rest = self._split(v)
         values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
-        if len(rest):
+        if self._may_reach(rest, len(whole)):
             padded = torch.nn.functional.pad(rest, (0, self.size - len(rest)))
             values = torch.where(self._is_rest(whole), padded, values)
         return values.view(-1)
@@ -66,7 +66,7 @@ class Cells:
             return
         whole, rest = self._split(out)
         rows = values.view(-1, self.size) * alpha
-        if len(rest):
+        if self._may_reach(rest, len(whole)):
             is_rest, zero = self._is_rest(whole), torch.zeros_like(rows)
             rest.add_(torch.where(is_rest, rows, zero).sum(0)[: len(rest)])
             rows = torch.where(is_rest, zero, rows)
@@ -76,6 +76,12 @@ class Cells:
         """Return views of the n full cells of v, float[n, size], and of the shorter last cell, which may be empty."""
         n = len(v) // self.size
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
+
+    def _may_reach(self, rest: Tensor, n: int) -> bool:
+        """Return True if the shorter last cell `rest`, with the number n, may be one of these cells. On a CPU the
+        result is exact. On a GPU it is True for each vector with a shorter last cell, so that the host does not wait
+        for `index`."""
+        return len(rest) > 0 and (self.index.device.type != "cpu" or bool((self.index == n).any()))
 
     def _is_rest(self, whole: Tensor) -> Tensor:
         """Return a mask, bool[m, 1], True for the shorter last cell of the vector; does not synchronize with a GPU."""

@@ -84,12 +84,11 @@ Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): out += alpha * more, t
 
 
 def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> float | None:
-    """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results. If
-    the tensors `out` are ranges of one vector that cover its compressed coordinates, collect `candidates` of that
-    vector.
+    """Add alpha * more to out for all `sums`, in place; return the squared norm of all results, up to rounding. If the
+    tensors `out` are ranges of one vector that cover its compressed coordinates, collect `candidates` of that vector.
 
-    Returns None if a sum of squares of elements of `out` or `alpha * more` is non-finite. Completed additions are then
-    undone by subtraction, so all tensors are unchanged up to rounding.
+    Returns None if a sum of squares of results is non-finite. Completed additions are then undone by subtraction, so
+    all tensors are unchanged up to rounding.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
     lines.sort(key=lambda line: line[0].storage_offset())
@@ -99,7 +98,7 @@ def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> 
     if math.isfinite(squares):
         if candidates is not None:
             candidates.collect([out for out, _, _ in lines], added, reached)
-        return 2 * squares  # |a + b|^2 <= 2 (|a|^2 + |b|^2)
+        return squares
     for i, start, stop in added:
         out, more, alpha = lines[i]
         out[start:stop].sub_(more[start:stop], alpha=alpha)
@@ -125,11 +124,11 @@ def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, in
     for i, (out, more, alpha) in enumerate(sums):
         for start in range(0, len(out), _PART):
             o, m = out[start : start + _PART], more[start : start + _PART]
-            norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
-            squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
+            result = torch.add(o, m, alpha=alpha)
+            squares = float(torch.linalg.vector_norm(result)) ** 2
             if not squares <= torch.finfo(out.dtype).max:  # `<=` is False if `squares` is NaN
                 return added, math.inf, []
-            o.add_(m, alpha=alpha)
+            o.copy_(result)
             added.append((i, start, start + len(o)))
             total += squares
     return added, total, [None] * len(added)

@@ -238,7 +238,7 @@ def add_finite(
     sums: Sequence[tuple[Tensor, Tensor, float]], limit: float = np.inf, room: int = 0
 ) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
     """Add alpha * more to out, float[n], in place, for every (out, more, alpha) in `sums`. Stop when the sum of the
-    squares of the elements of out and alpha * more overflows.
+    squares of the results overflows.
 
     Returns:
         The completed ranges of coordinates, as (index in `sums`, start, stop).
@@ -276,7 +276,7 @@ def _in_threads(
     return in_parts(len(out), _LINE, part)
 
 
-_LINE = 128  # elements added at a time, few enough that the next ones are prefetched during the addition
+_LINE = 256  # elements added at a time, few enough that they stay in the cache
 _PIECE = 32  # elements searched at a time
 
 
@@ -284,29 +284,32 @@ _PIECE = 32  # elements searched at a time
 def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, found: Array | None) -> Any:
     n: Any = 0
     total = 0.0
+    unchanged = np.empty(_LINE, out.dtype)
     for start in range(0, len(out), _LINE):
         o, m = out[start : start + _LINE], more[start : start + _LINE]
-        squares = o.dtype.type(0)
+        before = unchanged[: len(o)]
+        # Count in floats, since numba adds integers in 64 bits, of which fewer fit into a vector register.
+        squares, reaching = o.dtype.type(0), o.dtype.type(0)
         for i in range(len(o)):
-            u = factor * m[i]
-            squares += o[i] * o[i] + u * u
+            x = o[i] + factor * m[i]
+            before[i] = o[i]
+            squares += x * x
+            reaching += o.dtype.type(abs(x) >= limit)
+            o[i] = x
         if not np.isfinite(squares):
+            o[:] = before
             return start, np.inf, n
-        for i in range(len(o)):
-            o[i] = o[i] + factor * m[i]
         total += squares
-        if found is None:  # numba compiles this case separately
-            continue
-        if n + _LINE > len(found):
+        if found is None or reaching == 0 or n + _LINE > len(found):
             continue
         # Search the elements that were just added while they are in the cache.
         for at in range(0, len(o), _PIECE):
             piece = o[at : at + _PIECE]
-            c: Any = np.int32(0)
+            reaching = o.dtype.type(0)
             for i in range(len(piece)):
-                c += np.int32(abs(piece[i]) >= limit)
+                reaching += o.dtype.type(abs(piece[i]) >= limit)
             # No branches: write every index to place n, and increment n only if the magnitude is at least `limit`.
-            for i in range(len(piece) if c else 0):
+            for i in range(len(piece) if reaching else 0):
                 found[n] = offset + start + at + i
                 n += np.int64(abs(piece[i]) >= limit)
     return len(out), total, n
