@@ -35,8 +35,8 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to PATH.unusable, and return the new path. If that path exists, the new path is
-    PATH.unusable-2, PATH.unusable-3, ...."""
+    """Rename an unusable file or folder to PATH.unusable, and return the new path. If PATH.unusable exists already, the
+    new path is the first of PATH.unusable-2, PATH.unusable-3, ... that does not exist."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1
