@@ -70,7 +70,7 @@ def check_integers(least: int, **values: object) -> None:
 
 
 def check_counts(**values: int | None) -> None:
-    """Raise ValueError, with the argument's name, for a value that is not an integer of at least 1. None is accepted."""
+    """Raise ValueError, with the argument's name, for a value that is not a positive integer. None is accepted."""
     check_integers(1, **{name: value for name, value in values.items() if value is not None})
 
 

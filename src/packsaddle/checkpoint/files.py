@@ -122,7 +122,8 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 
 
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a worker's tensor file to the CPU. Raises DamagedError unless the file's size and sha256 match `manifest`."""
+    """Load a worker's tensor file to the CPU. Raises DamagedError unless the size and sha256 of the file match
+    `manifest`."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.
