@@ -45,8 +45,8 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """The file object passed to `torch.save`, which may crash the process if the method `write` raises an OSError. So
-    `write` stores the error, and `check` raises it."""
+    """A file object to pass to `torch.save`. If writing fails with an OSError, the method `write` stores the error,
+    and the method `check` raises it later, since `torch.save` may crash the process if `write` raises."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest

@@ -54,7 +54,8 @@ def acquire(path: Path) -> int:
 
 
 def release(fd: int, path: Path) -> None:
-    """Close a lock's descriptor, and remove its file unless another process has locked it."""
+    """Close the descriptor `fd` of a lock, and remove the lock's file `path`. The file is not removed if another
+    process has locked it meanwhile."""
     os.close(fd)
     with suppress(OSError):
         fd = os.open(path, os.O_RDWR)

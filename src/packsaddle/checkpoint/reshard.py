@@ -154,7 +154,7 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            # If worker 0 saved None in place of a dict of tensors, create the dict.
+            # Worker 0 may have saved None where other workers saved a dict of tensors. Then create the dict.
             if outer and _at(state, tuple(outer)) is None:
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value

@@ -111,7 +111,7 @@ def save_checkpoint(
     try:
         run_on_all(collectives, partial(_write, target, write))
     except CheckpointError:
-        if is_new:  # a folder that existed may contain a complete earlier save of this step
+        if is_new:  # otherwise the folder may contain a complete earlier save of this step, so keep it
             remove(target)
         raise
     run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))
@@ -299,9 +299,12 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return (number of workers that saved a step, "", False) if the manifests of all these workers are present.
-    Otherwise return (0, the error, True if an interrupted save explains the error). `surveys` contains, for each
-    current worker, the result of `_survey` for the step."""
+    """Determine if a checkpoint of a step is intact. Returns a tuple (workers, error, interrupted).
+
+    `surveys` contains, for each current worker, the result of `_survey` for the step. If the manifests of all workers
+    that saved the step are present, the tuple is (the number of these workers, "", False). Otherwise `workers` is 0,
+    `error` is the reason, and `interrupted` is True if an interrupted save explains this reason.
+    """
     ranks: dict[int, set[int]] = {}
     for survey in surveys:
         for rank, found in survey.items():
@@ -325,8 +328,9 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return, for each worker i that saved a step, the rank that reads its file. This is i modulo the number of current
-    workers if that rank has the file, and otherwise the lowest rank that has it."""
+    """Return, for each worker i that saved a step, the rank of the current worker that reads the files of worker i.
+    This rank is i modulo the number of current workers if the worker of that rank has the files. Otherwise it is the
+    lowest rank that has them."""
     found = []
     for i in range(workers):
         owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]

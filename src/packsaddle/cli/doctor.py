@@ -169,8 +169,8 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding of the checks. Its verdict is "ok", "note" (the feature is absent or unused), "warning" (some uses
-    may fail) or "problem" (training fails)."""
+    """One finding of `packsaddle doctor`. The verdict of a finding is "ok", "note" (the feature is absent or
+    unused), "warning" (some uses may fail) or "problem" (training fails)."""
 
     topic: Topic
     name: str

@@ -129,7 +129,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
                 other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
                 raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
-    # The help is the docstring before "Args:". tyro joins lines that begin with a letter, without wrapping the result.
+    # The help is the docstring before "Args:". Wrap its paragraphs here, since tyro joins the lines of a
+    # paragraph (if they begin with a letter) but does not wrap the result.
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)

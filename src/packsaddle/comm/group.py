@@ -198,8 +198,8 @@ class TorchGroup(StagingGroup):
             if not is_network(error):
                 raise
             # Post a receive that no send matches. When it times out, gloo closes the connections of the group, so that
-            # workers that wait for this one fail too and answer the roll call. With NCCL they fail at their own
-            # timeouts.
+            # workers that wait for this one fail too and answer the roll call. With NCCL those workers fail at their
+            # own timeouts.
             if devices.carries(self.process_group, _CPU):
                 backend: Any = self.process_group._get_backend(_CPU)
                 for peer in set(range(self.size)) - {self.rank}:

@@ -237,8 +237,9 @@ def _absent(address: str, reason: str) -> str:
 
 
 def _transport(host: str, listen: str, seconds: float) -> Any:
-    """Return torchft's HTTP transport, which sends states to joining workers, restricted to tensors and plain types.
-    Its server listens only at the address `listen`; other workers connect to it at `host`."""
+    """Return torchft's HTTP transport, which sends states to joining workers. Loading a state from another worker
+    accepts only tensors and plain types. Its server listens only at the address `listen`; other workers connect to
+    the server at `host`."""
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]
