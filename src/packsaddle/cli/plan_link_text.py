@@ -44,8 +44,7 @@ class LinkPlan:
     timing: Timing | None = None  # measured times of a step, whose minimum is `fleet.compute`; None: not measured
     slowest: "LinkPlan | None" = None  # forecasts for steps of the maximum time in `timing`; None: not measured
     unequal: dict[str, Any] | None = None  # `forecast_unequal(...)` of the fastest local updates; None: equal speeds
-    # Relative difference of encoding times, (median time) / (minimum time) - 1; the maximum over all compressors.
-    coding_spread: float = 0.0
+    coding_spread: float = 0.0  # maximum over compressors of (median encoding time) / (minimum encoding time) - 1
 
 
 @dataclass(frozen=True)
