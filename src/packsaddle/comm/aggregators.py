@@ -382,7 +382,7 @@ class LowRankAllReduce(Aggregator):
         self._warm = None
 
     def snapshot(self) -> Any:
-        # The list is replaced at every step and never modified in place, so it need not be copied.
+        # The list of start matrices is replaced at every exchange and never modified in place, so no copy is needed.
         return self._warm
 
     def restore(self, snapshot: Any) -> None:

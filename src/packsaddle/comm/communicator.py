@@ -4,7 +4,7 @@ The bytes counted for each of W workers are:
 - in a ring all-reduce of n bytes, 2 (W - 1) / W n bytes sent and the same number received;
 - in a ring all-gather of n bytes per worker, (W - 1) n bytes sent and the same number received;
 - in an all-to-all, the bytes that a worker sends to all other workers, and those that it receives from all others;
-- in a broadcast of n bytes, (W - 1) n sent by rank 0, and n received by every other worker.
+- in a broadcast of n bytes, (W - 1) n bytes sent by rank 0, and n bytes received by every other worker.
 
 Python objects are exchanged outside of training, and their bytes are not counted.
 """
