@@ -38,9 +38,15 @@ class GuardError(RuntimeError):
 
 
 class MessageError(ValueError):
-    """A compressor's message, i.e. a compressed vector that a worker sends, cannot be decoded: the part of the message
-    named `part` must be `expected`, and is `found`. `compressor` is the compressor's name, and `worker` is the sender's
-    rank, or None if the rank is unknown."""
+    """A compressor's message, i.e. a compressed vector that a worker sends, cannot be decoded.
+
+    Attributes:
+        part: name of the invalid part of the message.
+        expected: text that describes the valid values of the part.
+        found: the invalid value.
+        compressor: name of the compressor.
+        worker: rank of the sender; None: unknown.
+    """
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None
@@ -64,7 +70,7 @@ def check_integers(least: int, **values: object) -> None:
 
 
 def check_counts(**values: int | None) -> None:
-    """Raise ValueError, with the argument's name, unless each value is an integer of at least 1, or None."""
+    """Raise ValueError, with the argument's name, for a value that is not a positive integer. None is accepted."""
     check_integers(1, **{name: value for name, value in values.items() if value is not None})
 
 
@@ -83,7 +89,7 @@ def check_not_negative(**values: float | None) -> None:
 
 
 def check_momentum(momentum: object, nesterov: object) -> None:
-    """Raise ValueError unless the momentum is in [0, 1). If `nesterov` is true, a momentum of 0 also raises it."""
+    """Raise ValueError if the momentum is not in [0, 1), or if `nesterov` is true and the momentum is 0."""
     if isinstance(momentum, bool) or not (isinstance(momentum, Real) and 0 <= float(momentum) < 1):
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
     if nesterov and not momentum:
@@ -92,9 +98,12 @@ def check_momentum(momentum: object, nesterov: object) -> None:
 
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
-    """Context manager that converts a ValueError to a ConfigError, with `prefix` before its message.
-    If `prefix` is "--", the message must begin with the name of a parameter, which becomes a flag. For example
-    "checkpoint_every must be" becomes "--checkpoint-every must be"."""
+    """Context manager that converts a ValueError raised in its block to a ConfigError. The message of the ConfigError
+    is `prefix` followed by the message of the ValueError. A ConfigError raised in the block is not changed.
+
+    If `prefix` is "--", the first word of the ValueError's message must be the name of a parameter, which is converted
+    to the name of a flag. For example "checkpoint_every must be" becomes "--checkpoint-every must be".
+    """
     try:
         yield
     except ConfigError:
@@ -117,10 +126,13 @@ def read_text(path: Path, name: str) -> str:
 
 
 def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that makes a function raise TypeError for an unknown argument, with a suggestion in the error
-    message. The suggestion is the value of the unknown name in `names`, which maps argument names of other libraries to
-    those of the function. If `names` does not contain the unknown name, it is the function's argument with the most
-    similar spelling."""
+    """Return a decorator that makes a function raise TypeError for an unknown keyword argument. The error message
+    suggests a valid argument.
+
+    If the unknown name is a key of `names`, the suggestion is its value. `names` maps the argument names of other
+    libraries to argument names of the function. For any other unknown name, the suggestion is the function's argument
+    with the most similar spelling. If no argument is similar, the message lists all arguments of the function.
+    """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]

@@ -10,7 +10,7 @@ _LINE = 1000  # maximum number of characters of a message
 def shown(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # integers with too many digits, or deeply nested lists
+    except (ValueError, RecursionError):  # repr rejects integers with too many digits, and deeply nested lists
         return f"a {type(value).__name__} that is too large to show"
     return shortened(text)
 

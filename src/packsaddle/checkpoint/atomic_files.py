@@ -35,8 +35,8 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to PATH.unusable, and return the new path. If that path exists, the new path is
-    PATH.unusable-2, PATH.unusable-3, ...."""
+    """Rename an unusable file or folder to PATH.unusable, and return the new path. If PATH.unusable exists already, the
+    new path is the first of PATH.unusable-2, PATH.unusable-3, ... that does not exist."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1
@@ -45,8 +45,8 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """The file object passed to `torch.save`, which may crash the process if the method `write` raises an OSError. So
-    `write` stores the error, and `check` raises it."""
+    """A file object to pass to `torch.save`. If writing fails with an OSError, the method `write` stores the error,
+    and the method `check` raises it later, since `torch.save` may crash the process if `write` raises."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest

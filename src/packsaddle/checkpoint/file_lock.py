@@ -1,7 +1,7 @@
 """An advisory lock between processes, on a file (flock).
 
 The operating system releases the lock when no process has the file open, even if its holder was killed. The file
-contains the holder's process id and host; `release` removes it.
+contains the holder's process id and host; `release` removes the file.
 """
 
 import errno
@@ -28,9 +28,11 @@ class NoLocksError(OSError):
 
 
 def acquire(path: Path) -> int:
-    """Create a file and lock it; return its descriptor, which must stay open while the lock is needed.
-    Raises HeldError if another process has the lock, NoLocksError if the file system does not support locks, or another
-    OSError."""
+    """Create the file `path` and lock it. Returns the file's descriptor, which must stay open while the lock is needed.
+
+    Raises HeldError if another process has the lock, NoLocksError if the file system does not support locks, and
+    OSError if the file cannot be created or opened.
+    """
     # The last holder may remove the file after it was opened here and before it is locked. The lock is then on a
     # deleted file, so try again.
     while True:
@@ -52,7 +54,8 @@ def acquire(path: Path) -> int:
 
 
 def release(fd: int, path: Path) -> None:
-    """Close a lock's descriptor, and remove its file unless another process has locked it."""
+    """Close the descriptor `fd` of a lock, and remove the lock's file `path`. The file is not removed if another
+    process has locked it meanwhile."""
     os.close(fd)
     with suppress(OSError):
         fd = os.open(path, os.O_RDWR)
@@ -73,7 +76,7 @@ def release_everywhere(fd: int, path: Path) -> None:
 
 def check_not_held(path: Path) -> None:
     """Raise HeldError if a process holds the lock on the file `path` now."""
-    with suppress(OSError):  # the file was never locked, or locks are not supported
+    with suppress(OSError):  # an OSError means that the file does not exist, or that locks are not supported
         fd = os.open(path, os.O_RDWR)
         try:
             if not _lock(fd, shared=True):
@@ -83,7 +86,12 @@ def check_not_held(path: Path) -> None:
 
 
 def _lock(fd: int, *, shared: bool = False) -> bool:
-    """Lock an open file; return False if another process holds the lock. Raises OSError if locks are unsupported."""
+    """Lock the open file with descriptor `fd`, without waiting. Returns False if another process holds a lock that
+    excludes this one, and True otherwise.
+
+    With `shared`, the lock excludes only exclusive locks, so several processes can hold it. Without `shared`, the lock
+    is exclusive. Raises OSError if locks are unsupported.
+    """
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     try:

@@ -78,8 +78,15 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write the tensor file of one worker and step, and then the file's manifest. `said` are fields of the manifest,
-    among them the step and the rank. Raises OSError if a file cannot be written."""
+    """Write the tensor file of one worker and step, and then the manifest of that file.
+
+    Args:
+        folder: the checkpoint folder, in which the step's folder exists.
+        content: the worker's state, written to the tensor file.
+        said: fields of the manifest. The fields `step` and `rank` also determine the paths of both files.
+
+    Raises OSError if a file cannot be written.
+    """
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -89,8 +96,9 @@ def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
 
 
 def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
-    """Read and check a worker's manifest of a step. Raises DamagedError if the manifest is damaged or unreadable, and
-    CheckpointError if the version of its format is not `FORMAT`."""
+    """Read and validate the manifest of worker `rank` for a step. `folder` is the checkpoint folder. Raises
+    DamagedError if the manifest is damaged or unreadable, and CheckpointError if the manifest's format version is not
+    `FORMAT`."""
     path = step_folder(folder, step) / f"worker-{rank}.json"
     try:
         with path.open("rb") as file:
@@ -114,7 +122,8 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 
 
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a worker's tensor file to the CPU. Raises DamagedError unless its size and sha256 match the manifest."""
+    """Load a worker's tensor file to the CPU. Raises DamagedError unless the size and sha256 of the file match
+    `manifest`."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.

@@ -59,8 +59,8 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:
-    """Yield `part`, an object whose state a checkpoint contains. If it wraps an optimizer (in its attribute
-    `optimizer`), yield that too, and so on."""
+    """Yield `part`, an object whose state a checkpoint contains. If `part` wraps an optimizer, i.e. has an attribute
+    `optimizer`, then also yield the wrapped optimizer, and any optimizer that the wrapped optimizer wraps."""
     while part is not None:
         yield part
         part = getattr(part, "optimizer", None)
@@ -141,8 +141,8 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
     """Call `work` on every worker and return this worker's result; collective. If `work` raises CheckpointError on some
-    workers, all workers raise the error of one of them. It is the lowest rank whose error is not a DamagedError or, if
-    all errors are DamagedErrors, the lowest rank with an error."""
+    workers, all workers raise one of these errors. The error raised is that of the lowest rank whose error is not a
+    DamagedError. If all errors are DamagedErrors, it is that of the lowest rank with an error."""
     value, kind, problem = None, "", ""
     try:
         value = work()

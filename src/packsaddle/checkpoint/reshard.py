@@ -90,7 +90,7 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
         return by[path]
     if isinstance(value, Mapping):
         copied: Any = copy.copy(value)  # keeps `_metadata` of a module's state_dict
-        # Assign one by one, since `update` of a Counter would add to its counts.
+        # Assign the values one by one, since the method `update` of a collections.Counter would add them to its counts.
         for key, inner in value.items():
             copied[key] = _replaced(inner, by, (*path, key))
         return copied
@@ -154,7 +154,7 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            # If worker 0 saved None in place of a dict of tensors, create the dict.
+            # Worker 0 may have saved None where other workers saved a dict of tensors. Then create the dict.
             if outer and _at(state, tuple(outer)) is None:
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
@@ -262,12 +262,12 @@ def _shares(
 def _complete_states(
     states: Sequence[dict[str, Any]], shares: Sequence[float], workers: int, collectives: ObjectCollectives
 ) -> None:
-    """If a worker's saved optimizer has no state for a parameter, insert the mean of the other workers' states for it;
-    collective.
+    """Insert missing optimizer states into the saved states of an optimizer; collective. If a worker has saved no state
+    for some parameter, it is given the mean of the states that the other workers have saved for this parameter.
 
-    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has no state.
-    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this worker has read,
-    with the weights `shares`.
+    A worker has no state for a parameter before its first step (see `Workers.sample`), or after the state was reset
+    because of a NaN. `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this
+    worker has read. `shares` has the weights of the state dicts that this worker has read.
     """
     first, *mine = [state.get("state", {}) for state in states]
     # Gather the keys (indices of parameters) of every saved state, each with the weight of the state.

@@ -73,13 +73,14 @@ def save_checkpoint(
     Tensors that are equal to worker 0's are written by worker 0 alone. Earlier steps are removed only after all workers
     have written this one. Returns the step's folder.
 
-    `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
-    and plain types. `process_group` is the group of the workers; by default it is torch's default group if there is
-    one, else this process alone.
+    `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, which
+    consists of tensors and plain types. `process_group` is the group of the workers; by default it is torch's default
+    group if there is one, else this process alone.
 
     Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
     message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if a
-    state has values other than tensors and plain types, or if the folder has later steps, which must be of another run.
+    state has values other than tensors and plain types, or if the folder has checkpoints of later steps, since
+    `load_checkpoint` would load one of these instead.
 
     >>> import tempfile
     >>> import torch
@@ -110,7 +111,7 @@ def save_checkpoint(
     try:
         run_on_all(collectives, partial(_write, target, write))
     except CheckpointError:
-        if is_new:  # a folder that existed may contain a complete earlier save of this step
+        if is_new:  # otherwise the folder may contain a complete earlier save of this step, so keep it
             remove(target)
         raise
     run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))
@@ -120,7 +121,7 @@ def save_checkpoint(
 def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
     """Return the content of this worker's file: the states of `parts`, and `extra`. Raises CheckpointError if they
     cannot be saved in `folder` as step `step`."""
-    if keep < 2:  # while a step is being written, only the previous step is complete
+    if keep < 2:  # while one step is being written, the previous step must remain
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
@@ -153,14 +154,14 @@ def load_checkpoint(
     """Restore the newest step in `folder` with intact files of every worker; collective.
 
     On the same number of workers, training continues bitwise identically. If the number of workers has changed, each
-    worker loads the mean of the saved error memories, with a warning. It then also loads the means of parameters and
-    optimizer states if these differ between workers, as with `LocalUpdates`. Newer, damaged steps are renamed to
-    step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. See
-    `save_checkpoint` for `parts` and `process_group`.
+    worker loads the mean of the saved error memories, with a warning. If parameters and optimizer states differ between
+    workers, as with `LocalUpdates`, each worker also loads their means. Newer, damaged steps are renamed to
+    step-STEP.unusable, with a warning. Returns None if the folder has no step, or has only one step, whose save was
+    interrupted. See `save_checkpoint` for `parts` and `process_group`.
 
     Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, or if the saved state of
-    a part cannot be loaded: it is of a different model or seed, for example, or cannot be converted to this number of
-    workers.
+    a part cannot be loaded. For example, the state may be of a different model or seed, or may not be convertible to
+    this number of workers.
 
     >>> import tempfile
     >>> import torch
@@ -188,7 +189,7 @@ def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
     """Load a checkpoint as `load_checkpoint` does, but return the warnings in `Checkpoint.notes` instead of issuing
-    them. If the only step is unfinished, return a `Checkpoint` whose step is -1."""
+    them. If the folder has only one step, whose save was interrupted, return a `Checkpoint` whose step is -1."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "loads a checkpoint")
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
@@ -298,9 +299,12 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return (number of workers that saved a step, "", False) if the manifests of all these workers are present.
-    Otherwise return (0, the error, True if an interrupted save explains the error). `surveys` contains, for each
-    current worker, the result of `_survey` for the step."""
+    """Determine if a checkpoint of a step is intact. Returns a tuple (workers, error, interrupted).
+
+    `surveys` contains, for each current worker, the result of `_survey` for the step. If the manifests of all workers
+    that saved the step are present, the tuple is (the number of these workers, "", False). Otherwise `workers` is 0,
+    `error` is the reason, and `interrupted` is True if an interrupted save explains this reason.
+    """
     ranks: dict[int, set[int]] = {}
     for survey in surveys:
         for rank, found in survey.items():
@@ -324,8 +328,9 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return, for each worker i that saved a step, the rank that reads its file. This is i modulo the number of current
-    workers if that rank has the file, and otherwise the lowest rank that has it."""
+    """Return, for each worker i that saved a step, the rank of the current worker that reads the files of worker i.
+    This rank is i modulo the number of current workers if the worker of that rank has the files. Otherwise it is the
+    lowest rank that has them."""
     found = []
     for i in range(workers):
         owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]

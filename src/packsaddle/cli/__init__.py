@@ -51,9 +51,15 @@ def main() -> None:
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run the command that `sys.argv` names. It is one of `commands`, or `commands` itself if that is a single command;
-    `program` is the program's name in messages. Invalid input prints one line on stderr, with exit code 2. Exits
-    silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
+    """Run the command that `sys.argv` names, and print its errors.
+
+    Args:
+        commands: the group that contains the command, or a single command.
+        program: the program's name in error messages.
+
+    Invalid input prints one line on stderr and exits with code 2. If the reader of the output has closed the pipe (as
+    in `| head`), the program exits silently with code 1.
+    """
     try:
         try:
             _run(commands, program)

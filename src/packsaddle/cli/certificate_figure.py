@@ -74,7 +74,8 @@ def _draw_profile(
     part = "" if examples == certificate["examples"] else f" on {examples:,} of the examples"
     axis.plot(s, measured, color=COLOURS[1], label=f"measured{part}")
 
-    # Draw the quadratic model f(x) + slope s + bend s^2 / 2.
+    # Draw the quadratic model f(x) + slope s + bend s^2 / 2, where slope and bend are the first and the second
+    # derivative of the loss along the direction at x.
     here = losses[len(losses) // 2]
     if has_model and here is not None:
         slope, bend = certificate["slope"], certificate["lambda_min_upper"]
@@ -82,7 +83,7 @@ def _draw_profile(
         axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
-    # Fit the axis to the measured losses. The quadratic model may exceed it.
+    # Fit the y axis to the measured losses. The curve of the quadratic model may extend beyond the axis.
     axis.set_ylim(low - room, high + room)
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.locator_params(axis="x", nbins=6)

@@ -43,11 +43,10 @@ def certify_script(
 ) -> None:
     """Certify a checkpoint of your own training script.
 
-    The verdict is saddle, second-order stationary, gradient too large, or undecided; without --epsilon it is on the
-    curvature alone.
-    FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
-    (model, batch), and the batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it
-    and returns its own batches; it may shard the model with FSDP2.
+    The verdict is saddle, second-order stationary, gradient too large, or undecided. Without --epsilon the verdict is
+    on the curvature alone. FUNCTION is imported from the current folder and called without arguments. It returns a
+    model, a loss function of (model, batch), and the batches as an iterable that can be iterated repeatedly. Under
+    torchrun every worker calls it and returns its own batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt

@@ -15,8 +15,8 @@ _WIDTH, _UNLIMITED = 80, 10_000
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
-    """Return an empty table with these column headings. The first `words` columns are for text, and left-aligned. The
-    remaining columns are for numbers, and right-aligned."""
+    """Return an empty table with the column headings `headings`. The first `words` columns are for text, and
+    left-aligned. The remaining columns are for numbers, and right-aligned."""
     table = Table(*headings)
     for column in table.columns[words:]:
         column.justify = "right"
@@ -24,21 +24,24 @@ def number_table(*headings: str, words: int = 1) -> Table:
 
 
 def digits(number: float) -> str:
-    """Format a positive number. Numbers from 1000 on are rounded to whole numbers and have commas. Smaller numbers have
-    four significant digits, and an exponent only below 1e-4."""
+    """Return a positive number as text. Numbers from 1000 on are rounded to whole numbers, with commas between
+    thousands. Numbers below 1000 have four significant digits, and an exponent only below 1e-4."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def plain_text(text: str) -> Text:
-    """Return `text` as the content of a cell of a rich table. Its markup is not interpreted, and control characters are
-    escaped."""
+    """Return `text` as the content of a cell of a rich table. Markup in `text` is not interpreted, and control
+    characters in it are escaped."""
     return Text(printable(text))
 
 
 def print_table(table: Table, uncut: str = "") -> None:
-    """Print a table that fits the terminal. In a pipe or a file its width is 80 columns, or more if its longest words
-    need it. `uncut` is a hint, such as "--json prints it whole", which is printed below a table that needs more columns
-    than the terminal has (in a pipe or a file, more than 80)."""
+    """Print a table, shrunk to the width of the terminal if that is possible without breaking a word. In a pipe or a
+    file the width of the table is at most 80 columns, unless its longest words need more.
+
+    `uncut` is a hint, such as "--json prints it whole". It is printed below a table that needs more columns than the
+    terminal has or, in a pipe or a file, more than 80.
+    """
     console = Console()
     if table.box is None:
         console.print(table)
@@ -57,7 +60,7 @@ def print_table(table: Table, uncut: str = "") -> None:
     if not console.is_terminal:
         console = Console(width=max(_WIDTH, needed))
 
-    # Shrink the widest column first.
+    # Shrink the widest column by one until the table fits, or until no column can shrink further.
     while sum(widths) + gaps > console.width and widths != least:
         widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
         widths[widest] -= 1

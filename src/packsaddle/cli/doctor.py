@@ -52,7 +52,7 @@ class Interface:
 class Listening:
     """The address on which gloo listens for other workers, and the reason why gloo chooses it."""
 
-    address: str  # IP address, or the names of network interfaces
+    address: str  # IP address, or the network interfaces named by GLOO_SOCKET_IFNAME if it is set
     why: str
     reachable: bool  # True if other hosts can connect
     possible: bool = True  # False if gloo fails to start
@@ -105,9 +105,12 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return the address on which gloo listens. If GLOO_SOCKET_IFNAME is set, it is the address of the interface named
-    there. Otherwise it is the address to which this host's name resolves or, if that is no address of this machine, the
-    loopback address."""
+    """Return the address on which gloo listens, with the reason.
+
+    If GLOO_SOCKET_IFNAME is set, the address is given as the names of network interfaces in that variable. Otherwise it
+    is the address to which this host's name resolves. If that address does not belong to this machine, gloo listens on
+    the loopback address.
+    """
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -124,8 +127,8 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """Return the first address of a host name to which a socket can be bound, or None if it has no such address. Gloo
-    selects the address on which it listens in the same way."""
+    """Return the first of a host name's addresses to which a socket can be bound, or None if there is no such
+    address. Gloo selects the address on which it listens in the same way."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -166,8 +169,8 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding of the checks. Its verdict is "ok", "note" (the feature is absent or unused), "warning" (some uses
-    may fail) or "problem" (training fails)."""
+    """One finding of `packsaddle doctor`. The verdict of a finding is "ok", "note" (the feature is absent or
+    unused), "warning" (some uses may fail) or "problem" (training fails)."""
 
     topic: Topic
     name: str

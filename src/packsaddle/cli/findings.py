@@ -1,4 +1,5 @@
-"""The certification of the weights in a file as a saddle or a second-order stationary point, and its options."""
+"""Certification of the weights in a file as a saddle or a second-order stationary point, and the options of the
+certification."""
 
 import json
 import math
@@ -55,7 +56,7 @@ class Finding:
     file: Path  # file of the weights
     certificate: Certificate
     profile: Profile  # loss along the escape direction
-    sharpest: Profile | None  # loss along the sharpest direction; None if unknown
+    sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
     sharded: bool  # True if the model is sharded: directions are then only this worker's shards

@@ -94,9 +94,9 @@ def summary(command: Command | Group) -> str:
 
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
-    """Parse `words`, the words of the command line after `name`, and return a function without arguments that runs the
-    command of `group` that they name. Raises ConfigError if the words are invalid, and SystemExit after printing the
-    help of a command."""
+    """Parse `words`, the words of the command line after the program's name `name`. Returns a function without
+    arguments, which runs the command named by `words`; this command is in `group` or is `group` itself. Raises
+    ConfigError if the words are invalid, and SystemExit after printing the help of a command."""
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
     words = asked_for_help(words)
@@ -129,7 +129,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
                 other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
                 raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
-    # The help is the docstring before "Args:". tyro joins lines that begin with a letter, without wrapping the result.
+    # The help is the docstring before "Args:". Wrap its paragraphs here, since tyro joins the lines of a
+    # paragraph (if they begin with a letter) but does not wrap the result.
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
@@ -171,9 +172,9 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def deferred(command: Command) -> Command:
-    """Wrap `command` for tyro, the library that parses flags, as a function that returns a deferred call of `command`.
-    The function has one parameter per flag or titled group of flags. The help does not show defaults None, True, False
-    and (). A class is returned unchanged."""
+    """Wrap `command` for tyro, the library that parses flags, as a function that returns a deferred call of
+    `command`. The function has one parameter for each flag without a group, and one for each group of flags. The
+    help does not show the defaults None, True, False and (). If `command` is a class, it is returned unchanged."""
     if inspect.isclass(command):
         return command
     flags, texts = flags_of(command), descriptions(command)

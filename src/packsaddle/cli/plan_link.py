@@ -253,18 +253,19 @@ def _given(rate: str, latency: float | None) -> Link | None:
 
 
 def _measured_link(group: Group | None, device: torch.device, workers: int) -> tuple[Link, str]:
-    """Measure the link between the workers in `group`, or without a group between processes on this machine. Returns
-    the link, and a text that describes the measurement."""
+    """Measure the link between the workers in `group`. If `group` is None, measure the link between `workers`
+    processes on this machine instead. Returns the link, and a text that describes the measurement."""
     if group is not None:
         return probe(group, device), "measured between torchrun's workers"
     return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
 
 
 class _Paces:
-    """A callable that measures the speed at which a compressor encodes and decodes vectors of d coordinates. Each pair
-    of compressor and d is measured only once.
+    """A callable that returns the speed at which a compressor encodes and decodes vectors of d coordinates. The speed
+    is measured only in the first call with this compressor and this d.
 
-    `spread` is the largest fraction by which the median time of a compressor's encoding exceeded the minimum time.
+    `spread` is a relative difference of encoding times: (median time) / (minimum time) - 1. It is the maximum over all
+    compressors measured so far.
     """
 
     def __init__(self, report: Callable[[int, str], object], device: torch.device) -> None:
@@ -301,9 +302,12 @@ def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Opt
 
 
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Compressor]:
-    """Return the compressors to compare. If `text` names or constructs a compressor, it is the only one. If `text` is
-    "best", they are all compressors that were measured with `optimizer` or, if a `ratio` is given, all lossy
-    compressors with this ratio."""
+    """Return the compressors to compare.
+
+    If `text` is the name or the constructor call of a compressor, the result contains only this compressor. If `text`
+    is "best" and `ratio` is None, the result contains all compressors that were measured with `optimizer`. If `text` is
+    "best" and `ratio` is given, it contains all lossy compressors, each with this ratio.
+    """
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]
@@ -318,8 +322,8 @@ def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Co
 
 
 def _workers(requested: int | None) -> int:
-    """Return the number of workers that torchrun started. Without torchrun it is `requested`, by default 4. Raises
-    ConfigError if `requested` is below 2 or differs from torchrun's number."""
+    """Return the number of workers: under torchrun the number that torchrun started, and otherwise `requested`, by
+    default 4. Raises ConfigError if `requested` is below 2, or differs from the number that torchrun started."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and requested not in (None, world):
         raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")

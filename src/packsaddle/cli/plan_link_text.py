@@ -19,7 +19,7 @@ _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/s
 # Shortest step of dense training, in seconds, that is forecast. Shorter steps consist mostly of fixed costs of some ms
 # (experiments/scale).
 _SMALLEST = 0.01
-_BUSY = 0.3  # if the median coding time exceeds the minimum by more than this fraction, the machine is busy
+_BUSY = 0.3  # the machine is busy if median and minimum encoding time differ by more than this fraction
 _UNEQUAL = (
     "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "
     'workers=packsaddle.Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
@@ -39,12 +39,12 @@ class LinkPlan:
     link: Link
     source: str  # text that describes how the link's rate was obtained
     fleet: Fleet
-    update: float  # seconds per step for error memory and noise, beyond plain SGD's update
+    update: float  # seconds per step for error memory and noise, in addition to plain SGD's update
     optimizer: Optimizer
-    timing: Timing | None = None  # measured times of a step (minimum: `fleet.compute`); None: --compute was given
-    slowest: "LinkPlan | None" = None  # forecasts if a step takes the maximum of `timing`; None: not timed
+    timing: Timing | None = None  # measured times of a step, whose minimum is `fleet.compute`; None: not measured
+    slowest: "LinkPlan | None" = None  # forecasts for steps of the maximum time in `timing`; None: not measured
     unequal: dict[str, Any] | None = None  # `forecast_unequal(...)` of the fastest local updates; None: equal speeds
-    coding_spread: float = 0.0  # largest fraction by which the median encoding time exceeded the minimum
+    coding_spread: float = 0.0  # maximum over compressors of (median encoding time) / (minimum encoding time) - 1
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class Method:
 
 
 def methods(plan: LinkPlan) -> list[Method]:
-    """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, the DDP hook
-    with the compressor forecast to be fastest (if compression pays), and the fastest setting of local updates."""
+    """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, the DDP
+    hook with the compressor forecast to be fastest (only if it is forecast to be faster than
+    DistributedDataParallel), and the fastest setting of local updates."""
     # One machine alone accumulates the gradients of all workers' batches, one after the other.
     alone = plan.fleet.workers * plan.fleet.compute
     found = [Method("one machine alone", alone), Method("DistributedDataParallel", plan.verdict.dense.seconds)]
@@ -112,8 +113,8 @@ def _by_local_updates(plan: LinkPlan, forecast: LocalForecast) -> Method:
     if delay := setting.delay:
         several = f"packsaddle.Overlap({delay}, fragments={forecast.fragments})"
         arguments.append(f"overlap={delay if forecast.fragments == 1 else several}")
-    # With an outer momentum and an exchange every 32 steps of Muon, the loss was lower than in the measurements of the
-    # forecast (experiments/muon).
+    # Suggest an outer momentum for Muon with an exchange every 32 steps or more. The settings in the forecast were
+    # measured without outer momentum, which decreased the loss further (experiments/muon).
     if plan.optimizer == "muon" and setting.every >= 32:
         arguments.append("outer=packsaddle.OuterSGD(momentum=0.5)")
     inner = "[muon, adamw]" if plan.optimizer == "muon" else "optimizer"

@@ -2,7 +2,7 @@
 
 Start with `group` (the four collectives, and how `resolve` selects a group), then `communicator` (the same collectives,
 with byte counts recorded in a `ledger`) and `aggregators` (one class for each method of averaging compressed vectors;
-`select_aggregator` chooses one). Of the other packages, only `hooks.ddp` imports torch.distributed.
+`select_aggregator` chooses one). Outside this package, only `hooks.ddp` imports torch.distributed.
 """
 
 from packsaddle.comm.aggregators import Aggregator

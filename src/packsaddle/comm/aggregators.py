@@ -24,8 +24,8 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a sum of compressed vectors: a compressor's message, which decodes to the coordinates [start, stop)
-    of the vector, times `weight`."""
+    """One term of a sum of compressed vectors. The term is a decoded message times `weight`. The decoded message has
+    the coordinates [start, stop) of the vector; all other coordinates of the term are 0."""
 
     compressor: Compressor
     message: Message
@@ -84,19 +84,20 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The result of averaging a vector over workers. `own` and `mean` are tuples of terms; the sum of the terms is a
-    vector of the compressed coordinates."""
+    """The result of averaging a vector over workers. Each of `own` and `mean` represents a vector of the compressed
+    coordinates as a tuple of terms, whose sum is the vector."""
 
     # This worker's compressed vector C(v); its error memory becomes v - C(v). If this worker owns a chunk of the vector
-    # (see `Owners`), C(v) is v - W r in that chunk, where r is the residual of the mean that it sent to all W workers.
+    # (see `Owners`), C(v) is v - W r in that chunk. There r is the residual of the chunk's mean, i.e. the part of the
+    # mean that was lost when this worker compressed it for all W workers.
     own: tuple[Term, ...]
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
     dense: Tensor  # float[m], the mean of the uncompressed parts
     invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean of all d coordinates to out, zeros[d], and return out. The uncompressed coordinates come
-        last."""
+        """Write the mean into `out` and return `out`. `out` is a vector of d zeros, float[d], where d is the number
+        of all coordinates. The uncompressed coordinates are at its end."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)
@@ -122,7 +123,8 @@ class Work:
     coordinates: int
     encode: int = 0
     decode: int = 0  # number of messages from other workers that are decoded and added to a vector
-    # Number of messages that are added without decoding, since their context is known (`Message.context`).
+    # Number of messages that are added to a vector without decoding. The worker encoded or decoded them earlier, so it
+    # has their context (`Message.context`) already.
     add: int = 0
 
 
@@ -166,8 +168,8 @@ class Aggregator(ABC):
         return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the counts of the operations (encoding, decoding and adding messages) of one exchange, for the worker
-        that has the most. They include the operations that apply the mean."""
+        """Return the numbers of operations (encoding, decoding and adding messages) in one exchange, for the worker
+        with the most operations. The numbers include the operations that apply the mean."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
@@ -181,8 +183,8 @@ class Aggregator(ABC):
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
-        """Raise ValueError if the compressor does not support vectors of d coordinates or, if workers average chunks of
-        a vector, the chunks."""
+        """Raise ValueError if the compressor does not support vectors of d coordinates. If each worker averages a
+        chunk of the vector, the compressor must support vectors of every chunk's length too."""
         if d:
             self.compressor.validate(d)
 
@@ -202,8 +204,8 @@ class Aggregator(ABC):
         return {} if self.owners is None else {"owners": list(self.owners)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore `state`, a result of `state_dict`, with its tensors on `device`. Matrices of low-rank compression
-        whose shapes do not fit the model have no effect."""
+        """Restore `state`, a result of `state_dict`, and move its tensors to `device`. Start matrices of low-rank
+        compression are ignored if their shapes do not fit the model."""
         self.owners = state.get("owners")
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
@@ -325,8 +327,8 @@ class LowRankAllReduce(Aggregator):
 
     def __init__(self, compressor: LowRank) -> None:
         super().__init__(compressor)
-        # The warm start of each matrix, and a bool[] that is True if all of them are valid; None: there is no warm
-        # start.
+        # The warm starts of all matrices, and a bool[] that is True if all warm starts are valid; None: there are no
+        # warm starts.
         self._warm: tuple[list[Tensor], Tensor] | None = None
 
     def average(
@@ -380,7 +382,7 @@ class LowRankAllReduce(Aggregator):
         self._warm = None
 
     def snapshot(self) -> Any:
-        # The list is replaced at every step and never modified in place, so it need not be copied.
+        # The list of start matrices is replaced at every exchange and never modified in place, so no copy is needed.
         return self._warm
 
     def restore(self, snapshot: Any) -> None:

@@ -3,8 +3,8 @@
 The bytes counted for each of W workers are:
 - in a ring all-reduce of n bytes, 2 (W - 1) / W n bytes sent and the same number received;
 - in a ring all-gather of n bytes per worker, (W - 1) n bytes sent and the same number received;
-- in an all-to-all, the messages that it sends to other workers and receives from them;
-- in a broadcast of n bytes, (W - 1) n sent by rank 0, and n received by every other worker.
+- in an all-to-all, the bytes that a worker sends to all other workers, and those that it receives from all others;
+- in a broadcast of n bytes, (W - 1) n bytes sent by rank 0, and n bytes received by every other worker.
 
 Python objects are exchanged outside of training, and their bytes are not counted.
 """
@@ -28,7 +28,7 @@ from packsaddle.numerics.transfers import read
 from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]
-_MOST = 1 << 30  # limit in bytes on the message of one worker, unless the caller sets a lower limit
+_MOST = 1 << 30  # maximum bytes of one worker's message, unless the caller sets a lower limit
 
 
 def ring_all_reduce(payload: int, workers: int) -> Bytes:
@@ -64,9 +64,12 @@ class Communicator:
         return tensor
 
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
-        """Average floating-point tensors over workers in place. One all-reduce averages all float64 tensors, and
-        another one all other tensors, as float32. `weight` multiplies this worker's tensors; the weights of all workers
-        must have mean 1."""
+        """Average floating-point tensors over workers in place. One all-reduce averages the float64 tensors. Another
+        one averages all other tensors, after converting them to float32.
+
+        `weight` multiplies this worker's tensors; the mean over workers of their weights must be 1. The bytes are
+        counted under the name `purpose`.
+        """
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
@@ -89,13 +92,20 @@ class Communicator:
         purpose: str | None = None,
         most: int = _MOST,
     ) -> list[Parts]:
-        """All-gather messages: return every worker's parts (tensors by name), by rank.
+        """All-gather messages, and return the parts of every worker's message, by rank. If messages differ in size, all
+        are padded to the longest.
 
-        Names and dtypes must match on all workers. With `fixed_size`, all workers' parts have equal sizes. Otherwise
-        `sizes` are the bytes of the parts by rank, if all workers know them; if None, they are gathered first. Shorter
-        messages are padded to the longest. Bytes are counted under the parts' names, "sizes" and "padding", or all
-        under `purpose` if it is given. Raises MessageError on all workers if the sizes that one worker announces are
-        negative, are not multiples of the parts' element sizes, or exceed `most` bytes in total.
+        Args:
+            parts: the parts (tensors by name) of this worker's message. Names and dtypes must match on all workers.
+            fixed_size: True if the parts have equal sizes on all workers.
+            sizes: the sizes in bytes of the parts of every worker, by rank. If `sizes` is None, and `fixed_size` is
+                False, the sizes are gathered first.
+            purpose: the name under which all bytes are counted. By default the bytes are counted under the parts'
+                names, "sizes" and "padding".
+            most: the maximum size in bytes of one worker's message.
+
+        Raises MessageError on all workers if the gathered sizes of some worker's parts are invalid: negative, not
+        multiples of the parts' element sizes, or above `most` in total.
         """
         wire, own = _join(parts), part_sizes(parts)
         if fixed_size:
@@ -119,10 +129,17 @@ class Communicator:
     def exchange(
         self, outgoing: Sequence[Parts | None], like: Parts, *, fixed_size: bool = False, most: int = _MOST
     ) -> list[Parts]:
-        """All-to-all: send the parts outgoing[r] to worker r, or nothing if outgoing[r] is None; return the received
-        parts, by rank. `like` has the names and dtypes of the parts. With `fixed_size` all messages to one worker have
-        equal sizes. Otherwise sizes are sent first, and MessageError is raised, on this worker only, if received sizes
-        are negative, are not multiples of the element sizes in `like`, or exceed `most` bytes in total."""
+        """All-to-all: send a message to each worker, and return the parts of the received messages, by rank.
+
+        Args:
+            outgoing: the parts of the message to each worker, by rank; None: this worker gets no message.
+            like: parts with the names and dtypes of the parts of every message.
+            fixed_size: True if all messages to the same receiver have equal sizes. Otherwise sizes are sent first.
+            most: the maximum size in bytes of one message.
+
+        Raises MessageError, on this worker only, if the sizes that another worker has sent are invalid: negative, not
+        multiples of the element sizes in `like`, or above `most` in total.
+        """
         nothing, others = [0] * len(like), [r for r in range(self.group.size) if r != self.group.rank]
         sizes = [nothing if parts is None else part_sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -244,8 +261,16 @@ def check_agreement(
     of: Literal["worker", "process"] = "worker",
 ) -> None:
     """Raise ValueError on all workers if their `arguments` differ; collective. The error names the first argument that
-    differs. `hints` maps the beginning of an argument's name to a sentence that is added to the error. `of` is the
-    error's word for a rank of the channel's group: a worker, or a process of one worker."""
+    differs.
+
+    Args:
+        channel: the communicator of the workers.
+        arguments: this worker's arguments by name.
+        device: the device of the tensors to exchange.
+        hints: sentences to add to the error. A sentence is added if its key is the beginning of the differing
+            argument's name.
+        of: "process" if the ranks of `channel` are processes of one worker. The error calls each rank by this word.
+    """
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.

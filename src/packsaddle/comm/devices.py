@@ -82,8 +82,8 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def check_not_capturing(call: str, device: torch.device) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured on `device`. `call` is the name of the calling function in
-    the error. That function runs code on the host, which a replay of the graph would not repeat."""
+    """Raise RuntimeError if a CUDA graph is being captured on `device`. The caller runs code on the host, which a
+    replay of the graph would not repeat. `call` is the name by which the error message calls the caller."""
     if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "

@@ -113,8 +113,8 @@ class TerminatedError(RuntimeError):
 
 
 class WorkerFailedError(RuntimeError):
-    """A launched worker process failed; the message is the first error. `trace` is its traceback, or "" if there is
-    none."""
+    """A launched worker process failed. The message is that of the first error in a worker, and `trace` is the
+    traceback of that error, or "" if there is none."""
 
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)

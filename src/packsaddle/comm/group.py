@@ -26,8 +26,9 @@ from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
-# Largest message, in bytes, that an all-gather sends to all workers concurrently. In gloo's ring each worker would send
-# W - 1 messages one after the other.
+# Size in bytes of the largest tensor that an all-gather between more than two workers sends by an all-to-all, i.e.
+# concurrently to all workers. Larger tensors are sent by gloo's ring, in which each worker sends W - 1 messages one
+# after the other.
 SMALL = 4096
 _NO_TAG = 7_654_321  # message tag for a receive that no send matches
 _CPU = torch.device("cpu")
@@ -171,8 +172,8 @@ class TorchGroup(StagingGroup):
         return received
 
     def _broadcast(self, tensor: Tensor) -> None:
-        whole = tensor.contiguous()  # gloo ignores the strides of its output
-        data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no 8-bit floats
+        whole = tensor.contiguous()  # gloo ignores strides when it writes into a tensor
+        data = whole.view(-1).view(torch.uint8)  # sent as bytes, since gloo has no 16-bit integers and no 8-bit floats
         with self.naming_lost_workers():
             dist.broadcast(data, src=self.ranks[0], group=self._group)
         if whole is not tensor:
@@ -197,8 +198,8 @@ class TorchGroup(StagingGroup):
             if not is_network(error):
                 raise
             # Post a receive that no send matches. When it times out, gloo closes the connections of the group, so that
-            # workers that wait for this one fail too and answer the roll call. With NCCL they fail at their own
-            # timeouts.
+            # workers that wait for this one fail too and answer the roll call. With NCCL those workers fail at their
+            # own timeouts.
             if devices.carries(self.process_group, _CPU):
                 backend: Any = self.process_group._get_backend(_CPU)
                 for peer in set(range(self.size)) - {self.rank}:
@@ -258,12 +259,12 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new process group with the workers and the timeout of `process_group`; collective. It has the same
-    backends too, unless they cannot exchange tensors on `device`; then its backend is gloo."""
+    """Return a new process group with the workers and the timeout of `process_group`; collective. The new group has
+    the backends of `process_group` if these can exchange tensors on `device`, and otherwise only gloo."""
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
     backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-    # torch returns a placeholder only to workers that are not members of the group.
+    # `new_group` returns a placeholder instead of a group only to workers that are not members, but this worker is one.
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -45,7 +45,8 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        # `Join` calls torch's collectives, which do not copy tensors to the host as `Group` does.
+        # `Join` calls torch's collectives directly. Unlike `Group`, they do not copy tensors of an accelerator to the
+        # host, so give them a CPU tensor if the group needs such copies.
         return torch.device("cpu") if self._group.stages(self._device) else self._device
 
     @property
@@ -53,9 +54,9 @@ class JoinableSteps(Joinable):
         return getattr(self._group, "process_group", None)
 
     def _announce(self) -> None:
-        """Announce this worker's next collectives to the workers that have ended, so that they take part. No-op outside
-        of `Join`. Raises RuntimeError if `Join` has another object before this one: ended workers would run this
-        object's collectives only at steps of the first object."""
+        """Announce this worker's next collectives to the workers that have ended, so that the ended workers join
+        these collectives. No-op outside of `Join`. Raises RuntimeError if `Join` has another object before this one:
+        ended workers would run this object's collectives only at steps of the first object."""
         if not self._join_config.enable:
             return
         if not self._join_config.is_first_joinable:

@@ -211,8 +211,9 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Context manager that initializes torch's default process group from the environment variables of the launcher.
-    Its backend is NCCL (xccl on XPU) if every worker has a GPU, and otherwise gloo. Collectives that exceed `timeout`,
-    by default torch's, raise PeerLostError. Raises ConfigError if the group cannot be initialized."""
+    Its backend is NCCL (xccl on XPU) if every worker has a GPU, and otherwise gloo. A collective raises
+    PeerLostError if it takes longer than `timeout`, by default the default timeout of torch.distributed. Raises
+    ConfigError if the group cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -239,8 +240,10 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
 def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
     """Return `store`, `rank` and `world_size` for `init_process_group`, or {} if torch's own store can be used.
 
-    Under torchrun the store is torchrun's with a new key prefix, unless torchrun never restarts workers. Under other
-    launchers the store is in rank 0's process, and listens only at MASTER_ADDR, or at BIND if that is set.
+    Torch's own store is used under a torchrun that never restarts workers, and if one of the variables RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT is unset. Under a torchrun that may restart workers, the store is torchrun's
+    with a new key prefix. Under all other launchers the store is in rank 0's process. That store listens only at
+    MASTER_ADDR or, if the variable named by `BIND` is set, at its value.
     """
     is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -269,11 +272,12 @@ def bound_store(address: str, port: int = 0, **options: Any) -> Any:
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
     )
-    # The store also connects to itself as a client, and closes the listening socket when it is destroyed.
+    # The store also connects to itself as a client, so it needs an address at which this process reaches it. The store
+    # closes the listening socket when it is destroyed.
     here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
-    # With libuv, a store that gets an open listening socket breaks forks of this process.
+    # use_libuv=False: a libuv store that is given an open listening socket breaks forks of this process.
     return make(here, port, use_libuv=False, **options)
 
 

@@ -59,7 +59,7 @@ class ManagedGroup(StagingGroup):
 
     def renew(self) -> None:
         """Set `rank` to this worker's rank in the latest quorum, and `size` to the number of workers in the quorum.
-        Raises ConfigError if this worker is not part of it."""
+        Raises ConfigError if this worker is not part of the quorum."""
         rank = self.manager.participating_rank()
         if rank is None:
             raise ConfigError("manager must have world_size_mode=DYNAMIC and use_async_quorum=False: no worker spares")
@@ -109,7 +109,8 @@ def connect(
     bind: str | None = None,
     site: bool = False,
 ) -> Any:
-    """Return a torchft Manager that makes this process a worker of `LocalUpdates(..., workers=)`, or a part of one.
+    """Return a torchft Manager that makes this process a worker of `LocalUpdates(..., workers=)` or, with `site`, one
+    of the processes that form a worker.
 
     Args:
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT; by default the value of TORCHFT_LIGHTHOUSE.
@@ -119,11 +120,12 @@ def connect(
             times are numbers of seconds, or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join an exchange.
         connect_timeout: seconds to wait for a connection to the lighthouse.
-        hostname: this machine's address for other workers; by default its address in the connection to the lighthouse.
-        bind: the address at which this worker's servers listen; "::" for all addresses. By default, its address in the
-            connection to the lighthouse, or `hostname` if that address is localhost.
-        site: True if all processes in torch's default group are one worker. Each of them calls this function. All
-            sites must have the same number of processes.
+        hostname: the address by which other workers reach this machine; by default this machine's address in its
+            connection to the lighthouse.
+        bind: the address at which this worker's servers listen; "::" for all addresses. By default it is this machine's
+            address in its connection to the lighthouse, or `hostname` if that address is localhost.
+        site: True if all processes in torch's default group are one worker. Each of them calls this function. All sites
+            must have the same number of processes.
 
     States of other workers are loaded with weights_only=True, which allows only tensors and plain types. Raises
     MissingExtraError without torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be
@@ -210,8 +212,8 @@ def reach(host: str, port: int, seconds: float) -> str:
 
 
 def lighthouse_address() -> tuple[str, int] | None:
-    """Return the lighthouse's host and port from TORCHFT_LIGHTHOUSE, or None if that is unset. Raises ConfigError if it
-    is invalid."""
+    """Return the lighthouse's host and port from TORCHFT_LIGHTHOUSE, or None if that environment variable is unset.
+    Raises ConfigError if its value is invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 
 
@@ -235,8 +237,9 @@ def _absent(address: str, reason: str) -> str:
 
 
 def _transport(host: str, listen: str, seconds: float) -> Any:
-    """Return torchft's HTTP transport, which sends states to joining workers, restricted to tensors and plain types.
-    Its server listens only at the address `listen`; other workers connect to it at `host`."""
+    """Return torchft's HTTP transport, which sends states to joining workers. Loading a state from another worker
+    accepts only tensors and plain types. Its server listens only at the address `listen`; other workers connect to
+    the server at `host`."""
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]

@@ -3,9 +3,9 @@
 With `TwoWay` each worker of the exchange owns an equal chunk. With `Coordinator` rank 0 owns the whole vector, as in
 the paper.
 
-Workers send their vectors v_i compressed, as C(v_i), except that an owner j uses its own v_j uncompressed in the mean m
-of its chunk, since v_j is not sent there. The owner sends m back as B(m), where B may be another compressor or the
-identity. It keeps W times the residual r = m - B(m) in its error memory, so that the next mean over the W workers
+Workers send their vectors v_i compressed, as C(v_i), except that owner j does not send its own v_j for its chunk, and
+so includes it uncompressed in the chunk's mean m. The owner sends m back as B(m), where B may be another compressor or
+the identity. It keeps W times the residual r = m - B(m) in its error memory, so that the next mean over the W workers
 contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
@@ -32,9 +32,9 @@ Chunk = tuple[int, int]
 class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
-    An owner replies with B(m), where m is the mean and B the compressor `back`. If a compressor has k= or columns=,
-    this number is divided among chunks in proportion to their sizes. If it has `per_tensor`, each piece of a tensor in
-    a chunk counts as a tensor.
+    An owner replies with B(m), where m is the mean and B the compressor `back`. If a compressor has a parameter k= or
+    columns=, the value of that parameter is divided among the chunks in proportion to their sizes. If a compressor has
+    `per_tensor`, each piece of a tensor in a chunk counts as a tensor.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
@@ -186,9 +186,9 @@ class Owners(Aggregator):
         announces the sizes of its reply's parts."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the counts of the operations (encoding, decoding and adding messages) of an owner, i.e. a worker that
-        averages a chunk. It decodes the other workers' messages for its chunk, and the replies (compressed means) of
-        all owners."""
+        """Return the numbers of operations (encoding, decoding and adding messages) in one exchange, for the worker
+        with the most operations. That worker is the owner of the largest chunk, i.e. it averages this chunk. The
+        owner decodes the other workers' messages for its chunk, and the replies (compressed means) of all owners."""
         if not d:
             return []
         chunks = self._chunks(d, workers)

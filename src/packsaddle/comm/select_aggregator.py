@@ -1,5 +1,5 @@
-"""Selection of the aggregator for a compressor: either the requested aggregator, or the one with which workers send the
-fewest bytes."""
+"""Selection of the aggregator for a compressor and an exchange. With exchange "auto", the selection depends on the
+number of bytes that the busiest worker would send."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,8 +35,9 @@ class Choice:
 
 
 def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
-    """Warn if the number d of compressed coordinates is 0, since everything is then sent uncompressed. `stacklevel`
-    means the same as if the caller of this function called `warnings.warn` itself."""
+    """Warn if the number d of compressed coordinates is 0, so that everything is sent uncompressed. There is no
+    warning for a lossless compressor. `stacklevel` is the value that the caller of this function would pass to
+    `warnings.warn`."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
@@ -46,8 +47,8 @@ def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int,
 
 
 def check_exchange(exchange: str, back: Compressor | None) -> None:
-    """Raise ValueError for an unknown exchange, or if `back`, the compressor of averages that are sent back to the
-    workers, is given for an exchange that does not use it."""
+    """Raise ValueError if `exchange` is unknown, or if `back` is given and `exchange` is neither "two-way" nor
+    "coordinator". `back` is the compressor of the means that are sent back to the workers."""
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
     if back is not None and exchange not in ("two-way", "coordinator"):
@@ -64,22 +65,31 @@ def choose(
     itemsize: int = 4,
     back: Compressor | None = None,
 ) -> Choice:
-    """Return the aggregator for d compressed and `dense` uncompressed coordinates.
+    """Return the aggregator for vectors of d compressed and `dense` uncompressed coordinates, with its name and the
+    reason for the selection.
 
-    "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
-    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct", except that "two-way" replaces an
-    all-gather if the busiest worker is predicted to send over 5% fewer bytes in "two-way" than in "direct". "two-way"
-    (each worker averages a chunk of the vector) and "coordinator" (rank 0 averages the whole vector) may compress the
-    mean again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does not support this
-    exchange or vectors of d coordinates.
+    The values of `exchange` are:
+
+    - "direct": the exact mean of the workers' messages, with the aggregator that the compressor's attribute
+      `aggregation` names. It uses one all-reduce if the compressor is linear, two all-reduces for SketchTopK,
+      SharedTopK and LowRank, and an all-gather for all other compressors.
+    - "senders": the same aggregator. Local updates then divide each coordinate of the sum by the number of its senders.
+    - "all-reduce" and "all-gather": the exact mean by this collective.
+    - "two-way": each worker averages a chunk of the vector, and may compress the mean of the chunk with `back`.
+    - "coordinator": rank 0 averages the whole vector, and may compress the mean with `back`.
+    - "auto": as "direct". But if that is an all-gather, and with "two-way" the busiest worker is predicted to send over
+      5% fewer bytes, then as "two-way".
+
+    Raises ValueError if the exchange is unknown, or if the compressor does not support the exchange or vectors of d
+    coordinates.
     """
     check_exchange(exchange, back)
     name = compressor.aggregation
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
     direct = _DIRECT[name](compressor)
-    # The exact mean, with the aggregator that the compressor names. "senders" uses this mean too; local updates then
-    # divide each coordinate by the number of its senders instead of by W.
+    # The exact mean, with the aggregator that the compressor names. For "senders", local updates convert this mean to
+    # one in which each coordinate is divided by the number of workers that sent it, instead of by W.
     if exchange in ("direct", "senders", name):
         choice = Choice(direct, name, "asked for")
     elif name not in get_args(Exchange) and exchange != "auto":

@@ -21,8 +21,8 @@ from packsaddle.errors import ConfigError
 
 @contextmanager
 def fail_together(site: Group) -> Iterator[None]:
-    """Context manager that raises an error on all processes of a site, i.e. a worker of several processes, if its block
-    raises one on some process of the site; collective.
+    """Context manager that raises an error on all processes of a site, i.e. of a worker with several processes, if the
+    block of the context manager raises an error on one of these processes; collective.
 
     A ConfigError, and the PeerLostError that reports a lost process of the site, are raised only on the process on
     which they occur.
@@ -131,9 +131,12 @@ class SiteGroup(Group):
 
 
 def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Group:
-    """Return the group to train in, as `training_group` does. For a mesh it is the group of the sites, i.e. workers of
-    several processes: the first dimension of the mesh is the site, and the other dimensions are the processes of a
-    site. Collective for a mesh of three dimensions."""
+    """Return the group to train in; collective for a mesh of three dimensions.
+
+    If `given` is not a mesh, the group is the result of `training_group`. If `given` is a mesh, the group is that of
+    the sites. The first dimension of the mesh is the index of the site, and all other dimensions are the processes of
+    one site. In a mesh of one dimension each site is a single process.
+    """
     if not isinstance(given, DeviceMesh):
         return training_group(given)
     if given.ndim == 1:
