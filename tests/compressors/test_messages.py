@@ -11,7 +11,7 @@ from corruption import SETTINGS, VECTORS, D, outcome, replaced
 from torch import Tensor
 from torch_loops import torch_only
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, Sign, Stages, TopK
+from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, Sign, TopK
 from packsaddle.compressors import wire
 from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.errors import MessageError
@@ -150,11 +150,11 @@ def test_values_above_their_scale_are_refused() -> None:
 
 
 def test_errors_name_compressor_part_and_both_lengths() -> None:
-    parts = dict(Stages(Sign()).encode(torch.ones(100), seed=0, step=0).parts)
-    parts["2 signs"] = parts["2 signs"][:6]
-    expected = "2 signs in a message of Stages(compressor=Sign(per_tensor=False, sizes=()), passes=2) must be uint8[13]"
+    parts = dict(Sign().encode(torch.ones(100), seed=0, step=0).parts)
+    parts["signs"] = parts["signs"][:6]
+    expected = "signs in a message of Sign(per_tensor=False, sizes=()) must be uint8[13]"
     with pytest.raises(MessageError, match=re.escape(f"{expected} for 100 coordinates, got uint8[6]")) as caught:
-        Stages(Sign()).receive(parts, 100, seed=0, step=0)
+        Sign().receive(parts, 100, seed=0, step=0)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert str(copied) == str(caught.value)
     with pytest.raises(MessageError, match=r"parts in a message of Identity.* must be values, got none"):
