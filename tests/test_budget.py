@@ -14,24 +14,24 @@ ROOT = Path(packsaddle.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # The most files and code lines of a room of the library; "" are the modules in its root.
 ROOMS = {
-    "": (6, 305),
+    "": (4, 195),
     "checkpoint": (8, 830),
-    "cli": (17, 1776),
+    "cli": (17, 1770),
     "comm": (17, 1880),
-    "compressors": (17, 2000),
-    "curvature": (15, 1925),
+    "compressors": (16, 1895),
+    "curvature": (14, 1855),
     "feedback": (14, 1415),
     "hooks": (7, 795),
     "integrations": (5, 665),
     "local": (34, 3605),
-    "numerics": (15, 1450),
+    "numerics": (14, 1330),
     "options": (5, 265),
     "plan": (7, 705),
     "sgd": (5, 785),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_805, 11_500, 27_400
+LIBRARY, LAB, TESTS = 18_390, 11_500, 27_225
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import packsaddle_command
 
-SLOW = {"scipy", "matplotlib", "jinja2", "sklearn", "torchvision", "PIL", "numba", "triton"}
+SLOW = {"scipy", "matplotlib", "jinja2", "sklearn", "torchvision", "PIL", "numba"}
 
 
 def test_importing_brings_nothing_slow_but_torch() -> None:

@@ -26,11 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "plan", "numerics"},
 }
 ROOT_MODULES = {"errors", "messages", "version"}
-# For readers and tests; no package imports them: Algorithm 1, and local updates in one file.
-REFERENCE: dict[str, set[str]] = {"reference": {"numerics", "compressors"}, "simple": set()}
 # Modules that a report may import; it never imports torch.
 REPORT = ("errors", "messages", "version", "checkpoint.atomic_files", "cli.certificate_figure", "cli.folders")
-DISTRIBUTED = ("comm.", "hooks.ddp.", "simple.")
+DISTRIBUTED = ("comm.", "hooks.ddp.")
 
 
 def module_name(path: Path) -> str:
@@ -69,19 +67,18 @@ def modules() -> dict[str, set[str]]:
     return {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
 
 
-def test_the_root_has_packages_three_modules_and_two_to_read() -> None:
+def test_the_root_has_packages_and_three_modules() -> None:
     assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == ALLOWED.keys()
-    assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES | REFERENCE.keys()
+    assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES
 
 
 def test_packages_import_what_they_may() -> None:
-    known = ALLOWED | REFERENCE
     for name, imported in modules().items():
         package = name.partition(".")[0]
-        allowed = known.get(package, set()) | {package} | (ROOT_MODULES if package in known else set())
+        allowed = ALLOWED.get(package, set()) | {package} | (ROOT_MODULES if package in ALLOWED else set())
         for target in imported:
             top = target.partition(".")[0]
-            if top in known or top in ROOT_MODULES:
+            if top in ALLOWED or top in ROOT_MODULES:
                 assert top in allowed, f"{name} imports {target}"
 
 

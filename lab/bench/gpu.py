@@ -3,19 +3,18 @@
     make gpu
     python -m lab.bench.gpu --out gpu.json [--d 25000000 100000000 1000000000]
 
-Parts, each within the remaining time: the Triton loops compared with torch's; how often a step and a round make the
-host wait, how many kernels they launch, and their peak memory; two processes behind DDP's hook and with local updates;
-with two GPUs a round over NCCL beside an all-reduce; steps of packsaddle's optimizers and of torch's fused ones;
-packing and unpacking. Times are relative to a device copy of the vector: medians and ranges over turns. The JSON file
-is written after each part. It has the names of the GPUs, and the reasons why parts failed or were skipped. Started
-again with the same file on the same machine, the command measures the missing and the failed parts only. At the end it
-prints all parts as one table. Without a GPU it ends with an error.
+Parts, begun while time remains: how often a step and a round make the host wait, how many kernels they launch, and
+their peak memory; two processes behind DDP's hook and with local updates; with two GPUs a round over NCCL beside an
+all-reduce; steps of packsaddle's optimizers and of torch's fused ones; packing and unpacking. Times are relative to a
+device copy of the vector: medians and ranges over turns. The JSON file is written after each part. It has the names of
+the GPUs, and the reasons why parts failed or were skipped. Started again with the same file on the same machine, the
+command measures the missing and the failed parts only. At the end it prints all parts as one table. Without a GPU it
+ends with an error.
 """
 
 import argparse
 import gc
 import json
-import subprocess
 import sys
 import time
 import traceback
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 from lab.bench.result import machine
-from packsaddle.comm import Solo, WorkerFailedError, launch, process_group
+from packsaddle.comm import Solo, launch, process_group
 from packsaddle.comm.devices import accelerators
 from packsaddle.compressors import compressors, describe
 from packsaddle.plan import Timing, side_by_side
@@ -177,16 +176,6 @@ def trained() -> dict[str, Any]:
         return found
 
 
-def triton(seconds: float) -> dict[str, Any]:
-    """Compare the Triton loops with torch's, in a separate process. Raises WorkerFailedError if they differ."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "tests/support/triton_loops.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise WorkerFailedError(last, done.stderr)
-    return {"equal to torch's": ", ".join(done.stdout.split())}
-
-
 def counted(work: Work) -> dict[str, float]:
     """Run `work` twice, and return the number of times that the host waited for the device, the number of kernels
     launched, and the peak of allocated memory in MB."""
@@ -255,11 +244,10 @@ def _has_failed(part: object) -> bool:
     return isinstance(part, dict) and "failed" in part
 
 
-def parts(sizes: list[int], repeats: int, end: float) -> dict[str, Work]:
+def parts(sizes: list[int], repeats: int) -> dict[str, Work]:
     """Return the functions that measure the parts, by name."""
     small = min(1_000_000, *sizes)
     works: dict[str, Work] = {
-        "Triton loops": lambda: triton(max(1.0, end - time.monotonic())),
         f"waits, d = {small:,}": partial(waits, small),
         "two processes": partial(launch, trained, (), 2),
     }
@@ -290,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Measure the missing parts.
     end = time.monotonic() + SECONDS
-    for name, part in parts(args.d, args.repeats, end).items():
+    for name, part in parts(args.d, args.repeats).items():
         if name in found:
             continue
         begin = time.monotonic()

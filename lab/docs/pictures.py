@@ -98,7 +98,7 @@ def walk(minimum: Tensor, seed: int, steps: int = 8) -> Tensor:
 
 
 def algorithm(canvas: Canvas) -> None:
-    """Draw Algorithm 1 from top to bottom. Numbers are the paper's line numbers, as in packsaddle.reference."""
+    """Draw Algorithm 1 from top to bottom. Numbers are the paper's line numbers, as in examples/reference.py."""
     theme = canvas.theme
 
     def line(number: int, x: float, y: float, words: str = "", **options: object) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.compressors.registry import PLAIN
+from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_counts, check_momentum, check_not_negative, check_positive, read_toml
 from packsaddle.feedback.compression import Compression
@@ -26,11 +26,11 @@ from packsaddle.options.schema import build, line_of
 from packsaddle.sgd.gradient import Storm
 
 # The type of a compressor in a configuration: a union of the classes that `kind` may name. Type checkers, which cannot
-# evaluate PLAIN, use the base class of these classes.
+# evaluate this union, use the base class of these classes.
 if TYPE_CHECKING:
     AnyCompressor = Compressor
 else:
-    AnyCompressor = reduce(or_, PLAIN)
+    AnyCompressor = reduce(or_, CLASSES.values())
 _LOCAL_COMPRESSOR = inspect.signature(LocalUpdates).parameters["compressor"].default
 
 

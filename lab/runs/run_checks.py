@@ -1,8 +1,8 @@
 """Checks along a run: certificates, stability of the step size, and the size of the artificial noise.
 
-The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`). The
-artificial noise is compared with that of mini-batches, which changes during training: at the start, at the end, and
-after n, 2n, 4n, ... steps, where n is an epoch, or a tenth of the run if that is less.
+The step size is checked before training and after 1, 2, 4, ... epochs (see `lab.runs.step_stability`). The artificial
+noise is compared with that of mini-batches, which changes during training: at the start, at the end, and after n, 2n,
+4n, ... steps, where n is an epoch, or a tenth of the run if that is less.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lab.runs.config import Config
 from lab.runs.run_folder import RunFolder
+from lab.runs.step_stability import CoordinateStep, largest_overshoot
 from lab.runs.tasks.images import Dataset
 from lab.runs.tasks.models import Task, task_loss
 from lab.runs.tasks.sharding import Batches, Calendar, Examples
@@ -27,7 +28,6 @@ from packsaddle.curvature.certificate import Verdict, draw_iterates
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import gradient_noise
 from packsaddle.curvature.hessian import Curvature, NotFiniteError
-from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.theory.noise_walk import FAR, Walk, rms
 

@@ -35,7 +35,7 @@ def test_wider_tables_say_where_they_are_whole(capsys: pytest.CaptureFixture[str
 
 def test_brief_names_may_be_typed() -> None:
     assert brief("TopK(ratio=0.01, values='int8')") == "TopK(0.01, values='int8')"
-    assert brief("Stages(compressor=LowRank(matrix_rank=2), passes=3)") == "Stages(LowRank(2), passes=3)"
+    assert brief("LowRank(matrix_rank=2)") == "LowRank(2)"
 
 
 LINK = ("plan", "link", "20mbit", "--d", "1e4", "--compute", "0.1")

@@ -25,7 +25,6 @@ from packsaddle import (
     SharedTopK,
     Sign,
     SketchTopK,
-    Stages,
     TopK,
     simulate,
 )
@@ -67,9 +66,6 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (Sign(), "coordinator", Sign()),
     (TopK(0.25, values="int2", chunk=64), "direct", None),
     (TopK(0.25, values="int2", chunk=64), "two-way", None),
-    (Stages(Sign()), "direct", None),
-    (Stages(LowRank()), "direct", None),
-    (Stages(QSGD(levels=3, coded=False)), "two-way", None),
     (QSGD(levels=3), "direct", None),
     (QSGD(levels=3), "two-way", None),
     (QSGD(levels=3), "coordinator", None),

@@ -11,7 +11,7 @@ from ddp_runs import train as train_ddp
 from elastic_fakes import Worker
 from torch import Tensor
 
-from packsaddle import QSGD, CompressedSGD, Compression, Compressor, LocalUpdates, Stages, TopK, register_ddp_hook
+from packsaddle import QSGD, CompressedSGD, Compression, Compressor, LocalUpdates, TopK, register_ddp_hook
 from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.group import TorchGroup, resolve
 from packsaddle.errors import GuardError, MessageError
@@ -25,7 +25,6 @@ MESSAGES: dict[str, tuple[Compressor, str, str]] = {
     "values": (TopK(0.1, values="bfloat16"), "values", "values in a message of TopK(ratio=0.1"),
     "QSGD": (QSGD(), "levels", "levels in a message of QSGD(levels=7"),
     "levels without codes": (QSGD(coded=False), "levels", "levels in a message of QSGD(levels=7"),
-    "Stages": (Stages(QSGD(3, 64)), "2 levels", "2 levels in a message of Stages("),
 }
 
 

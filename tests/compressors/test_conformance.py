@@ -32,16 +32,16 @@ from packsaddle import (
     SharedTopK,
     Sign,
     SketchTopK,
-    Stages,
     TopK,
 )
+from packsaddle.compressors import describe
 from packsaddle.compressors.testing import check_compressor, nasty_vectors
 
 by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
 # Those between which the energy that is lost differs; the others are of another scale, dtype or length.
 TELLING = ("gaussian", "one spike", "all equal", "ties of both signs", "heavy tail", "wide range")
 TELLING += ("negative zero", "two coordinates")
-SLOW = (SketchTopK, QSGD, Stages)
+SLOW = (SketchTopK, QSGD)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_ramp_of_one_step() -> None:
 
 
 def test_few_of_no_coordinates() -> None:
-    for compressor in (TopK(k=5), RandomK(k=5), Stages(TopK(k=5))):
+    for compressor in (TopK(k=5), RandomK(k=5)):
         assert compressor.restrict(0, 0, 10) == compressor
         assert compressor.message_bytes(0) == 0
 
@@ -526,7 +526,6 @@ COUNTS: dict[str, Callable[[Any], Compressor]] = {
     "levels of QSGD": lambda n: QSGD(levels=n),
     "bucket of QSGD": lambda n: QSGD(bucket=n),
     "matrix_rank of LowRank": LowRank,
-    "passes of Stages": lambda n: Stages(Sign(), n),
 }
 
 
@@ -561,12 +560,8 @@ REFUSALS: dict[str, Callable[[], object]] = {
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
     "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),
     'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
-    "compressor of Stages must not be linear, and RandomK": lambda: Stages(RandomK(0.1)),
-    "compressor of Stages must leave something, and Identity": lambda: Stages(Identity()),
-    "compressor of Stages must be a Compressor, got 'Sign'": lambda: Stages("Sign"),  # type: ignore[arg-type]
-    "k of TopK must be at most d = 6": lambda: Stages(TopK(k=7))(torch.ones(6)),
     "stop of RatioRamp must be at least 1 step, got 0": lambda: RatioRamp(TopK(0.1), 0),
-    "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Stages(TopK(0.1)), stop=10),
+    "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Sign(), stop=10),
     "first of RatioRamp .* not an integer, got 1; .* 1% is 0\\.01": lambda: RatioRamp(RandomK(0.01), 10, first=1),
 }
 
@@ -575,3 +570,7 @@ REFUSALS: dict[str, Callable[[], object]] = {
 def test_refusals(message: str, make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_descriptions_omit_the_sizes_of_tensors() -> None:
+    assert describe(Sign(per_tensor=True).for_tensors([torch.Size([3])] * 1000)) == "Sign(per_tensor=True)"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_loops import both, torch_only
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Stages
+from packsaddle import QSGD, AdaptiveTopK, Compressor
 from packsaddle.compressors import wire
 from packsaddle.compressors.levels import decode_levels, encode_levels
 from packsaddle.compressors.testing import nasty_vectors
@@ -162,14 +162,14 @@ def test_a_vector_of_zeros_has_no_layers() -> None:
 
 
 def test_when_sizes_are_fixed() -> None:
-    assert [QSGD().fixed_size, QSGD(coded=False).fixed_size, Stages(QSGD()).fixed_size] == [False, True, False]
+    assert [QSGD().fixed_size, QSGD(coded=False).fixed_size] == [False, True]
     assert QSGD(levels=128).fixed_size  # 9 bits are not coded
     v = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert QSGD(levels=128).encode(v, seed=0, step=0).nbytes == QSGD(levels=128).message_bytes(1000) == 1125 + 8
 
 
 @pytest.mark.parametrize(
-    ("c", "d"), [*((QSGD(), d) for d in (1000, 100_003, (1 << 21) + 5)), (Stages(AdaptiveTopK(0.3), 2), 1 << 21)]
+    ("c", "d"), [*((QSGD(), d) for d in (1000, 100_003, (1 << 21) + 5)), (AdaptiveTopK(0.3), 1 << 21)]
 )
 def test_bytes_are_predicted_at_any_length(c: Compressor, d: int) -> None:
     v = torch.randn(d, generator=torch.Generator().manual_seed(9))

@@ -1,5 +1,5 @@
 """A rehearsal of `make gpu`: the whole command on two pretended GPUs, which its processes find as they would find real
-ones. gloo plays NCCL. There is no Triton on a pretended GPU, so that part comes from an earlier call."""
+ones. gloo plays NCCL."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from packsaddle.compressors import compressors, describe
 
 @pytest.mark.process
 def test_the_whole_command(library: Path, tmp_path: Path) -> None:
-    # Continue a call in which the Triton loops were compared, and another part failed.
+    # Continue a call in which a part failed.
     out, events = tmp_path / "gpu.json", tmp_path / "events"
     gpus = {f"cuda:{i}": "pretended, 8 GiB, compute capability 9.0" for i in range(2)}
-    before = {"gpus": gpus, **machine(threads=1), "repeats": 1, "Triton loops": {"equal to torch's": "signs"}}
+    before = {"gpus": gpus, **machine(threads=1), "repeats": 1}
     out.write_text(json.dumps(before | {"waits, d = 5,000": {"failed": "no time was left"}}))
     path = os.pathsep.join([str(Path(build.__file__).parents[1] / "rehearsal"), *sys.path])
     command = [sys.executable, "-m", "lab.bench.gpu", "--out", str(out), "--d", "5000", "--repeats", "1"]
@@ -41,7 +41,7 @@ def test_the_whole_command(library: Path, tmp_path: Path) -> None:
     assert timed["steps"].keys() == waits.keys() | {"copy"}
     assert {name.rsplit(" ", 1)[0] for name in timed["packing"]} == {"copy", *map(describe, compressors(0.01))}
     assert all(0 < row["low"] <= row["copies"] <= row["high"] for rows in timed.values() for row in rows.values())
-    for part, row in (("Triton loops", ""), ("waits, d = 5,000", "SGD, fused"), ("two processes", "hook")):
+    for part, row in (("waits, d = 5,000", "SGD, fused"), ("two processes", "hook")):
         assert f"| {part} | {row} | " in done.stdout
 
     # The devices have exchanged tensors by NCCL, and no process has made a fault.

@@ -1,16 +1,21 @@
-"""Every public name has an example of a few lines, in its docstring or on its page of docs/api, which runs."""
+"""Every public name has an example of a few lines, in its docstring or on its page of docs/api, which runs.
+
+The examples of the two files to copy, examples/reference.py and examples/simple.py, run too.
+"""
 
 import doctest
 import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch.distributed as dist
 from api_pages import PAGES, documented, found
 
 import packsaddle
+from examples import reference, simple
 
 PARSER = doctest.DocTestParser()
 
@@ -66,3 +71,10 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         test = PARSER.get_doctest(text, {}, name, str(page), 0)
         doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
     assert not printed, "".join(printed)
+
+
+@pytest.mark.usefixtures("no_group")
+@pytest.mark.parametrize("module", [reference, simple], ids=lambda module: module.__name__)
+def test_examples_of_the_files_to_copy_run(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert failed == 0 < tried

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from examples.simple import SimpleLocalUpdates
 from packsaddle import Compression, Identity, LocalUpdates, Sign
-from packsaddle.simple import SimpleLocalUpdates
 
 Gloo = Callable[..., list[Any]]
 

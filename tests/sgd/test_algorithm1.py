@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import packsaddle as ps
+from examples.reference import Check, algorithm1
 from packsaddle.compressors.registry import CLASSES
-from packsaddle.reference import Check, algorithm1
 
 COMPRESSORS: dict[str, ps.Compressor] = {
     "Identity": ps.Identity(),

@@ -7,7 +7,7 @@ import torch
 from families import COMPRESSORS
 from torch import Tensor
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, Stages, TopK
+from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, TopK
 
 SHAPES = [torch.Size([20, 30]), torch.Size([700])]
 D = 1300
@@ -25,8 +25,6 @@ SETTINGS: list[Compressor] = [
     ),
     TopK(k=40),
     TopK(k=40, values="int3"),
-    Stages(Stages(QSGD(3, 64)), 2),
-    Stages(AdaptiveTopK(0.5, values="int4"), 2),
 ]
 # A vector of Gaussian coordinates; one with few nonzero coordinates, so that messages have few indices and QSGD has
 # empty buckets; and a vector of zeros.

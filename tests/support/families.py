@@ -13,7 +13,6 @@ from packsaddle import (
     SharedTopK,
     Sign,
     SketchTopK,
-    Stages,
     TopK,
 )
 from packsaddle.compressors import compressors
@@ -49,6 +48,4 @@ COMPRESSORS: list[Compressor] = [
     QSGD(levels=2, bucket=7),
     LinearSketch(0.3, sketch="gaussian"),
     LowRank(2),
-    Stages(QSGD(levels=2, bucket=7), 3),
-    Stages(RandomK(0.3, values="int8"), 2),
 ]

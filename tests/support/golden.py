@@ -45,7 +45,6 @@ COMPRESSORS = {
     "SharedTopK": packsaddle.SharedTopK(0.05),
     "SketchTopK": packsaddle.SketchTopK(0.02, rows=3, columns=64),
     "Sign": packsaddle.Sign(),
-    "Stages": packsaddle.Stages(packsaddle.Sign()),
     "QSGD": packsaddle.QSGD(),
     "QSGD of fixed width": packsaddle.QSGD(coded=False),
     "LinearSketch": packsaddle.LinearSketch(0.1),

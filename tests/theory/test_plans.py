@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import packsaddle as ps
+from examples.reference import algorithm1
 from lab.paper.problems import Cosine, Oracle
 from lab.paper.proof import predicted_escape_time
-from packsaddle.reference import algorithm1
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
 from packsaddle.theory.table1 import TABLE_1, Row

@@ -5,13 +5,13 @@ from dataclasses import fields
 from typing import TypeVar
 
 from packsaddle.compressors import Compressor
-from packsaddle.compressors.registry import PLAIN, parse_compressor
+from packsaddle.compressors.registry import CLASSES, parse_compressor
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.options.schema import nearest
 
 F = TypeVar("F", bound=Callable[..., None])
 
-_KINDS = {kind.__name__.lower(): kind for kind in PLAIN}
+_KINDS = {name.lower(): kind for name, kind in CLASSES.items()}
 WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
     name: kind for name, kind in _KINDS.items() if any(field.metadata.get("share") for field in fields(kind))
 }
@@ -20,7 +20,7 @@ FIXED: Mapping[str, Compressor] = {name: kind() for name, kind in _KINDS.items()
 
 def names_compressors(command: F) -> F:
     """Replace COMPRESSORS in a command's docstring, which is its help, by the class names that --compressor accepts."""
-    command.__doc__ = (command.__doc__ or "").replace("COMPRESSORS", ", ".join(kind.__name__ for kind in PLAIN))
+    command.__doc__ = (command.__doc__ or "").replace("COMPRESSORS", ", ".join(CLASSES))
     return command
 
 

@@ -75,7 +75,7 @@ def print_table(table: Table, uncut: str = "") -> None:
 def brief(compressor: str) -> str:
     """Shorten a compressor's repr by removing the name of its first argument: "TopK(ratio=0.01)" becomes
     "TopK(0.01)"."""
-    return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
+    return re.sub(r"\((ratio|share|matrix_rank)=", "(", compressor)
 
 
 def short_exchange(name: str) -> str:

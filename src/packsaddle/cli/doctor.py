@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 import socket
 import struct
 import sys
@@ -311,23 +310,17 @@ def elastic() -> Iterator[Fact]:
 
 
 def loops() -> Iterator[Fact]:
-    """Yield, for CPUs and CUDA GPUs, a finding on the compiler of packsaddle's inner loops. Without a compiler, torch
-    computes the same results more slowly."""
-    for where, package in (("cpu", "numba"), ("cuda", "triton")):
-        if where == "cuda" and accelerator() != "cuda":
-            yield Fact("loops", where, "not used: there is no GPU", "note")
-            continue
-        with warnings.catch_warnings():
-            # Ignore packsaddle's own warning that loops are not compiled, which this finding replaces.
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)
-            obstacle = kernels.obstacle(where)
-        if obstacle:
-            advice = "pip install 'packsaddle[fast]'" if obstacle == kernels.NO_NUMBA else ""
-            yield Fact("loops", where, f"torch alone: {obstacle}", "note", advice)
-        elif where == "cuda" and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-            yield Fact("loops", where, "triton finds no C compiler", "warning", "install gcc")
-        else:
-            yield Fact("loops", where, f"compiled by {package} {_version(package)}")
+    """Yield a finding on the compiler of packsaddle's inner loops on the CPU. Without a compiler, torch computes the
+    same results more slowly. On other devices torch computes them in any case."""
+    with warnings.catch_warnings():
+        # Ignore packsaddle's own warning that loops are not compiled, which this finding replaces.
+        warnings.simplefilter("ignore", kernels.SlowKernelsWarning)
+        obstacle = kernels.obstacle()
+    if obstacle:
+        advice = "pip install 'packsaddle[fast]'" if obstacle == kernels.NO_NUMBA else ""
+        yield Fact("loops", "cpu", f"torch alone: {obstacle}", "note", advice)
+    else:
+        yield Fact("loops", "cpu", f"compiled by numba {_version('numba')}")
 
 
 def extras() -> Iterator[Fact]:

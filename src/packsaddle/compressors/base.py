@@ -141,8 +141,8 @@ class Compressor(ABC):
         """Rebuild another worker's message of d coordinates from its `parts`. `seed` and `step` must be the ones that
         were passed to `encode`. Raises MessageError if the parts do not match `expected_parts`, or do not encode a
         vector."""
-        self.check_parts(parts, d)
         with decoding(self):
+            self.check_parts(parts, d)
             return Message(parts, self.context_of(parts, d, seed=seed, step=step))
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Any:
@@ -158,8 +158,7 @@ class Compressor(ABC):
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
         """Raise MessageError if `parts` do not match `expected_parts` for d coordinates."""
         if (expected := _expected_parts(self, d)) is not None:
-            with decoding(self):
-                check_expected(parts, expected, d)
+            check_expected(parts, expected, d)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
         """Return the distinct indices of the coordinates in `message`, int64[...], or None if it contains all d."""

@@ -13,4 +13,3 @@ from packsaddle.compressors.quantized import Rounded as Rounded
 from packsaddle.compressors.quantized import QSGD as QSGD
 from packsaddle.compressors.linear_sketch import LinearSketch as LinearSketch
 from packsaddle.compressors.low_rank import LowRank as LowRank
-from packsaddle.compressors.stages import Stages as Stages

@@ -92,10 +92,10 @@ def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
     """A context manager that completes each MessageError that is raised or deferred in its block: the error then names
-    the compressor, and `prefix` precedes the name of the part."""
+    the compressor."""
 
-    def __init__(self, compressor: Any, prefix: str = "") -> None:
-        self._compressor, self._prefix = compressor, prefix
+    def __init__(self, compressor: Any) -> None:
+        self._compressor = compressor
 
     def __enter__(self) -> None:
         self._first = len(deferred.get() or [])
@@ -103,4 +103,4 @@ class decoding:  # noqa: N801 -- a context manager, five times as fast as one by
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for each in (error, *(later for _, later in (deferred.get() or [])[self._first :])):
             if isinstance(each, MessageError):
-                each.part, each.compressor = self._prefix + each.part, shown(self._compressor)
+                each.compressor = shown(self._compressor)

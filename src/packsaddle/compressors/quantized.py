@@ -35,7 +35,6 @@ from packsaddle.numerics.seeds import Keys, Stream, keys, words
 from packsaddle.numerics.transfers import indices_where, read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
-_AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
 _MOST_LEVELS = 1 << 23  # float32 represents all integers up to this exactly
 _NEGLIGIBLE = 2.0**-28  # buckets whose magnitudes are below this fraction of the vector's largest are sent as 0
 
@@ -214,8 +213,7 @@ class QSGD(Compressor):
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
         # The number of bits in which a level is packed: the input of the entropy coder has one byte per level.
         width = self.bits if self.fixed_size else 8
-        on_cpu = v.device.type == "cpu"
-        if len(v) and width <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
+        if len(v) and width <= 8 and (loop := kernel("pack_levels", precise)):
             levels, norms = loop(precise, self.levels, width, b, key)
         else:
             size, packed, scales = _slab(b), [], []
@@ -229,7 +227,7 @@ class QSGD(Compressor):
             return Message({"levels": levels, "scales": norms})
         # Skip buckets whose norm is 0. On a GPU the host waits once here. If buckets are skipped, it waits again for
         # the histogram of the remaining levels.
-        nonzero, *numbers = read(norms.count_nonzero(), *([] if on_cpu else [histogram(levels)]))
+        nonzero, *numbers = read(norms.count_nonzero(), *([] if v.device.type == "cpu" else [histogram(levels)]))
         some = self._not_zero(norms, len(v), nonzero)
         counts = torch.tensor(numbers[0]) if numbers and some is None else None
         codes = levels if some is None else some.of(levels)
@@ -257,8 +255,7 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
-        # The context contains the levels, unless the message comes from `encode` and has a fixed number of bits.
-        codes, some = message.context or self.context_of(message.parts, d, seed=0, step=0)
+        codes, some = message.context or (self._unpacked(message.parts, d), None)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
             return
@@ -268,32 +265,31 @@ class QSGD(Compressor):
 
     def context_of(
         self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int
-    ) -> "tuple[Tensor, _Buckets | None]":
+    ) -> "tuple[Tensor, _Buckets | None] | None":
         # Return the code level + `levels` of each coordinate in the buckets sent, uint8[n] or int32[n], and these
-        # buckets (None: all). On a GPU, codes of up to 8 bits stay packed, for the Triton kernel.
+        # buckets (None: all). Codes of a fixed number of bits are not validated on a GPU, so they stay packed there
+        # until they are added, to save memory.
         coded = parts["levels"]
-        if not self.fixed_size:
-            head, nonzero = read(coded[:2], parts["scales"].count_nonzero())
-            some = self._not_zero(parts["scales"], d, nonzero)
-            n = d if some is None else some.coordinates
-            return decode_levels(coded, n, self.levels, self.bits, head), some
-        if coded.device.type != "cpu" and self.bits <= MOST_BITS:
-            return coded, None
-        return unpack_levels(coded, d, self.levels, self.bits), None
+        if self.fixed_size:
+            return (self._unpacked(parts, d), None) if coded.device.type == "cpu" else None
+        head, nonzero = read(coded[:2], parts["scales"].count_nonzero())
+        some = self._not_zero(parts["scales"], d, nonzero)
+        n = d if some is None else some.coordinates
+        return decode_levels(coded, n, self.levels, self.bits, head), some
+
+    def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        return unpack_levels(parts["levels"], d, self.levels, self.bits)
 
     def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
         """Add scale * level * norm of each coordinate to out, float[n], in place. `codes` contains level + `levels` for
         each coordinate, and `norms` the norm of each bucket of b coordinates."""
-        width = self.bits if self.fixed_size and codes.device.type != "cpu" else 8
         if codes.dtype == torch.uint8 and (loop := kernel("add_levels", out, norms)):
-            loop(codes, self.levels, width, b, norms, out, scale)
+            loop(codes, self.levels, b, norms, out, scale)
             return
-        # PyTorch fallback, in pieces that end at byte and bucket boundaries.
         size = _slab(b)
-        pieces = torch.split(codes, size * width // 8), torch.split(norms, size // b)
-        for slab, c, scales in zip(torch.split(out, size), *pieces, strict=True):
-            found = c if c.dtype == torch.int32 else wire.unpack(c, width, len(slab))
-            levels = (found - self.levels).to(scales.dtype)
+        pieces = (torch.split(out, size), torch.split(codes, size), torch.split(norms, size // b))
+        for slab, c, scales in zip(*pieces, strict=True):
+            levels = c.to(scales.dtype).sub_(self.levels)
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
     def _not_zero(self, norms: Tensor, d: int, nonzero: int) -> "_Buckets | None":

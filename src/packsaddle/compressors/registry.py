@@ -5,16 +5,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
 
 from packsaddle.compressors import kinds
 from packsaddle.compressors.base import Compressor
 
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
-# CLASSES has all compressors by class name. PLAIN has the classes without an argument that is another compressor.
 CLASSES: Mapping[str, Any] = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, type)}
-PLAIN = tuple(kind for kind in CLASSES.values() if Compressor not in get_type_hints(kind).values())
 
 
 def variants(kind: Any, ratio: float) -> list[Compressor]:
@@ -31,8 +29,8 @@ def compressors(ratio: float) -> list[Compressor]:
 
 
 def parse_compressor(text: str) -> Compressor:
-    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign. Arguments are
-    literals, quotients or nested calls. Raises ValueError if the text is not such a call or an argument is invalid."""
+    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%) or Sign. Arguments are literals or quotients.
+    Raises ValueError if the text is not such a call or an argument is invalid."""
     written = _PERCENT.sub(r"\1/100", text)
     try:
         call = ast.parse(written if "(" in written else f"{written}()", mode="eval").body
@@ -56,8 +54,6 @@ def _called(call: ast.expr) -> Compressor:
 
 
 def _argument(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CLASSES:
-        return _called(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         over, under = _argument(node.left), _argument(node.right)
         assert all(isinstance(part, int | float) for part in (over, under))
@@ -84,8 +80,6 @@ def _fields(compressor: Compressor) -> "list[Field[Any]]":
 
 
 def _described(value: Any) -> str:
-    if isinstance(value, Compressor):
-        return describe(value)
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
@@ -96,8 +90,6 @@ def identify(compressor: Compressor) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Compressor):
-        return identify(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):

@@ -15,7 +15,7 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
-from packsaddle.compressors.parts import Expected, check_expected, decoding, floats, octets
+from packsaddle.compressors.parts import Expected, check_expected, floats, octets
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
 from packsaddle.compressors.values import (
     ValueFormat,
@@ -336,8 +336,7 @@ class _CodedSupport(Compressor):
         """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
         must be at most d."""
         k = min(d, value_count(parts, self.values)) if "values" in parts else 0
-        with decoding(self):
-            check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
+        check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Tensor:
         check_values(parts, self.values)

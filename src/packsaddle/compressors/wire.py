@@ -42,7 +42,7 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
         return numbers
     if 8 % width == 0:
         shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
-        return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(dtype)
+        return (packed[:, None] >> shifts).bitwise_and_((1 << width) - 1).view(-1)[:n].to(dtype)
     shifts = torch.arange(width - 1, -1, -1, device=packed.device)
     slabs = [torch.zeros(0, dtype=dtype, device=packed.device)]
     for i, slab in enumerate(torch.split(packed, _SLAB * width // 8)):

@@ -1,4 +1,4 @@
-"""Second-order information: Hessian-vector products, Lanczos, certificates of stationarity, stability of step sizes.
+"""Second-order information: Hessian-vector products, Lanczos, certificates of stationarity.
 
 Start with `certify`. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
 (Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
@@ -14,17 +14,14 @@ from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
-from packsaddle.curvature.step_stability import CoordinateStep, Overshoot, largest_overshoot
 
 __all__ = [
     "Bounds",
     "Certificate",
     "CertifyEvery",
-    "CoordinateStep",
     "Curvature",
     "GradientNoise",
     "Lanczos",
-    "Overshoot",
     "PopulationCertificate",
     "Search",
     "Share",
@@ -32,6 +29,5 @@ __all__ = [
     "Verdict",
     "certify_population",
     "draw_iterates",
-    "largest_overshoot",
     "spectral_density",
 ]

@@ -10,6 +10,7 @@ import scipy
 import torch
 from torch import Tensor
 
+from examples.reference import Check, algorithm1
 from lab.paper.problems import (
     Cosine,
     DoubleWells,
@@ -31,7 +32,6 @@ from lab.paper.proof import (
 )
 from packsaddle import Compressor, LinearSketch, RandomK, TopK
 from packsaddle.feedback.noise import Noise
-from packsaddle.reference import Check, algorithm1
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3
 SADDLE = Quadratic((-GAMMA,) + (1.0,) * 19)

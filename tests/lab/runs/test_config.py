@@ -28,7 +28,7 @@ from lab.runs.config import (
 from lab.runs.tasks.sharding import Calendar
 from lab.runs.training import LocalTraining
 from packsaddle.compressors import compressors, describe, identify
-from packsaddle.compressors.registry import PLAIN
+from packsaddle.compressors.registry import CLASSES
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import build, plain, settable
 
@@ -125,7 +125,7 @@ def test_keys_have_the_defaults_of_python() -> None:
     assert compared > 25
 
 
-@pytest.mark.parametrize("cls", PLAIN, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_path: Path) -> None:
     assert cls in get_args(AnyCompressor)
     given = {f.name: 0.5 for f in settable(cls) if f.metadata.get("share")}
@@ -185,7 +185,7 @@ def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list
 @pytest.mark.parametrize(
     "compressor",
     [
-        *(c for c in compressors(0.1) if isinstance(c, PLAIN)),
+        *compressors(0.1),
         ps.TopK(k=3),
         ps.SharedTopK(0.1, block_size=64),
         ps.LinearSketch(0.1, sketch="gaussian"),

@@ -18,7 +18,7 @@ counts kernels. In a fork of a process that has used the device, the device is r
 
 NCCL is played by gloo on the same memory. Pinned memory that the device copies asynchronously holds garbage until the
 host has waited. Nothing is said about speed, overlap and deadlocks (everything runs immediately, in the host's order),
-numerics of the device (TF32, other orders of sums), Triton, CUDA graphs, memory limits and NCCL's own failures.
+numerics of the device (TF32, other orders of sums), CUDA graphs, memory limits and NCCL's own failures.
 
 Call `start` once in a process, which has the device until it ends.
 """

@@ -1,7 +1,7 @@
 """Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
-Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA. Every caller has an
-equivalent PyTorch implementation for the case that `kernel` returns None.
+Loops are compiled by numba (the extra `packsaddle[fast]`) and run on the CPU. Every caller has an equivalent PyTorch
+implementation for the case that `kernel` returns None, as on other devices.
 """
 
 import importlib
@@ -18,10 +18,7 @@ from torch import Tensor
 _LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
 _DTYPES = (torch.float32, torch.float64)
 NO_NUMBA = "numba is not installed"
-_COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
-    "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_values")),
-    "cuda": ("triton", ("triton_loops",)),
-}
+_MODULES = ("numba_loops", "numba_random", "numba_codes", "numba_values")
 
 
 class SlowKernelsWarning(UserWarning):
@@ -29,25 +26,22 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of `vectors`, or for `device` without vectors. Returns None if
-    there is no such loop, or if a vector is on another device than the first, has a stride other than 1, is not float32
-    or float64, or requires gradients."""
+    """Return the compiled loop `name` for `vectors` and other tensors on `device`. Returns None if there is no such
+    loop, if `device` or a vector's device is not the CPU, or if a vector has a stride other than 1, is not float32 or
+    float64, or requires gradients."""
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
-    where = vectors[0].device.type if vectors else torch.device(device).type
-    if any(v.device.type != where for v in vectors):
+    if any(torch.device(where).type != "cpu" for where in (device, *(v.device for v in vectors))):
         return None
-    loops, problem = _load(where)
+    loops, problem = _load()
     if problem == NO_NUMBA and vectors and max(v.numel() for v in vectors) >= _LARGE:
         _announce()
     return loops.get(name)
 
 
 def compiler(device: torch.device | str) -> str:
-    """Return the compiler of the inner loops that a device uses: "numba" or "triton", or "torch" if the loops are not
-    compiled."""
-    where = torch.device(device).type
-    return _COMPILERS[where][0] if _load(where)[0] else "torch"
+    """Return the compiler of the inner loops that a device uses: "numba", or "torch" if the loops are not compiled."""
+    return "numba" if torch.device(device).type == "cpu" and _load()[0] else "torch"
 
 
 def arithmetic(device: torch.device | str) -> str:
@@ -59,27 +53,24 @@ def arithmetic(device: torch.device | str) -> str:
     return f"{compiler(device)} on {torch.device(device).type}"
 
 
-def obstacle(device: torch.device | str) -> str:
-    """Return the reason why a device has no compiled loops, or "" if it has them."""
-    return _load(torch.device(device).type)[1]
+def obstacle() -> str:
+    """Return the reason why there are no compiled loops, or "" if there are."""
+    return _load()[1]
 
 
 @cache
-def _load(where: str) -> tuple[dict[str, Any], str]:
-    """Return (compiled loops by name, "") for a type of device, or ({}, reason) if there are no loops for it."""
+def _load() -> tuple[dict[str, Any], str]:
+    """Return (compiled loops by name, ""), or ({}, reason) if there are no compiled loops."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
-    if where not in _COMPILERS:
-        return {}, f"there are no compiled loops for {where}"
-    needed, modules = _COMPILERS[where]
-    if importlib.util.find_spec(needed) is None:
-        return {}, f"{needed} is not installed"
+    if importlib.util.find_spec("numba") is None:
+        return {}, NO_NUMBA
     try:  # imported here because importing numba takes a second
-        loops = [vars(importlib.import_module(f"{__name__}.{module}")).items() for module in modules]
+        loops = [vars(importlib.import_module(f"{__name__}.{module}")).items() for module in _MODULES]
         return {name: loop for found in loops for name, loop in found}, ""
     except (ImportError, RuntimeError) as error:  # numba raises RuntimeError without a writable cache directory
-        warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
-        return {}, f"{needed} cannot be used: {error}"
+        warnings.warn(f"numba cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
+        return {}, f"numba cannot be used: {error}"
 
 
 @cache

@@ -192,16 +192,16 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
             out[k * bits + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
 
 
-def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `packed`, uint8[d], has a code for
-    each element (`bits` must be 8), and `norms` the norm of each bucket of `bucket` elements."""
-    check_room("levels", packed, len(out))
+def add_levels(codes: Tensor, levels: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
+    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `codes`, uint8[d], has a code for
+    each element, and `norms` the norm of each bucket of `bucket` elements."""
+    check_room("levels", codes, len(out))
     check_room("norms", norms, -(-len(out) // bucket))
-    p, s, o = packed.numpy(), norms.numpy(), out.numpy()
+    c, s, o = codes.numpy(), norms.numpy(), out.numpy()
     scale = scalar(alpha, o)
 
     def part(start: int, stop: int) -> None:
-        _add_levels(p[start:], levels, bucket, s[start // bucket :], o[start:stop], scale)
+        _add_levels(c[start:], levels, bucket, s[start // bucket :], o[start:stop], scale)
 
     in_parts(len(out), bucket, part)
 

@@ -34,7 +34,7 @@ class SimpleLocalUpdates:
             uncompressed.
 
     >>> import torch
-    >>> from packsaddle.simple import SimpleLocalUpdates
+    >>> from examples.simple import SimpleLocalUpdates
     >>> torch.distributed.init_process_group("gloo", init_method="tcp://localhost:0", rank=0, world_size=1)
     >>> model = torch.nn.Linear(64, 64)
     >>> optimizer = torch.optim.AdamW(model.parameters())

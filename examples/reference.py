@@ -25,7 +25,7 @@ Two workers with quadratic objectives, minimal at (1, 2) and (3, 6), minimize th
 
 >>> import torch
 >>> from packsaddle import RandomK
->>> from packsaddle.reference import algorithm1
+>>> from examples.reference import algorithm1
 >>> minima = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
 >>> gradients = [lambda x, t, m=m: x - m for m in minima]
 >>> algorithm1(torch.zeros(2), gradients, RandomK(k=1), eta=0.1, steps=300).x[-1]
@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor
+from packsaddle import Compressor
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 
 Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t), float[d]; t selects the sample theta_t

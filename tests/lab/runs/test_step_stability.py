@@ -9,9 +9,9 @@ from scipy.integrate import quad
 from searches import derivatives
 from torch import Tensor, nn
 
+from lab.runs.step_stability import LIMIT, CoordinateStep, Overshoot, largest_overshoot
 from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK
 from packsaddle.curvature import Curvature
-from packsaddle.curvature.step_stability import LIMIT, CoordinateStep, Overshoot, largest_overshoot
 
 
 def growth(a: float) -> float:
