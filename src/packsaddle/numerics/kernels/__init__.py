@@ -1,7 +1,7 @@
 """Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
-Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA. Every caller has an
-equivalent PyTorch implementation for the case that `kernel` returns None.
+Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA. Every caller of `kernel`
+has an equivalent PyTorch implementation, which it uses if `kernel` returns None.
 """
 
 import importlib
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
+_LARGE = 1 << 20  # vector length from which `kernel` warns if numba is not installed
 _DTYPES = (torch.float32, torch.float64)
 NO_NUMBA = "numba is not installed"
-_COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
+_COMPILERS = {  # for each type of device: the package of the compiler, and the modules with the loops
     "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_values")),
     "cuda": ("triton", ("triton_loops",)),
 }
@@ -29,9 +29,11 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of `vectors`, or for `device` without vectors. Returns None if
-    there is no such loop, or if a vector is on another device than the first, has a stride other than 1, is not float32
-    or float64, or requires gradients."""
+    """Return the compiled loop `name` for the device of `vectors`, or for `device` if no vectors are given.
+
+    Returns None if there is no such loop. Also returns None if `vectors` are not all on one device, or if one of them
+    has a stride other than 1, is neither float32 nor float64, or requires gradients.
+    """
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type
@@ -66,7 +68,8 @@ def obstacle(device: torch.device | str) -> str:
 
 @cache
 def _load(where: str) -> tuple[dict[str, Any], str]:
-    """Return (compiled loops by name, "") for a type of device, or ({}, reason) if there are no loops for it."""
+    """Import the compiled loops for a type of device. Returns a dict of the loops by name, and an empty text. If there
+    are no loops for the type of device, returns an empty dict, and the reason."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if where not in _COMPILERS:
