@@ -10,13 +10,18 @@ class Option:
 
 
 def own(default: Any) -> Any:
-    """Return a dataclass field that may differ between workers and cannot be set in a configuration."""
+    """Return a dataclass field with the default value `default`. The field may differ between workers, and cannot be
+    set in a configuration."""
     return dataclasses.field(default=default, metadata={"own": True, "internal": True})
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the fields of `options` that must be equal on all workers, including those of nested option classes, as a
-    dict of values by dotted name. Options of a field `compression` are not prefixed with its name."""
+    """Return the values of the fields of `options` that must be equal on all workers, as a dict. Fields of nested
+    option classes are included.
+
+    A key is a field's name, preceded by the names of the fields that contain its class, with dots between them, and by
+    `where`. The name `compression` is left out of the keys.
+    """
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"
