@@ -1,9 +1,9 @@
 """The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
 
 A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v. (Definitions and theorems are those of
-"Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) It is *linear*
-if C(a + b) = C(a) + C(b) for fixed randomness (Definition 2.2). The messages of different workers can then be averaged
-by one all-reduce, and Theorem 3.2's faster rate applies.
+"Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) A compressor
+is *linear* if C(a + b) = C(a) + C(b) for fixed randomness (Definition 2.2). The messages of different workers can then
+be averaged by one all-reduce, and Theorem 3.2's faster rate applies.
 """
 
 from abc import ABC, abstractmethod
@@ -173,8 +173,8 @@ class Compressor(ABC):
 
     def restrict(self, start: int, stop: int, d: int) -> "Compressor":
         """Return the compressor for the chunk [start, stop) of a vector of d coordinates. A fixed k is scaled down to
-        the chunk's fraction of the vector. If the compressor has the lengths of the tensors in the vector, they are
-        reduced to the parts of the tensors in the chunk."""
+        the chunk's fraction of the vector. If the compressor has the lengths of the tensors in the vector, these are
+        replaced by the lengths of the tensors' parts in the chunk."""
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
@@ -191,8 +191,8 @@ class Compressor(ABC):
         cells of v. Otherwise return None.
 
         A cell is a run of consecutive coordinates. The cells sent must be identical on all workers and independent of
-        the values of v. The context of the message must be the `sparse.Cells` that are sent, and its only part must be
-        "values".
+        the values of v. The context of the message must be the `sparse.Cells` that are sent, and the only part of the
+        message must be "values".
         """
         return None
 
@@ -260,7 +260,7 @@ def part_count(compressor: Compressor, d: int) -> int:
 @dataclass(frozen=True)
 class RatioRamp:
     """A schedule of a compressor's ratio (the fraction of the coordinates that it sends). The ratio falls geometrically
-    from `first` at step 0 to that of `compressor` at step `stop`.
+    from `first` at step 0 to the ratio of `compressor` at step `stop`.
 
     Call the schedule with a step to get the compressor for that step. The schedule is the warm-up of Deep Gradient
     Compression (Lin et al. 2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below

@@ -36,7 +36,7 @@ from packsaddle.numerics.transfers import indices_where, read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
 _AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
-_MOST_LEVELS = 1 << 23  # float32 represents all integers up to this exactly
+_MOST_LEVELS = 1 << 23  # largest valid `levels`: float32 represents all integers up to this number exactly
 _NEGLIGIBLE = 2.0**-28  # buckets whose magnitudes are below this fraction of the vector's largest are sent as 0
 
 

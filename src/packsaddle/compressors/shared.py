@@ -16,7 +16,7 @@ k = sqrt(r d / 2) one block of sqrt(r d / 2) coordinates is kept, which takes th
 
 SketchTopK's sketch has R rows of c columns. Charikar et al. (2002) require c of order k and R of order log d. Here:
 - c = 16 k: the standard deviation of a row's estimate is a quarter of a heavy hitter (a coordinate with 1/k of the
-  total energy), and that of the median of R = 5 rows a seventh.
+  total energy). The standard deviation of the median of R = 5 rows is a seventh of a heavy hitter.
 - R = 2 m + 1, with the least m >= 1 for which 8^m >= d / (24 k): 3 rows up to d / k = 192, 5 up to 1,536, 7 up to
   12,288, ... A light coordinate shares its counter with a heavy hitter of a given sign with probability at most
   k / (2 c) = 1/32. So its median of R rows is a heavy hitter's value with probability at most

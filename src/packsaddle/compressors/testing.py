@@ -155,8 +155,8 @@ def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that C(a + b) = C(a) + C(b) up to rounding, where a is v, and b is half of v in reverse order. The message
-    of an AssertionError begins with `where`."""
+    """Check that the `compressor` C satisfies C(a + b) = C(a) + C(b) up to rounding, where a is v, and b is half of v
+    in reverse order. The message of an AssertionError begins with `where`."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)

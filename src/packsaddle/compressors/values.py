@@ -1,10 +1,10 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
-In the floating-point formats, "int8" and "int4", a value is divided by the largest magnitude of its block (the scale)
-and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels. For "int2"
-and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at its own
-mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16 bits,
-relative to the largest scale or level in the vector.
+In "int8", in "int4" and in the three floating-point formats, a value is divided by the largest magnitude of its block
+(the scale) and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels.
+For "int2" and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at
+its own mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16
+bits, relative to the largest scale or level in the vector.
 """
 
 import math
@@ -210,16 +210,21 @@ def value_retention(how: ValueFormat | None) -> float:
     `how` is None, values are not rounded, and the bound is 1.
 
     int8 and int4: let m be the largest magnitude in a block of b values, and l the number of positive levels. The error
-    of a value is at most m / (2 l), and at most the magnitude of the value. So the lost fraction is at most
-    (b - 1) / (4 l^2 + b - 1). Rounding the scale of int4 changes it by at most 2^-9 of m, which reduces the retained
-    energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the
-    bounds leave room for subnormals and the rounding of the scaling.
+    of a value is at most m / (2 l), and at most the magnitude of the value. So the fraction of the energy that is lost
+    is at most (b - 1) / (4 l^2 + b - 1). Rounding the scale of int4 to 16 bits changes the scale by at most 2^-9 of m,
+    which reduces the retained energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11
+    and float32 of 2^-24; the bounds leave room for subnormals and the rounding of the scaling.
 
-    int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
-    least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
-    with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
-    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean), so this function
-    returns 4 / b. int3: its levels split those of int2, so at most as much is lost.
+    int1: the scale is the mean magnitude a of the block, and b a^2 of ||v||^2 is retained. Since
+    (b a)^2 = ||v||_1^2 >= ||v||^2, this is at least 1 / b of ||v||^2. A relative error of 2^-9 in the scale reduces the
+    retained energy by 2^-18 of it.
+
+    int2: the magnitudes of the block are split at their mean a. The magnitudes above a have a sum S, a mean m and a
+    maximum M. Their energy is at most S M, of which S m is retained. The energy of the other magnitudes is at most
+    b a^2. The retained energy is at least b a^2, as for int1. The smallest fraction found is 6.7 / b, for one large
+    magnitude among b / 3 magnitudes at the mean, so this function returns 4 / b.
+
+    int3: the parts of int2 are split again, so at least as much energy is retained as for int2.
     """
     if how is None:
         return 1.0

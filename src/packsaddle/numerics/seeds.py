@@ -40,8 +40,8 @@ class Stream(IntEnum):
     ROUNDING = 7  # stochastic rounding
     CERTIFY = 8  # start vectors and examples for certifying a stationary point
     ITERATES = 9  # selection of the iterates of a run to certify
-    OUTSTANDING = 10  # deferred noise, drawn when it is applied to the parameters x
-    # All deferred noise, drawn when the error memory e is read, or y = x - eta e with the learning rate eta.
+    OUTSTANDING = 10  # noise that is applied to the parameters x later than its step; drawn when it is applied
+    # Noise that is not applied to x yet, drawn to read the error memory e, or y = x - eta e with the learning rate eta.
     SETTLED = 11
     PROJECTION = 12  # SharedTopK's projections of blocks
 

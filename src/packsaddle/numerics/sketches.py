@@ -13,7 +13,7 @@ sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + r
 other chunk adds one of its coordinates, each with the same probability since rotations are uniform. Hence the variance
 is sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes (Charikar et
 al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b coordinates, at
-most ((d - n) / c) ||v||^2 with n the smallest chunk.
+most ((d - n) / c) ||v||^2 with n the size of the smallest chunk.
 """
 
 from collections.abc import Iterator

@@ -19,8 +19,9 @@ def agreement(options: Any, where: str = "") -> dict[str, object]:
     """Return the values of the fields of `options` that must be equal on all workers, as a dict. Fields of nested
     option classes are included.
 
-    A key is a field's name, preceded by the names of the fields that contain its class, with dots between them, and by
-    `where`. The name `compression` is left out of the keys.
+    A key is the path of a field, i.e. the names of the fields from `options` down to this field, joined by dots.
+    `where` is put before each key. As an exception, the key of a field inside a field `compression` begins with the
+    field's own name.
     """
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):

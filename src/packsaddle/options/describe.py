@@ -47,7 +47,8 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 @cache
 def comments(cls: type) -> dict[str, str]:
     """Return the comment on each field that a dataclass itself declares, by the field's name. A comment may be on the
-    field's line, on the lines above it, or on both, and is then joined. A field without a comment has the text ""."""
+    field's line, on the lines above it, or in both places. Then the two comments are joined. A field without a comment
+    has the text ""."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body

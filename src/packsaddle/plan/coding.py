@@ -55,8 +55,8 @@ class Pace:
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Return the pace, i.e. the speed, of a compressor. It is measured on two Gaussian vectors on `device`, of 4,096
-    and of d coordinates.
+    """Return the pace, i.e. the speed, of a compressor. It is measured on two Gaussian vectors on `device`, one of
+    4,096 coordinates and one of d coordinates (at most 2^25).
 
     The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each function
     is fitted to the times for the two vectors, which are minima over at least `repeats` calls. The calls use as many

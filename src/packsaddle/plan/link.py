@@ -176,8 +176,8 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """True if `steps` was measured, and the result was a number and not only a lower bound. `steps` is the number
-        of steps that make the progress of one uncompressed step."""
+        """True if the number of steps that make the progress of one uncompressed step, `steps`, was measured exactly.
+        If only a lower bound was measured, the result is False."""
         return self.steps is not None and not self.steps.at_least
 
     @property
@@ -193,7 +193,7 @@ class Verdict:
     compression. Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is
     known, are last."""
 
-    forecasts: tuple[Forecast, ...]  # one forecast for each method, in the order stated above
+    forecasts: tuple[Forecast, ...]  # one forecast for each method, the fastest first (see the class)
 
     @property
     def best(self) -> Forecast:

@@ -105,7 +105,7 @@ class Constants:
     second_order_factor: float = 1.0  # factor of the bound mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D) on eta
     noise_power: float = 1.0  # power of iota in the norm of the noise, iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # power of iota in I = iota^1 / (eta sqrt(rho epsilon)); not used with `patience`
-    patience: float | None = None  # least ratio of I to the median escape time; None: I follows from `interval_power`
+    patience: float | None = None  # I is at least this times the median escape time; None: see `interval_power`
     radius_power: float = 2.0  # power of 1 / iota in the radius R = 2 iota^-2 sqrt(epsilon / rho)
     radius_factor: float = 2.0  # factor 2 in the radius R = 2 iota^-2 sqrt(epsilon / rho)
     decrease_power: float = 5.0  # power of 1 / iota in the decrease F = 1 iota^-5 sqrt(epsilon^3 / rho)

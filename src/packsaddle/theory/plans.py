@@ -45,9 +45,9 @@ class Plan:
     The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are the contraction mu and the
     number k of coordinates sent, which are exact, and `sent`, which is exact except for the size of coded indices.
     Numbers of bytes are for one worker, and count the bytes that it sends. They do not include the bytes of the escape
-    check. The escape check is made when the number of steps since the last check exceeds `interval`, or their distance
-    exceeds `radius`. It accepts these steps or rolls them back. If it accepts them, it all-reduces d uncompressed
-    values.
+    check. The escape check is made when the number of steps since the last check exceeds `interval`, or when these
+    steps have moved the parameters by a distance above `radius`. It accepts these steps or rolls them back. If it
+    accepts them, it all-reduces d uncompressed values.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -98,8 +98,8 @@ class Plan:
     @property
     def proved_for_workers(self) -> bool:
         """True if the exchange computes C(v), the compressed form, of the workers' mean vector v, as the proofs assume.
-        It is False for an all-gather, which instead computes the mean of C(v_i), where v_i is the vector of worker
-        i."""
+        It is False for an all-gather, which instead computes the mean of C(v_i), where v_i is the vector of
+        worker i."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -208,8 +208,8 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     k below k*, compression limits the step size, and the product k T grows as k decreases. For k above k*, T is
     constant and each step sends more. So the minimum is at k*, at the smallest k with the next smaller contraction mu,
     or at k = d, which sends no indices. k* equals `balanced_k`, up to rounding, unless the first-order bound limits the
-    step size, which Corollary 3.3 ignores. For LinearSketch, mu = 1 / ceil(d / k) is rounded, so that the search can
-    miss a k with typically a few percent fewer bytes.
+    step size, which Corollary 3.3 ignores. For LinearSketch, mu = 1 / ceil(d / k) is rounded. The search can then miss
+    a k that needs fewer bytes, typically by a few percent.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions

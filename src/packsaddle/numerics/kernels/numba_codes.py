@@ -238,8 +238,8 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
 
 
 def pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack n integers below 2^width, int64[n], in `width` bits each, most significant bit first. Returns uint8[ceil(n
-    width / 8)]. `width` must be at most 56."""
+    """Pack n integers below 2^width, int64[n], in `width` bits each, most significant bit first. Returns
+    uint8[ceil(n width / 8)]. `width` must be at most 56."""
     out = torch.empty(-(-len(numbers) * width // 8), dtype=torch.uint8)
     _pack_numbers(numbers.numpy(), width, out.numpy())
     return out
