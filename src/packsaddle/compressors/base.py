@@ -1,9 +1,9 @@
 """The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
 
 A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v. (Definitions and theorems are those of
-"Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) It is *linear*
-if C(a + b) = C(a) + C(b) for fixed randomness (Definition 2.2). The messages of different workers can then be averaged
-by one all-reduce, and Theorem 3.2's faster rate applies.
+"Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) A compressor
+is *linear* if C(a + b) = C(a) + C(b) for fixed randomness (Definition 2.2). The messages of different workers can then
+be averaged by one all-reduce, and Theorem 3.2's faster rate applies.
 """
 
 from abc import ABC, abstractmethod
@@ -24,8 +24,8 @@ _PART = 1 << 20  # coordinates; for a longer vector, `message_bytes` extrapolate
 
 @dataclass(frozen=True)
 class Message:
-    """The compressed form of a vector. Its `parts` are sent to other workers. Every receiver recomputes its `context`
-    from the parts, the seed and the step.
+    """The compressed form of a vector. The `parts` are sent to other workers. The `context` is not sent: every receiver
+    computes it from the parts, the seed and the step.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -46,8 +46,9 @@ class Message:
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
-    """Raise ValueError unless `value` is a float in (0, 1]; `hint` is advice for the message. Integers are an error,
-    since 1 could mean one coordinate, 1% or everything."""
+    """Raise ValueError unless `value` is a float in (0, 1]. The text of the error begins with `name`, the name of the
+    argument, and contains `hint`, advice to the user. Integers are an error, since 1 could mean one coordinate, 1% or
+    everything."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
     if isinstance(value, Integral):
@@ -69,12 +70,12 @@ def check_count(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """The texts of a compressor's row in the documentation's table of compressors, and the arguments with which
-    comparisons of compressors construct it."""
+    """Properties of a compressor class for the documentation's table of compressors and for comparisons of compressors.
+    The texts `mu` and `message` are cells of the class's row in that table."""
 
     mu: str  # formula of the contraction mu
     message: str  # contents of a message
-    variants: Sequence[Mapping[str, Any]] = ({},)  # arguments of each variant, except the ratio
+    variants: Sequence[Mapping[str, Any]] = ({},)  # constructor arguments of each compared object, except the ratio
 
 
 class Compressor(ABC):
@@ -116,7 +117,8 @@ class Compressor(ABC):
 
     @property
     def aggregation(self) -> str:
-        """The collective that averages the messages of all workers, by its name in `comm.select_aggregator`."""
+        """The name of the collective operation that averages the messages of all workers: "all-reduce", "all-gather",
+        or another name that `comm.select_aggregator` maps to an aggregator."""
         return "all-reduce" if self.linear else "all-gather"
 
     @property
@@ -135,12 +137,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * C(v), decoded from a valid `message` of `encode` or `receive`, to out, float[d], in place."""
+        """Add alpha * C(v) to out, float[d], in place. C(v) is decoded from `message`, which `encode` or `receive`
+        returned."""
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         """Rebuild another worker's message of d coordinates from its `parts`. `seed` and `step` must be the ones that
         were passed to `encode`. Raises MessageError if the parts do not match `expected_parts`, or do not encode a
-        vector."""
+        vector of d coordinates."""
         with decoding(self):
             self.check_parts(parts, d)
             return Message(parts, self.context_of(parts, d, seed=seed, step=step))
@@ -168,20 +171,27 @@ class Compressor(ABC):
         """Raise ValueError if this compressor does not support vectors of d coordinates."""
 
     def restrict(self, start: int, stop: int, d: int) -> "Compressor":
-        """Return the compressor for the chunk [start, stop) of a vector of d coordinates: a fixed k is scaled down, and
-        tensors are cut at the chunk's ends."""
+        """Return the compressor for the chunk [start, stop) of a vector of d coordinates. A fixed k is scaled down to
+        the chunk's fraction of the vector. If the compressor has the lengths of the tensors in the vector, these are
+        replaced by the lengths of the tensors' parts in the chunk."""
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return (number of coordinates, probability that a message contains each of them) for consecutive ranges of
-        coordinates that cover a vector v, float[d]. Returns None if the probability depends on the values of v."""
+        """Return the probability with which a message contains each coordinate of a vector v, float[d].
+
+        The vector is divided into consecutive ranges of coordinates that have equal probabilities. The result has one
+        pair for each range: the number of its coordinates, and the probability of each of them. Returns None if
+        probabilities depend on the values of v.
+        """
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
-        """Return (number of cells, size of a cell) if a message has the values of some cells of v, float[d]; else None.
+        """Return the number and the size of the cells of a vector v, float[d], if a message has the values of some
+        cells of v. Otherwise return None.
 
         A cell is a run of consecutive coordinates. The cells sent must be identical on all workers and independent of
-        the values of v. The message's context is their `sparse.Cells`, and its only part is "values".
+        the values of v. The context of the message must be the `sparse.Cells` that are sent, and the only part of the
+        message must be "values".
         """
         return None
 
@@ -190,9 +200,9 @@ class Compressor(ABC):
         separately.
 
         Together the returned compressors send about as many coordinates as this compressor would send of the whole
-        vector, and they send more from sections of larger magnitude. `samples` has some coordinates of each section,
-        float[1 or more], and `sizes` the section lengths. Returns None if a section is compressed in the same way
-        whatever the other sections contain.
+        vector, and they send more from sections of larger magnitude. `samples` contains one tensor per section, with
+        the values of one or more coordinates of the section. `sizes` contains the number of coordinates of each
+        section. Returns None if a section is compressed in the same way whatever the other sections contain.
         """
         return None
 
@@ -213,8 +223,9 @@ class Compressor(ABC):
         return self.restrict(0, part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
-        """Return C(v) as a full vector, float[d], for a flat floating-point tensor v, at (seed, step).
-        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point."""
+        """Compress and decode v, a flat floating-point tensor. Returns C(v) as a full vector, float[d]. `seed` and
+        `step` determine the randomness. The result is detached from v, so it is not differentiable. Raises ValueError
+        if v is not flat or not floating-point."""
         if v.ndim != 1 or not v.is_floating_point():
             raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
         self.validate(v.numel())
@@ -240,7 +251,7 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 
 @lru_cache(maxsize=4096)
 def part_count(compressor: Compressor, d: int) -> int:
-    # The number of parts of a message does not depend on the vector's length, so do not allocate a huge vector.
+    # A message has the same number of parts for a short vector as for a long one, so encode a short one to save memory.
     part = min(d, _PART)
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
@@ -248,11 +259,11 @@ def part_count(compressor: Compressor, d: int) -> int:
 @dataclass(frozen=True)
 class RatioRamp:
     """A schedule of a compressor's ratio (the fraction of the coordinates that it sends). The ratio falls geometrically
-    from `first` at step 0 to that of `compressor` at step `stop`.
+    from `first` at step 0 to the ratio of `compressor` at step `stop`.
 
-    Call it with a step to get the compressor for that step. It is the warm-up of Deep Gradient Compression (Lin et al.
-    2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or
-    if `stop` is below 1.
+    Call the schedule with a step to get the compressor for that step. The schedule is the warm-up of Deep Gradient
+    Compression (Lin et al. 2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below
+    the compressor's ratio or above 1, or if `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)
@@ -260,7 +271,7 @@ class RatioRamp:
     [0.25, 0.05, 0.01]
     """
 
-    compressor: Compressor  # one with a ratio, such as TopK
+    compressor: Compressor  # a compressor with a ratio, such as TopK
     stop: int  # first step with the compressor's own ratio, at least 1
     first: float = 0.25  # ratio at step 0, in (0, 1]
 

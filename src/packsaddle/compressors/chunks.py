@@ -47,8 +47,10 @@ class Chunks:
         return min(shares, default=1.0)
 
     def largest(self, v: Tensor) -> Tensor:
-        """Return the indices of the largest magnitudes in each chunk of v, int64[total], in increasing order. NaN
-        counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk."""
+        """Return the indices of the coordinates of largest magnitude in each chunk of v: `kept` indices for each full
+        chunk and `kept_of_rest` for the last one. The indices are int64[total], in increasing order. NaN counts as the
+        largest magnitude. Among equal magnitudes, the CPU selects the first ones, and other devices those that
+        torch.topk selects."""
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
             return index
@@ -63,14 +65,15 @@ class Chunks:
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=v.device)
 
     def encode(self, index: Tensor) -> Tensor:
-        """Encode the indices of the kept coordinates, from `largest`, as uint8[...]. Returns an empty tensor if all
-        coordinates are kept."""
+        """Encode `index`, the indices of the kept coordinates as `largest` returns them, to bytes. Returns a tensor
+        uint8[...], which is empty if all coordinates are kept."""
         if self.total == self.whole * self.size + self.rest:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter, self._unary_bits)
 
     def decode(self, coded: Tensor) -> Tensor:
-        """Decode indices from `encode`, int64[total]. Raises MessageError if any is missing or outside its chunk."""
+        """Invert `encode`: return the indices of the kept coordinates, int64[total]. Raises MessageError if `coded` has
+        too few or too many indices, or an index outside its chunk."""
         if self.total == self.whole * self.size + self.rest:
             return torch.arange(self.total, device=coded.device)
         stop = self.whole * self.size + self.rest
@@ -87,15 +90,15 @@ class Chunks:
 
     @property
     def _unary_bits(self) -> int:
-        """The largest number of bits that the unary parts of the Rice codes take, summed over the gaps between all kept
-        indices."""
+        """The number of bits reserved for the unary parts of the Rice codes of all gaps between kept indices. It
+        suffices for every choice of the kept indices."""
         b = self._rice_parameter
         return self.whole * wire.gap_bits(self.size, self.kept, b) + wire.gap_bits(self.rest, self.kept_of_rest, b)
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest magnitudes in each row of a matrix of n rows. They are indices into the
-    flattened matrix, int64[n k], in increasing order."""
+    """Return the indices of the k largest magnitudes in each row of a matrix of n rows. The indices refer to the
+    flattened matrix, and are int64[n * k], in increasing order."""
     if rows.device.type != "cpu":
         places = torch.topk(rows.abs(), k, dim=1, sorted=False).indices.sort(1).values
         return (places + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]).view(-1)

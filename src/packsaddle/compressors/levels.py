@@ -1,11 +1,12 @@
 """Entropy coding of a quantizer's integer levels. The first byte of a message selects one of three codes.
 
 *Layers* are for mostly small levels. Layer j is the set of coordinates whose level has a magnitude above j, so it is a
-subset of layer j - 1. It is coded by the gaps between its elements. If layer j - 1 has fewer elements outside of layer
-j than in it, the gaps between the elements outside are coded instead. One sign bit per nonzero level follows.
+subset of layer j - 1. It is coded by the gaps between its elements. If fewer elements of layer j - 1 are outside of
+layer j than in it, the gaps between the elements outside of layer j are coded instead. One sign bit per nonzero level
+follows.
 
-*Rice codes* are for large levels. The levels 0, 1, -1, 2, -2, ... are numbered from 0 on, and each number is sent as a
-Rice code. This is nearly as short as layers, and much faster.
+*Rice codes* are for large levels. The levels 0, 1, -1, 2, -2, ... are numbered 0, 1, 2, 3, 4, ..., and the number of
+each level is sent as a Rice code. This is nearly as short as layers, and much faster.
 
 *Fixed width* is used if neither of the two other codes is shorter.
 """
@@ -54,8 +55,8 @@ class Layer:
 
     @cached_property
     def rice(self) -> int:
-        """The Rice parameter of the code of this layer's gaps (the distances between the coordinates that the code
-        lists): the number of bits of a remainder."""
+        """The parameter of the Rice code of this layer's gaps, i.e. the number of bits of each remainder. A gap is the
+        number of members between two coordinates that the code lists."""
         return wire.shortest_rice(self.members, self.coded) if self.coded else 0
 
     @property
@@ -71,8 +72,8 @@ class Layer:
 
 
 def histogram(codes: Tensor) -> Tensor:
-    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256]. If `codes` is on a GPU, the
-    host does not wait for the result."""
+    """Count the occurrences of each value in `codes`, uint8[d]. Returns the counts of the values 0 to 255, int64[256].
+    If `codes` is on a GPU, the host does not wait for the result."""
     if loop := kernel("count_codes", device=codes.device):
         counts: Tensor = loop(codes)
         return counts
@@ -87,16 +88,20 @@ def histogram(codes: Tensor) -> Tensor:
 
 
 def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = None) -> Tensor:
-    """Entropy-code d integer levels from -top to top as uint8[...].
+    """Entropy-code d integer levels, which are from -top to top. Returns the code as uint8[...].
 
-    `codes`, uint8[d], contains level + top for each level; a code has `bits` bits. `counts`, int64[256] on the CPU, is
-    the `histogram` of the codes. If it is None, it is computed here, and the host waits for it if `codes` is on a GPU.
+    Args:
+        codes: The sums level + top, uint8[d].
+        top: The largest level.
+        bits: The number of bits of a level in the code of fixed width.
+        counts: The `histogram` of `codes`, int64[256] on the CPU. If it is None, it is computed here, and the host
+            waits for it if `codes` is on a GPU.
     """
     d = len(codes)
     if not d:
         return codes
-    # Predict the size of each code from the histogram of the levels. The layered code has a header with two numbers
-    # per layer, the gaps, and a sign bit per nonzero level.
+    # Predict the size of each code from the histogram of the levels. The code in layers consists of a header (two
+    # numbers for each layer), the coded gaps, and one sign bit for each nonzero level.
     fixed = math.ceil(d * bits / 8)
     counts = (histogram(codes).cpu() if counts is None else counts)[: 2 * top + 1]
     numbers, members, layers = counts.tolist(), d, list[Layer]()
@@ -123,8 +128,8 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
 
 
 def _headed(head: Sequence[int], *bodies: Tensor) -> Tensor:
-    """Concatenate the bytes `head`, given as numbers, and the tensors `bodies`, uint8[...] each. The host does not wait
-    for a GPU."""
+    """Concatenate bytes in front of tensors. `head` contains the bytes as integers, and `bodies` the tensors,
+    uint8[...] each. The host does not wait for a GPU."""
     return torch.cat([*(bodies[0].new_full((1,), number) for number in head), *bodies])
 
 
@@ -133,9 +138,17 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
-    """Invert `encode_levels`: return level + top for each of d integer levels from -top to top, uint8[d]. Raises
-    MessageError if `coded` is invalid. `head` is the list of the first two bytes of `coded`, or fewer if `coded` is
-    shorter. If it is None, the bytes are read here, and the host waits for a GPU."""
+    """Invert `encode_levels`: decode d integer levels, which are from -top to top. Returns the sums level + top,
+    uint8[d]. Raises MessageError if `coded` is invalid.
+
+    Args:
+        coded: The output of `encode_levels`, uint8[...].
+        d: The number of levels.
+        top: The largest level.
+        bits: The number of bits of a level in the code of fixed width.
+        head: The first two bytes of `coded`, or all bytes if `coded` is shorter. If it is None, the bytes are read
+            here, and the host waits for a GPU.
+    """
     head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
@@ -156,10 +169,10 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack d codes of `bits` bits each to uint8[d], or to int32[d] if `bits` is above 8.
+    """Unpack d codes of `bits` bits each. Returns uint8[d], or int32[d] if `bits` is above 8.
 
-    A code is level + top, where levels are from -top to top. Raises MessageError if a code is invalid, except on a GPU,
-    where the check would synchronize.
+    A code is the sum level + top of an integer level, which is from -top to top. On the CPU, raises MessageError if a
+    code is above 2 * top. On a GPU the codes are not checked, since the check would synchronize.
     """
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and codes.device.type == "cpu" and (largest := int(codes.max())) > 2 * top:
@@ -168,8 +181,8 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def _folded(codes: Tensor, top: int) -> Tensor:
-    """Map levels from -top to top to nonnegative integers, uint8[d]: 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ....
-    `codes`, uint8[d], contains level + top for each level."""
+    """Number the levels from -top to top: the levels 0, 1, -1, 2, -2, ... get the numbers 0, 1, 2, 3, 4, .... `codes`,
+    uint8[d], contains the sums level + top. Returns the number of each level, uint8[d]."""
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
@@ -186,7 +199,7 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
             gaps.append(wire.gaps_of(listed, max(1, layer.coded), layer.members))
             codes = codes.index_select(0, members)
         signs = wire.pack_bits(codes < top) if j == 0 else signs
-    # The host waits once on a GPU, for the sizes of all layers.
+    # On a GPU the host waits only once, for the sizes of all layers together.
     rice = [layer.rice for layer in layers[: len(gaps)]]
     unary = read(*(wire.unary_bits(listed, b) for listed, b in zip(gaps, rice, strict=True)))
     bodies += [wire.pack_rice(listed, b, n) for listed, b, n in zip(gaps, rice, unary, strict=True)]
@@ -196,9 +209,9 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 
 
 def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
-    """Decode `coded`, an output of `_in_layers` with `count` layers, to level + top for each of d integer levels from
-    -top to top, uint8[d]. Raises MessageError if the sizes in its header contradict each other or the length of
-    `coded`."""
+    """Decode `coded`, the output of `_in_layers` for `count` layers, to d integer levels, which are from -top to top.
+    Returns the sums level + top, uint8[d]. Raises MessageError if the sizes in the header of `coded` contradict each
+    other or the length of `coded`."""
     # The header has two numbers per layer: the number of coordinates in the layer, and the number of bytes of its coded
     # gaps.
     width = _width(d)
@@ -219,8 +232,8 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     codes = coded.new_full((d,), top)
     if not layers:
         return codes
-    # A layer's indices are positions among the coordinates of the previous layer. The first layer is the set of all
-    # nonzero levels.
+    # The indices in a layer are positions among the coordinates of the previous layer. In the first layer, which is the
+    # set of all nonzero levels, they are positions in the vector.
     places, magnitudes, members = coded[:0], coded[:0], None
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)

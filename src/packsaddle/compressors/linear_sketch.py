@@ -20,13 +20,13 @@ class LinearSketch(Compressor):
     """The linear compressor C(v) = S^T S v / (1 + omega), with a random matrix S, float[c, d]; S v is all-reduced.
 
     S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
-    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). With sketch="count", S is one row of a
-    count sketch (see `numerics.sketches`). Then omega = (d - n) / c, where n is the size of the last of the chunks of c
-    coordinates into which v is divided. So mu is c / d if c divides d, and never below c / (c + d - 1). With
-    sketch="gaussian", S has independent N(0, 1/c) entries, and omega = (d + 1) / c.
+    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). With sketch="count", S is the matrix
+    of a count sketch that has a single row of c counters (see `numerics.sketches`). Then omega = (d - n) / c, where n
+    is the size of the last of the chunks of c coordinates into which v is divided. So mu is c / d if c divides d, and
+    never below c / (c + d - 1). With sketch="gaussian", S has independent N(0, 1/c) entries, and omega = (d + 1) / c.
 
-    Raises ValueError unless exactly one of ratio and columns is given, if it is out of range, or if sketch is neither
-    "count" nor "gaussian".
+    Raises ValueError unless exactly one of ratio and columns is given, if the given one is out of range, or if sketch
+    is neither "count" nor "gaussian".
 
     >>> import torch
     >>> from packsaddle import LinearSketch
@@ -43,7 +43,7 @@ class LinearSketch(Compressor):
     summary: ClassVar[Summary] = Summary("c/(c + d - 1) or better", "c counters")
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
-    sketch: Literal["count", "gaussian"] = "count"  # kind of S; "gaussian" draws c d numbers per step: for small d only
+    sketch: Literal["count", "gaussian"] = "count"  # kind of S; "gaussian" needs a small d: it draws c * d numbers
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):
@@ -66,8 +66,8 @@ class LinearSketch(Compressor):
         return max(1, min(d, self.columns if self.columns is not None else round((self.ratio or 0) * d)))
 
     def omega(self, d: int) -> float:
-        """Return omega for vectors v of d coordinates: the variance of the estimate S^T S v divided by ||v||^2, where S
-        is the random matrix of the sketch."""
+        """Return omega for vectors v of d coordinates: the variance E||S^T S v - v||^2 of the estimate S^T S v, divided
+        by ||v||^2. For the count sketch, it is an upper bound over all v."""
         if not d:
             return 0.0
         c = self.width(d)
@@ -104,8 +104,8 @@ class LinearSketch(Compressor):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return the Gaussian matrix S, float[c, d], in blocks of rows; it is identical on all workers up to
-        rounding."""
+        """Return the rows of the Gaussian matrix S, float[c, d], in blocks of at most 64 rows. S is identical on all
+        workers up to rounding. `like` is a tensor with the dtype and device of the result."""
         c, blocks = self.width(d), []
         for start in range(0, c, _GAUSSIAN_ROWS):
             rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)

@@ -13,7 +13,7 @@ from packsaddle.compressors.base import Compressor, Message, Summary, check_coun
 from packsaddle.compressors.parts import Expected, check_magnitudes, floats
 from packsaddle.numerics.seeds import Stream, generator
 
-_LARGEST_OF_BASIS = 1 + 2.0**-6  # bound on the entries of an orthonormal basis rounded to 16 bits
+_LARGEST_OF_BASIS = 1 + 2.0**-6  # largest magnitude in an orthonormal basis after rounding to 16 bits
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class LowRank(Compressor):
 
     A tensor, viewed as a matrix M, float[n, m], is replaced by P P^T M, where P, float[n, matrix_rank], is an
     orthonormal basis of the columns of M Q for some Q, float[m, matrix_rank]. Between workers
-    (`comm.aggregators.LowRankAllReduce`) M Q and P^T M are all-reduced, and Q is the previous step's (P^T M)^T plus a
-    small Gaussian: warm-started power iteration. In `encode`, which has no previous step, Q is Gaussian. Without the
-    shapes of `for_tensors` a vector is viewed as a nearly square matrix. A tensor is sent uncompressed if its factors
-    would have at least as many numbers as the tensor.
+    (`comm.aggregators.LowRankAllReduce`) M Q and P^T M are all-reduced. There Q is (P^T M)^T from the previous step,
+    plus a small Gaussian matrix, which makes the steps a warm-started power iteration. In `encode`, which has no
+    previous step, Q is Gaussian. If `for_tensors` was not called, the shapes of the tensors are unknown, and the vector
+    is viewed as a nearly square matrix. A tensor is sent uncompressed if its factors would have at least as many
+    numbers as the tensor.
 
     ||M - P P^T M|| is at most ||M||, and for random Q on average at most sqrt(1 - matrix_rank / min(n, m)) ||M||.
     Raises ValueError unless matrix_rank is a positive integer.
@@ -58,7 +59,7 @@ class LowRank(Compressor):
         return self if stop - start == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
-        """Return the tensors concatenated in v, float[d], as views of v, one matrix float[n, m] each."""
+        """Return views of the tensors that are concatenated in v, float[d]. Each view is a matrix, float[n, m]."""
         shapes = self._shapes(len(v))
         return [t.view(shape) for t, shape in zip(torch.split(v, [n * m for n, m in shapes]), shapes, strict=True)]
 
@@ -68,14 +69,15 @@ class LowRank(Compressor):
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return a lower bound on the contraction mu, in expectation over the random matrix Q. It is the smallest
-        matrix_rank / min(n, m) over the matrices, float[n, m], of a vector of d coordinates."""
+        """Return a lower bound on the contraction mu, in expectation over the random matrix Q. The bound is the
+        smallest ratio matrix_rank / min(n, m) over all compressed matrices of n rows and m columns in a vector of d
+        coordinates."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
     def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
-        """Return a Gaussian matrix Q, float[m, rank], for each matrix M, float[n, m], in v, float[d]. The columns of
-        M Q span the low-rank approximation of M. Q is a function of (seed, step)."""
+        """Draw a Gaussian matrix Q for each matrix M in v, float[d]. If M is float[n, m], Q is float[m, rank], and the
+        columns of M Q span the low-rank approximation of M. Q is a function of (seed, step)."""
         rng = generator(seed, step, Stream.SKETCH, device=v.device)
         qs = []
         for shape in self._shapes(len(v)):
@@ -89,9 +91,9 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message for `matrices`. For each matrix M it has P, an orthonormal basis float[n, rank], and the
-        product P^T M. `ps` contains the P of each matrix. If `rank` is 0 for a matrix, the message has M itself instead
-        of P and P^T M."""
+        """Return the message for `matrices`, with the factors P and P^T M of each matrix M. `ps` contains the factor P
+        of each matrix, an orthonormal basis, float[n, rank]. For a matrix whose `rank` is 0, the message contains M
+        itself instead of the two factors."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
@@ -112,9 +114,9 @@ class LowRank(Compressor):
             matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
-        """Return the numbers of elements in the parts "left" and "right" of a message for d coordinates. "left" has the
-        factor P of each matrix M, an orthonormal basis, and "right" the factor P^T M, or M itself if M is sent
-        uncompressed."""
+        """Return the number of elements of each of the two parts, "left" and "right", of a message for d coordinates.
+        "left" contains the factor P of each matrix M, an orthonormal basis. "right" contains the factor P^T M, or M
+        itself if M is sent uncompressed."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)

@@ -16,13 +16,13 @@ from packsaddle.messages import shown
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Checks = list[tuple[Tensor, MessageError]]  # pairs of a bool[] on a GPU and the error to raise if it is False
-# The list to which `require` appends its checks on a GPU; None: it raises immediately.
+Checks = list[tuple[Tensor, MessageError]]  # pairs: a bool[] on a GPU, and the error to raise if the bool is False
+# The list to which `require` appends its checks on a GPU; None: `require` raises errors immediately.
 deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)
 
 
 class Expected(NamedTuple):
-    """The allowed dtypes and lengths, `least` to `most` elements, of one part of a message."""
+    """The allowed dtypes of one part of a message, and the range of its allowed lengths: `least` to `most` elements."""
 
     dtypes: tuple[torch.dtype, ...]
     least: int
@@ -45,8 +45,8 @@ class Expected(NamedTuple):
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the `Expected` of a message part of n numbers with one of `dtypes`, by default any floating-point
-    dtype."""
+    """Return the `Expected` of a part of a message that contains n numbers. Their dtype must be one of `dtypes`, or any
+    floating-point dtype if `dtypes` is empty."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
@@ -71,8 +71,8 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
-    """Raise MessageError, naming `part`, if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass.
-    No-op on a GPU: the check would synchronize."""
+    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`. The error names `part`, the part of the
+    message that contains the numbers. NaNs are not an error. No-op on a GPU: the check would synchronize."""
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
         if high > most or low < -most:
@@ -80,9 +80,12 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
-    """Raise MessageError unless `is_valid`, a bool[], is True; the other arguments form the error's text.
-    Reading a bool[] on a GPU makes the host wait, so the check and its error are appended to the list in `deferred`
-    instead, if there is one."""
+    """Raise MessageError unless `is_valid`, a bool[], is True. The error's text names the `part` of the message, the
+    `expected` contents, and the contents that were `found`.
+
+    If `is_valid` is on a GPU, reading it would make the host wait. So the pair of `is_valid` and the error is appended
+    to the list in `deferred` instead. If `deferred` has no list, `is_valid` is read immediately.
+    """
     error = MessageError(part, expected, found)
     if is_valid.device.type != "cpu" and (checks := deferred.get()) is not None:
         checks.append((is_valid, error))
@@ -91,8 +94,8 @@ def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """A context manager that completes each MessageError that is raised or deferred in its block: the error then names
-    the compressor."""
+    """A context manager that completes each MessageError that is raised or deferred in its block. The error then names
+    the `compressor`."""
 
     def __init__(self, compressor: Any) -> None:
         self._compressor = compressor

@@ -35,7 +35,7 @@ from packsaddle.numerics.seeds import Keys, Stream, keys, words
 from packsaddle.numerics.transfers import indices_where, read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
-_MOST_LEVELS = 1 << 23  # float32 represents all integers up to this exactly
+_MOST_LEVELS = 1 << 23  # largest valid `levels`: float32 represents all integers up to this number exactly
 _NEGLIGIBLE = 2.0**-28  # buckets whose magnitudes are below this fraction of the vector's largest are sent as 0
 
 
@@ -97,8 +97,8 @@ class Sign(Compressor):
 
 
 def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
-    """Return the mean magnitude of each run of consecutive coordinates of v, float64[runs]; the mean of an empty run
-    is 0. `sizes` are the lengths of the runs. Sums are in float64 to avoid overflow."""
+    """Return the mean magnitude of each run of consecutive coordinates of v, as float64[runs]. The mean of an empty run
+    is 0. `sizes` contains the length of each run. Sums are in float64, or in float32 on MPS, which has no float64."""
     if loop := kernel("sums_of_magnitudes", v):
         means: Tensor = loop(v, sizes) / torch.tensor(sizes).clamp_min_(1)
         return means
@@ -157,8 +157,9 @@ class QSGD(Compressor):
     The rounded vector Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
     levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
-    `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0: its
-    residuals would otherwise be sent at every step until they underflow.
+    `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 times the vector's largest magnitude is
+    sent as 0. The error memory would otherwise send ever smaller residuals of this bucket at every step until they
+    underflow.
 
     Raises ValueError unless levels and bucket are positive integers, levels is at most 2^23, and coded is True or
     False.
@@ -211,7 +212,7 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
-        # The number of bits in which a level is packed: the input of the entropy coder has one byte per level.
+        # Pack each level in the fixed number of bits, or in one byte if the levels will be entropy-coded.
         width = self.bits if self.fixed_size else 8
         if len(v) and width <= 8 and (loop := kernel("pack_levels", precise)):
             levels, norms = loop(precise, self.levels, width, b, key)
@@ -235,8 +236,9 @@ class QSGD(Compressor):
         return Message({"levels": coded, "scales": norms}, (codes, some))
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
-        """Quantize n buckets of b consecutive coordinates, float[n, b], which begin at index `first` of the vector.
-        Returns the code level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
+        """Quantize consecutive buckets of b coordinates each. `buckets` is float[n, b], and `first` is the index in the
+        vector of the first coordinate. The random numbers follow from `key`. Returns two tensors: the sum of the level
+        and `self.levels` for each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
@@ -266,9 +268,9 @@ class QSGD(Compressor):
     def context_of(
         self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int
     ) -> "tuple[Tensor, _Buckets | None] | None":
-        # Return the code level + `levels` of each coordinate in the buckets sent, uint8[n] or int32[n], and these
-        # buckets (None: all). Codes of a fixed number of bits are not validated on a GPU, so they stay packed there
-        # until they are added, to save memory.
+        # The code of a coordinate is the sum of its level and `self.levels`. Return the codes of the coordinates in the
+        # buckets that were sent, uint8[n] or int32[n], and these buckets (None: all buckets were sent). On a GPU, codes
+        # with a fixed number of bits stay packed until they are added, to save memory; there is no check of them.
         coded = parts["levels"]
         if self.fixed_size:
             return (self._unpacked(parts, d), None) if coded.device.type == "cpu" else None
@@ -281,8 +283,8 @@ class QSGD(Compressor):
         return unpack_levels(parts["levels"], d, self.levels, self.bits)
 
     def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale * level * norm of each coordinate to out, float[n], in place. `codes` contains level + `levels` for
-        each coordinate, and `norms` the norm of each bucket of b coordinates."""
+        """Add scale * level * norm to each coordinate of out, float[n], in place. `codes` contains the sum of the level
+        and `self.levels` for each coordinate. `norms` contains the norm of each bucket of b coordinates."""
         if codes.dtype == torch.uint8 and (loop := kernel("add_levels", out, norms)):
             loop(codes, self.levels, b, norms, out, scale)
             return
@@ -326,13 +328,14 @@ class _Buckets:
         return len(self.index) * self.width - self._cut
 
     def of(self, codes: Tensor) -> Tensor:
-        """Select from `codes`, uint8[d], which has a code for each coordinate, the codes of the coordinates in these
-        buckets."""
+        """Return the codes of the coordinates in these buckets. `codes`, uint8[d], contains a code for each coordinate
+        of the vector."""
         buckets = torch.nn.functional.pad(codes, (0, -self.d % self.width)).view(-1, self.width)
         return buckets[self.index].view(-1)[: self.coordinates]
 
     def add(self, found: Tensor, out: Tensor) -> None:
-        """Add `found`, float[n], to the n coordinates of out, float[d], that are in these buckets, in place."""
+        """Add `found`, float[n], to out, float[d], in place. `found` contains a number for each of the n coordinates in
+        these buckets."""
         whole = out[: self.d // self.width * self.width].view(-1, self.width)
         some = self.index[:-1] if self._cut else self.index
         whole[some] += found[: len(some) * self.width].view(-1, self.width)

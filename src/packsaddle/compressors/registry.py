@@ -66,8 +66,8 @@ def _argument(node: ast.expr) -> Any:
 
 
 def describe(compressor: Compressor) -> str:
-    """Return a compressor's constructor call as text, without arguments equal to their defaults, and without any
-    argument if the compressor is not a dataclass."""
+    """Return the constructor call of a compressor as text. Arguments that are equal to their defaults are omitted. If
+    the compressor is not a dataclass, all arguments are omitted."""
     given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
     shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"
@@ -84,7 +84,8 @@ def _described(value: Any) -> str:
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:
-    """Return a compressor's class name as "kind", and its fields, as a dict of plain types for a checkpoint."""
+    """Return a dict that identifies a compressor in a checkpoint. It contains the name of the compressor's class as
+    "kind", and the compressor's fields, as plain types."""
     values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
     return {"kind": type(compressor).__name__, **values}
 

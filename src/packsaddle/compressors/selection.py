@@ -25,7 +25,8 @@ HISTOGRAM_BITS = 12  # leading bits of a magnitude that index a bin: the exponen
 
 
 def as_integers(v: Tensor) -> Tensor:
-    """Return the magnitudes of v, float[n], as integers in the same order, int[n] of the same width."""
+    """Return the magnitudes of v, float[n], as integers that have the same order as the magnitudes. The integers have
+    as many bits as the elements of v."""
     integer = _INTEGER[v.element_size()]
     return v.view(integer) & torch.iinfo(integer).max
 
@@ -60,9 +61,10 @@ def largest_of_blocks(
     """Return the indices of the k largest magnitudes of n values that are generated in blocks. The indices are
     int64[k], in increasing order.
 
-    Each call of `blocks()` yields all values; it is called several times, so that they need not be stored. `sample`
-    maps indices to values. Among equal magnitudes, those with indices from `first` on are preferred, in increasing
-    order, and after them those with indices from 0 on.
+    Each call of `blocks()` yields all n values in order, as consecutive float tensors. It is called several times, so
+    that the values need not be stored. `sample(index)` returns the values at the indices `index`, int64[m]. Among equal
+    magnitudes, those with indices from `first` on are preferred, in increasing order, and after them those with indices
+    from 0 on.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
@@ -102,12 +104,12 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Estimate a threshold that k or more of the magnitudes of n numbers reach, and how many of these magnitudes reach
-    it. `sample`, float[m], has some of the n numbers. The threshold is an integer, to compare with results of
-    `as_integers`. Only rarely do fewer than k magnitudes reach it."""
+    """Estimate a threshold that at least k of the magnitudes of n numbers reach. `sample`, float[m], contains m of the
+    n numbers. Returns the threshold and the estimated number of magnitudes that reach it. The threshold is an integer,
+    to be compared with results of `as_integers`. In rare cases, fewer than k magnitudes reach the threshold."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
-    # Add a margin of four standard deviations, and 8 for small expected counts.
+    # Add a margin: four standard deviations, plus 8, since these are too few if the expected count is small.
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
     return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
 
@@ -122,13 +124,13 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the indices of the fewest coordinates of v, float[n], that together have at least the fraction `share`, in
-    (0, 1], of ||v||^2, increasing int64[...].
+    """Return the indices of the fewest coordinates of v, float[n], that together have at least the fraction `share` of
+    ||v||^2, where `share` is in (0, 1]. The indices are int64[m], in increasing order.
 
     A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
-    magnitude; histograms of the magnitudes in its bin over the next bits give its other bits. Among equal magnitudes
-    the first are selected. If v is zero, no index is returned. If v is non-finite, only the index of its largest
-    magnitude is returned.
+    magnitude. Histograms of the magnitudes with these leading bits, over their next bits, give the other bits. Among
+    equal magnitudes the first are selected. If v is zero, no index is returned. If v is non-finite, only the index of
+    its largest magnitude is returned.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
@@ -164,9 +166,9 @@ def holding(v: Tensor, share: float) -> Tensor:
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
-    """Return the highest bin that contains, together with all bins above it, the energy `needed`. Also returns the part
-    of `needed` that this bin must contribute. Bins are over magnitudes: `counts` has the number of elements in each
-    bin, and `energy` the sum of their squares."""
+    """Return the highest bin for which this bin and all bins above it together contain at least the energy `needed`.
+    Also returns the part of `needed` that this bin must contribute. Bins are over magnitudes: `counts` has the number
+    of elements in each bin, and `energy` the sum of their squares."""
     held = energy.flip(0).cumsum(0)
     # Limit the result to bins that have elements: rounding may make the sum too small, and `needed` may be 0.
     occupied = counts.nonzero()
@@ -175,8 +177,9 @@ def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float
 
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
-    """Return two histograms of v, float[n], over the leading bits of the magnitudes: the number of elements x in each
-    bin, int64[bins], and the sum of (x / top)^2 in each bin, float[bins]."""
+    """Compute two histograms of v, float[n], whose bins are the values of the leading bits of a magnitude. The first,
+    int64[bins], contains the number of elements x in each bin. The second, float[bins], contains the sum of (x / top)^2
+    over the elements x in each bin. A bin is the bit pattern of a magnitude, shifted right by `shift` bits."""
     if loop := kernel("energy_histogram", v):
         counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
@@ -192,9 +195,10 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
 def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
     """Estimate the number of coordinates in each section of a vector among the k largest magnitudes of the vector.
 
-    `samples` has nearly the same fraction of each section's coordinates, float[m]; `sizes` are the section lengths. The
-    estimate uses at least the 64 largest samples, so for small k the counts are too large, and only their ratios are
-    accurate.
+    `samples` contains one tensor for each section, float[m], with the values of some of the section's coordinates. It
+    must contain nearly the same fraction of the coordinates of every section. `sizes` contains the section lengths. The
+    estimate uses at least the 64 largest sampled magnitudes. So for small k the counts are too large, and only their
+    ratios are accurate.
     """
     pooled = torch.cat(list(samples))
     rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
@@ -206,8 +210,9 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
     """Estimate, for each section of a vector v (a range of its coordinates), the fraction of the section's energy (its
     sum of squares) to send, so that v as a whole sends the fraction `share` of ||v||^2 in the fewest coordinates.
 
-    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` has nearly the
-    same fraction of each section's coordinates, float[m].
+    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` contains one
+    tensor for each section, float[m], with the values of some of the section's coordinates. It must contain nearly the
+    same fraction of the coordinates of every section.
     """
     pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -228,9 +233,11 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into integers that are proportional to `weights`, one per weight. Each integer is clamped to the
-    range from 1 to its entry in `sizes`, which is at least 1. Rounding is by largest remainders. `total` is first
-    clamped to the range from the number of sizes to their sum."""
+    """Divide `total` into one positive integer for each of `weights`, in proportion to the weights.
+
+    `sizes` contains the largest value of each integer, at least 1. `total` is first clamped to the possible sums: at
+    least the number of integers, and at most the sum of `sizes`. Rounding is by largest remainders.
+    """
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

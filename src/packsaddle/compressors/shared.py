@@ -16,7 +16,7 @@ k = sqrt(r d / 2) one block of sqrt(r d / 2) coordinates is kept, which takes th
 
 SketchTopK's sketch has R rows of c columns. Charikar et al. (2002) require c of order k and R of order log d. Here:
 - c = 16 k: the standard deviation of a row's estimate is a quarter of a heavy hitter (a coordinate with 1/k of the
-  total energy), and that of the median of R = 5 rows a seventh.
+  total energy). The standard deviation of the median of R = 5 rows is a seventh of a heavy hitter.
 - R = 2 m + 1, with the least m >= 1 for which 8^m >= d / (24 k): 3 rows up to d / k = 192, 5 up to 1,536, 7 up to
   12,288, ... A light coordinate shares its counter with a heavy hitter of a given sign with probability at most
   k / (2 c) = 1/32. So its median of R rows is a heavy hitter's value with probability at most
@@ -50,15 +50,15 @@ _OVERSAMPLE = 4  # default number of candidates for each kept coordinate
 class Drawn(NamedTuple):
     """The randomness of a sketch, a function of (seed, step)."""
 
-    numbers: Any  # Keys of the projections, or the RowHash of each row
-    first: int  # start of the cyclic order in which ties are broken
+    numbers: Any  # for SharedTopK, the Keys of the projections; for SketchTopK, the RowHash of each row
+    first: int  # index of the coordinate or block that is preferred in ties; the next ones follow cyclically
 
 
 class Kept(NamedTuple):
     """The context of a message: the kept cells (ranges of coordinates), and where their values are in the message."""
 
     cells: Cells
-    which: Tensor | None  # positions of the kept values in "values", increasing int64[k]; None: all are kept
+    which: Tensor | None  # positions of the kept values in the part "values", int64[k], in increasing order; None: all
 
 
 class SharedSupport(KOfD):
@@ -76,8 +76,8 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the sketch of v, float[d], as a flat tensor, float[...], with the randomness `drawn`. Returns an empty
-        tensor if all values are sent instead of a sketch."""
+        """Compute the sketch of v, float[d], with the randomness `drawn`. Returns a flat tensor, which is empty if all
+        values are sent instead of a sketch."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
@@ -86,12 +86,13 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
-        """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
+        """Return two numbers for a vector of d coordinates: the number of elements of the sketch, and the number of
+        values that are sent."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the cells (ranges of coordinates) to keep. `places` are the cells that were sent, and `values` their
-        exact values, by which a subclass selects. By default all cells that were sent are kept. The vector has d
-        coordinates."""
+        """Return the cells (ranges of coordinates) to keep of a vector of d coordinates. `places` are the cells that
+        were sent, and `values` their exact values. By default all cells that were sent are kept. Subclasses may select
+        some of them by their values."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -131,8 +132,8 @@ class SharedTopK(SharedSupport):
     this is Algorithm 1 applied to the mean, as in Theorem 3.1.
 
     mu = K / B >= k/d, in expectation, for every v. The module's docstring has the proof and derives the default block
-    size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
-    projections and all values are sent.
+    size, for which the projections take a quarter of the bytes that the values take in float32. If B r + K b is at
+    least d, there are no projections and all values are sent.
 
     Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
@@ -175,7 +176,8 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        # Return the size of blocks for the largest B such that `kept` of B blocks are at least the fraction k/d of B.
+        # Let B be the largest number of blocks of which `kept` blocks are at least the fraction k/d. Return the size of
+        # each of B blocks.
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
@@ -202,9 +204,9 @@ class SharedTopK(SharedSupport):
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return random projections of each block of v, float[d], as bfloat16 or float[blocks * projections]. The
-        random numbers are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no
-        projections, since all blocks are then kept."""
+        """Return random projections of each block of v, float[d]. They are a flat tensor of blocks * projections
+        numbers, in bfloat16 if `half`, otherwise in the dtype of v. The random matrices are generated from the keys in
+        `drawn`. Returns an empty tensor if all blocks are kept, since no projections are then needed."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
@@ -309,16 +311,18 @@ class SketchTopK(SharedSupport):
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the count sketch of v with the hashes in `drawn`, bfloat16 or float[rows * columns]."""
+        """Return the count sketch of v, float[d], with the hashes in `drawn`. It is a flat tensor of rows * columns
+        numbers, in bfloat16 if `half`, otherwise in the dtype of v."""
         counters = [h.sketch(v) for h in drawn.numbers] or [v[:0]]
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the candidates, in increasing order: of the d coordinates, those with the largest magnitudes as
+        """Return the candidates, in increasing order. They are the coordinates, out of d, with the largest magnitudes
         estimated from `sketch`.
 
         In a row of the sketch, coordinates that share a counter with a much larger coordinate all have the same
-        estimate. So ties are broken in cyclic order from the random coordinate in `drawn` on, not by position.
+        estimate. So among equal estimates the coordinates from a random one on, `drawn.first`, are preferred, and after
+        the last coordinate the first ones follow.
         """
         hashes = drawn.numbers
         if not hashes:
@@ -334,7 +338,7 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Keep, of the candidates in `places`, the k coordinates whose exact `values` have the largest magnitudes. The
-        vector has d coordinates."""
+        """Return the k coordinates to keep of a vector of d coordinates. `places` are the candidates, and `values`
+        their exact values. The candidates whose values have the largest magnitudes are kept."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

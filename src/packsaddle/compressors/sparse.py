@@ -34,21 +34,24 @@ _LONGEST_CHUNK = 1 << 30  # largest valid `chunk`, in coordinates
 
 @dataclass(frozen=True)
 class Cells:
-    """A subset of the cells of a vector; cell i has the coordinates [i size, (i + 1) size), fewer if it is the last.
-    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector."""
+    """A subset of the cells of a vector. Cell i has the coordinates from i * size to (i + 1) * size - 1. The last cell
+    of the vector may be shorter. The values at m cells are a float tensor of m * size elements, with zeros beyond the
+    end of the vector."""
 
     index: Tensor  # cell numbers, distinct int64[m]
     size: int  # coordinates per cell
 
     def coordinates(self, d: int) -> Tensor:
-        """Return the indices below d of the coordinates in these cells, int64[at most m size]."""
+        """Return the indices of the coordinates in these cells, int64[...]. The vector has d coordinates, so the
+        indices are below d."""
         if self.size == 1:
             return self.index
         runs = self.index[:, None] * self.size + torch.arange(self.size, device=self.index.device)
         return runs[runs < d]
 
     def gather(self, v: Tensor) -> Tensor:
-        """Return the values of v, float[d], at these cells, float[m size]."""
+        """Return the values at these m cells of v, float[d]. The result has m * size elements, with zeros beyond the
+        end of v."""
         if self.size == 1:
             return v.index_select(0, self.index)
         whole, rest = self._split(v)
@@ -73,7 +76,8 @@ class Cells:
         whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows)
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of the n full cells of v, float[n, size], and of the shorter last cell, which may be empty."""
+        """Return two views of v, which has n full cells: the full cells, float[n, size], and the shorter last cell,
+        which may be empty."""
         n = len(v) // self.size
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
 
@@ -84,7 +88,8 @@ class Cells:
         return len(rest) > 0 and (self.index.device.type != "cpu" or bool((self.index == n).any()))
 
     def _is_rest(self, whole: Tensor) -> Tensor:
-        """Return a mask, bool[m, 1], True for the shorter last cell of the vector; does not synchronize with a GPU."""
+        """Return a mask, bool[m, 1], that is True for the shorter last cell of the vector. `whole` contains the
+        vector's full cells. Does not synchronize with a GPU."""
         return (self.index == len(whole))[:, None]
 
 
@@ -183,8 +188,8 @@ class _OfEachTensor(KOfD):
         return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return (start, size) of each range of coordinates of which a separate number of coordinates is kept. With
-        `per_tensor` each tensor is a range; otherwise all d coordinates are one range."""
+        """Return the start and the size of each range of coordinates to which the ratio applies separately. With
+        `per_tensor` each tensor is such a range. Otherwise all d coordinates are one range."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 
@@ -277,8 +282,8 @@ class RandomK(_OfEachTensor):
         return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
-        """Return the cells (runs of coordinates) that are kept of a vector of d coordinates, with their indices on
-        `device`: a pure function of (seed, step)."""
+        """Return the cells (runs of coordinates) that are kept of a vector of d coordinates. They are a pure function
+        of (seed, step), and their indices are on `device`."""
         if not self.per_tensor:
             n, m = self.grid(d)
             return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
@@ -289,8 +294,8 @@ class RandomK(_OfEachTensor):
         return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the indices of the kept coordinates out of d, int64[...], on `device`: a pure function of (seed,
-        step)."""
+        """Return the indices, out of d, of the coordinates that are kept, int64[...], on `device`. They are a pure
+        function of (seed, step)."""
         return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -321,8 +326,8 @@ class _CodedSupport(Compressor):
 
     @abstractmethod
     def select(self, v: Tensor) -> Tensor:
-        """Return the indices of the coordinates of v, float[d], that are sent. They are int64[k], in increasing
-        order."""
+        """Return the indices of the k coordinates of v, float[d], that are sent. The indices are int64[k], in
+        increasing order."""
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         index = self.select(v)
@@ -404,7 +409,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
         """True if a ratio was given, so that the number of coordinates sent follows from the vector's length. If k was
-        given instead, `apportion` may vary it, differently on each worker."""
+        given instead, `apportion` may change k, to different values on different workers."""
         return self.k is None
 
     def chunks(self, d: int) -> Chunks | None:

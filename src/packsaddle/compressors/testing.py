@@ -107,8 +107,8 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
-    Messages of errors begin with `where`."""
+    """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state. The
+    message of an AssertionError begins with `where`."""
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
     assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"
@@ -117,8 +117,9 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, and `fixed_size` is False
-    if the size varies. Messages of errors begin with `where`."""
+    """Check `compressor` on v: sender and receiver decode the same vector, the argument `alpha` of `add_decoded` scales
+    the decoded vector, and `fixed_size` is False if the size of a message depends on v. The message of an
+    AssertionError begins with `where`."""
     d, scratch = len(v), v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
@@ -146,16 +147,16 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C(2 v) = 2 C(v), i.e. compression commutes with scaling. Messages of errors begin with
-    `where`."""
+    """Check `compressor` on v: C(2 v) = 2 C(v), i.e. compression commutes with scaling. The message of an
+    AssertionError begins with `where`."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding. Messages of errors begin with
-    `where`."""
+    """Check that the `compressor` C satisfies C(a + b) = C(a) + C(b) up to rounding, where a is v, and b is half of v
+    in reverse order. The message of an AssertionError begins with `where`."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -166,13 +167,13 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v), over `seeds` draws.
-    Messages of errors begin with `where`."""
+    """Check that the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` agree with C(v).
+    Probabilities are estimated from `seeds` draws. The message of an AssertionError begins with `where`."""
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
         assert torch.equal(compressor(v, seed=3, step=4), v), f"{where}: is declared lossless and is not"
-    # rates: the support is independent of v, and contains a coordinate with probability `rate`.
+    # rates: the set of coordinates sent is independent of v, and contains each coordinate with probability `rate`.
     ones, start = torch.ones_like(v), 0
     if (rates := compressor.rates(len(v))) is not None:
         assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
@@ -212,6 +213,7 @@ def _energy(v: Tensor, scale: float) -> float:
 
 
 def _subnormal(v: Tensor) -> float:
-    """Return an absolute tolerance for sums that may contain denormals, whose spacing is tiny * eps."""
+    """Return an absolute tolerance for sums in the dtype of v. It is 64 times the spacing of the dtype's denormal
+    numbers."""
     info = torch.finfo(v.dtype)
     return float(64 * info.tiny * info.eps)

@@ -1,10 +1,10 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
-In the floating-point formats, "int8" and "int4", a value is divided by the largest magnitude of its block (the scale)
-and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels. For "int2"
-and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at its own
-mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16 bits,
-relative to the largest scale or level in the vector.
+In "int8", in "int4" and in the three floating-point formats, a value is divided by the largest magnitude of its block
+(the scale) and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels.
+For "int2" and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at
+its own mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16
+bits, relative to the largest scale or level in the vector.
 """
 
 import math
@@ -42,9 +42,12 @@ def check_format(owner: str, how: object) -> None:
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", where "scales" has one scale, or a
-    few levels, per block. In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit",
-    float[1]. If `how` is None, the only part is "values", unchanged."""
+    """Encode `values`, float[k], in the format `how`. Returns the parts of a message by name.
+
+    The part "values" contains the coded values, and "scales" one scale, or a few levels, for each block. In formats of
+    at most 4 bits, "scales" are in 16 bits and relative to the third part, "unit", float[1]. If `how` is None, the only
+    part is "values", with the values unchanged.
+    """
     if how is None:
         return {"values": values}
     if not len(values):
@@ -79,10 +82,10 @@ def _in_blocks(values: Tensor) -> Tensor:
 
 
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes,
-    uint8[...], and the levels, float64[blocks, 2^halvings]."""
-    # Only float32 values use the compiled loop. It adds them in float64 in any order, since float64 sums of float32
-    # values are almost exact.
+    """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes of
+    all values, uint8[...], and the levels of each block, float64[blocks, 2^halvings]."""
+    # Only float32 values use the compiled loop. The loop adds them in float64, in an arbitrary order, which is correct
+    # for float32 values, since their sums in float64 are almost exact.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
@@ -97,8 +100,9 @@ def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
     """Split the magnitudes of each row at their mean, recursively `halvings` times.
 
-    `magnitudes` is float[n, b]. Only elements where `members`, bool[n, b], is True count. Returns the number of each
-    element's part, uint8[n, b], and a list with the means of the 2^halvings parts, float[n, 1] each.
+    `magnitudes` is float[n, b]. Only the elements for which `members`, bool[n, b], is True are split and averaged.
+    Returns the index of the part to which each element belongs, uint8[n, b], and a list with the mean of each of the
+    2^halvings parts, float[n, 1].
     """
     count = members.sum(1, keepdim=True)
     mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
@@ -111,9 +115,12 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest scale in `dtype` as "unit".
-    The relative error is at most 2^-9, but larger for scales below 2^-252 times the largest scale. The unit is
-    non-finite if any scale is non-finite."""
+    """Encode nonnegative scales, float[m], in 16 bits. Returns two parts of a message: "scales", int16[m], and "unit",
+    the largest scale in `dtype`.
+
+    The relative error of a scale is at most 2^-9, but larger for scales below 2^-252 times the largest scale. The unit
+    is non-finite if any scale is non-finite.
+    """
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, widened(scales) / widened(unit), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
@@ -128,8 +135,8 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
-    """Raise MessageError if a value or a scale in `parts`, the encoded values of a message, is out of range. The dtypes
-    and lengths of `parts` must match `value_parts`. No-op on a GPU: the check would synchronize."""
+    """Raise MessageError if a value or a scale in `parts`, the parts of a message, is out of range for the format
+    `how`. The dtypes and lengths of `parts` must match `value_parts`. No-op on a GPU: the check would synchronize."""
     on_cpu = parts["values"].device.type == "cpu"
     if how in _PACKED and on_cpu and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
         most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
@@ -142,8 +149,9 @@ def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
 def decode_values(
     parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int | None = None
 ) -> Tensor:
-    """Invert `encode_values`: return the values, float[k]. `parts` must have passed `check_values`. If k is None, it is
-    read from `parts`; the host then waits for a GPU."""
+    """Invert `encode_values`: return the k values that `parts` encodes in the format `how`, as a tensor in `dtype`.
+    `parts` must have passed `check_values`. If k is None, it is read from `parts`, and the host then waits if `parts`
+    is on a GPU."""
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how) if k is None else k, _scales_of(parts, dtype)
@@ -202,16 +210,21 @@ def value_retention(how: ValueFormat | None) -> float:
     `how` is None, values are not rounded, and the bound is 1.
 
     int8 and int4: let m be the largest magnitude in a block of b values, and l the number of positive levels. The error
-    of a value is at most m / (2 l), and at most the magnitude of the value. So the lost fraction is at most
-    (b - 1) / (4 l^2 + b - 1). Rounding the scale of int4 changes it by at most 2^-9 of m, which reduces the retained
-    energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the
-    bounds leave room for subnormals and the rounding of the scaling.
+    of a value is at most m / (2 l), and at most the magnitude of the value. So the fraction of the energy that is lost
+    is at most (b - 1) / (4 l^2 + b - 1). Rounding the scale of int4 to 16 bits changes the scale by at most 2^-9 of m,
+    which reduces the retained energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11
+    and float32 of 2^-24; the bounds leave room for subnormals and the rounding of the scaling.
 
-    int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
-    least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
-    with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
-    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean), so this function
-    returns 4 / b. int3: its levels split those of int2, so at most as much is lost.
+    int1: the scale is the mean magnitude a of the block, and b a^2 of ||v||^2 is retained. Since
+    (b a)^2 = ||v||_1^2 >= ||v||^2, this is at least 1 / b of ||v||^2. A relative error of 2^-9 in the scale reduces the
+    retained energy by 2^-18 of it.
+
+    int2: the magnitudes of the block are split at their mean a. The magnitudes above a have a sum S, a mean m and a
+    maximum M. Their energy is at most S M, of which S m is retained. The energy of the other magnitudes is at most
+    b a^2. The retained energy is at least b a^2, as for int1. The smallest fraction found is 6.7 / b, for one large
+    magnitude among b / 3 magnitudes at the mean, so this function returns 4 / b.
+
+    int3: the parts of int2 are split again, so at least as much energy is retained as for int2.
     """
     if how is None:
         return 1.0

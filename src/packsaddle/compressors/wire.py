@@ -15,7 +15,8 @@ _SLAB = 1 << 18  # numbers expanded to bits at a time, a multiple of 8, to bound
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:
-    """Pack `numbers` below 2^width, int64[n], into uint8[ceil(n width / 8)], most significant bit first."""
+    """Pack n integers of `width` bits each, int64[n], most significant bit first. Returns uint8[ceil(n width / 8)]. The
+    integers must be nonnegative and below 2^width."""
     if width == 0:
         return torch.empty(0, dtype=torch.uint8, device=numbers.device)
     if 8 % width == 0:  # numbers do not cross byte boundaries
@@ -34,7 +35,8 @@ def pack(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Invert `pack`: return n numbers of `width` bits each from `packed`, uint8[...], as a tensor [n] in `dtype`."""
+    """Invert `pack`: return n integers of `width` bits each from `packed`, uint8[...]. The result has n elements in
+    `dtype`."""
     if width == 0:
         return torch.zeros(n, dtype=dtype, device=packed.device)
     if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
@@ -71,9 +73,12 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 
 def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
-    """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
-    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits. `unary` is
-    the number of bits for the quotients, at least `unary_bits`; the rest of these bits are zeros."""
+    """Encode n nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b. Returns uint8[...].
+
+    The quotients by 2^b are stored first, each in unary as zeros and a one. The remainders of b bits follow. `unary` is
+    the number of bits for the quotients, at least `unary_bits`; the bits that are not needed are zeros. n is not
+    stored.
+    """
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
         coded: Tensor = loop(numbers, b, unary)
         return coded
@@ -86,7 +91,8 @@ def unpack_rice(
     packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype, *, padded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Invert `pack_rice`: return the n numbers, and a bool[] that is True if `packed` encodes exactly n numbers, all at
-    most `most`. With `padded`, whole bytes of zeros may follow the quotients."""
+    most `most`. With `padded`, any number of zero bytes may follow the quotients; otherwise such bytes make the bool[]
+    False."""
     wrong = packed.new_zeros((), dtype=torch.bool)
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
         found: Tensor | None = loop(packed, n, b, most, dtype, padded)
@@ -104,8 +110,9 @@ def unpack_rice(
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int, unary: int) -> Tensor:
-    """Encode the gaps between increasing indices, int64[k], in Rice codes with parameter b, uint8[...]; nothing else is
-    stored. `unary` is the number of bits for the quotients of the gaps by 2^b, at least `unary_bits` of the gaps.
+    """Encode k increasing indices, int64[k], by the gaps between them, in Rice codes with parameter b. Returns
+    uint8[...], which contains only the codes of the gaps. `unary` is the number of bits for the quotients of the gaps
+    by 2^b, at least `unary_bits` of the gaps.
 
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
     c = floor(i / kept), and the first gap of a chunk is relative to its start.
@@ -132,9 +139,12 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
 def unpack_gaps(
     packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, *, part: str = "indices", padded: bool = True
 ) -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
-    below `stop`; an error names `part`. `padded` is False if the argument `unary` of `pack_gaps` was exactly the result
-    of `unary_bits` (see `unpack_rice`)."""
+    """Invert `pack_gaps`: return the k indices, int64[k].
+
+    Checks, with `require`, that every index is in its chunk and below `stop`. An error names `part`, the part of the
+    message that contains `packed`. Pass padded=False if the argument `unary` of `pack_gaps` was exactly the result of
+    `unary_bits` (see `unpack_rice`).
+    """
     index, is_valid = unpack_rice(packed, k, b, stop, torch.int64, padded=padded)
     # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
@@ -143,16 +153,17 @@ def unpack_gaps(
     index[edge:].cumsum_(0).add_(starts[edge // kept :])
     is_valid = is_valid & (whole[: max(0, len(starts) - 1), -1] <= starts[1:]).all() & (index[-1:] < stop).all()
     require(is_valid, part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
-    # Except on the CPU the check is deferred, and memory may be accessed at the indices before it, so they are clamped.
+    # On other devices than the CPU the check is deferred. The indices are clamped, since memory may be accessed at them
+    # before the check.
     return index if index.device.type == "cpu" else index.clamp_(0, max(0, stop - 1))
 
 
 def encode_indices(index: Tensor, d: int) -> Tensor:
-    """Encode k increasing indices of [0, d), int64[k], as uint8[index_bytes(d, k)]; k is not stored.
+    """Encode k increasing indices of [0, d), int64[k]. Returns uint8[index_bytes(d, k)]; k is not stored.
 
-    This is the code of Elias and Fano, in terms of gaps. The gaps add up to at most d - k, so their quotients by 2^b
-    take at most k + (d - k) / 2^b bits in unary. The code always has this size, at most log2(d / k) + 2 bits per index,
-    so it need not be announced. With b = 0, it is a bitmap.
+    This is the code of Elias and Fano, as Rice codes with parameter b of the gaps between the indices. The gaps add up
+    to at most d - k, so their quotients by 2^b take at most k + (d - k) / 2^b bits in unary. The code always has this
+    size, at most log2(d / k) + 2 bits per index, so it need not be announced. If b is 0, the code is a bitmap.
     """
     k = len(index)
     if k in (0, d):
@@ -178,12 +189,14 @@ def index_bytes(d: int, k: int) -> int:
 
 
 def gap_parameter(n: int, k: int) -> int:
-    """Return the Rice parameter b that minimizes the bits of k gaps in [0, n): k b + `gap_bits`."""
+    """Return the Rice parameter b that minimizes k b + `gap_bits`, the largest number of bits that the codes of k gaps
+    in [0, n) take."""
     return max(0, ((n - k) // k).bit_length() - 1)
 
 
 def gap_bits(n: int, k: int, b: int) -> int:
-    """Return the largest number of bits that k gaps in [0, n) take in unary after division by 2^b, rounded down."""
+    """Return the largest number of bits that the quotients of k gaps in [0, n) by 2^b take in unary. The quotients are
+    rounded down."""
     return k + ((n - k) >> b)
 
 
@@ -194,8 +207,8 @@ def rice_bytes(n: int, b: int, unary: int) -> int:
 
 
 def shortest_rice(n: int, k: int) -> int:
-    """Return the Rice parameter with the shortest codes for k random indices in [0, n) (Kiely 2004, "Selecting the
-    Golomb Parameter")."""
+    """Return the Rice parameter for which the codes of the gaps between k random indices in [0, n) are shortest on
+    average (Kiely 2004, "Selecting the Golomb Parameter")."""
     if 2 * k >= n:
         return 0
     golden = (5**0.5 - 1) / 2

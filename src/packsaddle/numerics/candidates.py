@@ -14,8 +14,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-Range = tuple[int, int, int]  # index of a tensor, and the range [start, stop) of its elements
-_MARGINS = 0.005, 0.3  # bounds on the relative distance of the threshold from the predicted magnitude
+Range = tuple[int, int, int]  # (i, start, stop): the elements start to stop - 1 of the i-th tensor in a list
+_MARGINS = 0.005, 0.3  # bounds on the distance of the threshold below the predicted magnitude, relative to it
 _MOST_GROWTH = 1.5  # largest predicted factor by which the k-th largest magnitude grows or shrinks between selections
 _ROOM = 8  # maximum number of collected candidates, as a multiple of k
 
@@ -33,13 +33,18 @@ class Candidates:
         # The relative distance of the threshold below the prediction, and the k-th largest magnitude in the last
         # selection.
         self._margin, self._last = 0.03, 0.0
-        self._found: tuple[int, Tensor] | None = None  # address of the vector, and the candidates, increasing int64[m]
+        self._found: tuple[int, Tensor] | None = None  # address of the vector; its candidates, int64[m], sorted
 
     def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
-        """Store the candidates, i.e. indices of magnitudes that reach the threshold, that were found while the vector
-        was computed. `outs` are views of the vector, in the order of its coordinates. `found` has, for each of
-        `ranges`, the indices of the candidates in its view, or None if they were not collected. No-op if the ranges do
-        not cover the first n coordinates, or if one of them has None."""
+        """Store the candidates that were found while the vector was computed, i.e. the indices of magnitudes that reach
+        the threshold. No-op if the ranges do not cover the first n coordinates, or if the candidates of one of them are
+        missing.
+
+        Args:
+            outs: Views of parts of the vector, in the order of its coordinates.
+            ranges: The ranges of elements that were searched. A range is (index in `outs`, start, stop).
+            found: For each range, the indices of its candidates in the view, or None if they were not collected.
+        """
         parts, end = list[Tensor](), 0
         for (i, start, stop), indices in zip(ranges, found, strict=True):
             first = int(outs[i].storage_offset())
@@ -54,8 +59,8 @@ class Candidates:
 
     @contextmanager
     def offer(self) -> Iterator[None]:
-        """Context manager of a block in which a selection of the largest magnitudes of the vector may use these
-        candidates, and set the threshold by which the next candidates are collected."""
+        """Context manager that offers these candidates to the code in its block. A selection of the largest magnitudes
+        of the vector may then use the candidates, and set the threshold by which the next candidates are collected."""
         token = offered.set(self)
         try:
             yield
@@ -67,8 +72,8 @@ class Candidates:
         are stored for v, if fewer than k are stored, or if 8 k or more are stored."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
-        # If candidates are too few, or too many to be collected, a selection needs another pass over the vector. So
-        # adapt the margin to their number.
+        # With too few candidates, or too many to be collected, a selection needs another pass over the vector. So widen
+        # the margin after few candidates, and narrow it after many.
         factor = 2.0 if m < k else 0.97 if m < 3 * k else 0.8
         self._margin = min(_MARGINS[1], max(_MARGINS[0], factor * self._margin))
         return found[1] if found is not None and k <= m < _ROOM * k else None

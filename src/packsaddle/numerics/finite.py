@@ -15,8 +15,8 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 
 def is_finite(vector: Tensor) -> Tensor:
-    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU. On a CPU, elements
-    are checked only if their sum is non-finite, since a sum takes a tenth of the time of that check."""
+    """Return a bool[] that is True if no coordinate is Inf or NaN. Does not synchronize with a GPU. On a CPU, the
+    coordinates are checked one by one only if their sum is non-finite, since a sum takes a tenth of the time."""
     if vector.device.type != "cpu":
         # Without float64 a sum of finite numbers may overflow, so check each number.
         exact = wide(vector.device) is torch.float64
@@ -28,10 +28,11 @@ def is_finite(vector: Tensor) -> Tensor:
 def is_in_range(vector: Tensor) -> Tensor:
     """Return a bool[] that is True if ||v||_1 <= M / 64, where v is `vector` and M is the largest number of its dtype.
 
-    Then v is finite, and so are the intermediate results of all compressors: counters of sketches and factors (at most
-    ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors use the M of
-    float32, the dtype of error memories. On a CPU the Euclidean norm, as fast as a sum, suffices unless it is large:
-    ||v||_1 <= sqrt(d) ||v||_2. Does not synchronize with a GPU.
+    Then v is finite, and so are the intermediate results of all compressors: the counters of sketches and the low-rank
+    factors (at most 7 ||v||_1, since the normal numbers are below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v).
+    For 16-bit vectors M is the largest number of float32, the dtype of error memories. On a CPU the Euclidean norm is
+    computed first, since it is as fast as a sum. If sqrt(d) ||v||_2 is at most M / 64, ||v||_1 cannot be larger, and is
+    not computed. Does not synchronize with a GPU.
     """
     dtype = torch.promote_types(vector.dtype, torch.float32)
     limit = torch.finfo(dtype).max / _ROOM
@@ -57,17 +58,19 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a magnitude such that a number up to it can be added to any finite number of `dtype` without overflow:
-    rounding discards such a number in a sum with the largest finite number. The returned magnitude is 1/256 of half a
-    unit in the last place of that largest number."""
+    """Return a magnitude that is too small to cause overflow: any number of at most this magnitude can be added to any
+    finite number of `dtype`, and the sum is finite. Added to the largest finite number, such a number is discarded by
+    rounding. The result is 1/256 of half a unit in the last place of that largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more, and return an upper bound on the norm of out: the sum of the norms of consecutive
-    parts of out, which are computed one by one to fit a cache. The tensors must have the same shape and no gaps in
-    memory."""
+    """Set out to base + alpha * more, in place, and return an upper bound on the norm of out, float[].
+
+    The bound is the sum of the norms of consecutive parts of out. Parts are computed one by one, so that each fits a
+    cache. The tensors must have the same shape and no gaps in memory.
+    """
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
         norm: Tensor = torch.linalg.vector_norm(torch.add(base, more, alpha=alpha, out=out))
@@ -80,15 +83,16 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
     return total
 
 
-Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): out += alpha * more, tensors of the same shape
+Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): the addition out += alpha * more of tensors of the same shape
 
 
 def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> float | None:
-    """Add alpha * more to out for all `sums`, in place; return the squared norm of all results, up to rounding. If the
-    tensors `out` are ranges of one vector that cover its compressed coordinates, collect `candidates` of that vector.
+    """Add alpha * more to out, in place, for each (out, more, alpha) in `sums`. Returns the sum of the squared norms of
+    all results, up to rounding. If `candidates` is given, the tensors `out` must be ranges of one vector, and the
+    vector's candidates are collected.
 
-    Returns None if a sum of squares of results is non-finite. Completed additions are then undone by subtraction, so
-    all tensors are unchanged up to rounding.
+    Returns None if the sum of the squares of the results is non-finite. Additions that were completed before are then
+    undone by subtraction, so all tensors are unchanged up to rounding.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
     lines.sort(key=lambda line: line[0].storage_offset())
@@ -117,8 +121,8 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`. In place of the indices of large results,
-    which that loop returns for each range, this version returns None."""
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`. For each range, that loop also returns the
+    indices of results of large magnitude. This version returns None instead of these indices."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):
@@ -142,8 +146,9 @@ def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
 def first_out_of_range(
     named: Iterable[tuple[str, Tensor | None]], agree: Callable[[Tensor], Tensor] = lambda bad: bad
 ) -> str | None:
-    """Return the name of the first tensor for which `is_in_range` is False, or None if all are in range. `agree`
-    reduces a bool[n] with OR over the processes of a worker."""
+    """Return the name of the first tensor for which `is_in_range` is False, or None if all tensors are in range.
+    `named` yields pairs of a name and a tensor, or of a name and None, which are skipped. `agree` combines a bool[n],
+    which has an element for each of the n tensors, with OR over the processes of a worker."""
     found = {name: ~is_in_range(tensor) for name, tensor in named if tensor is not None}
     bad = agree(torch.stack(list(found.values()))).tolist() if found else []
     return next((name for name, is_bad in zip(found, bad, strict=True) if is_bad), None)

@@ -40,8 +40,8 @@ class Stream(IntEnum):
     ROUNDING = 7  # stochastic rounding
     CERTIFY = 8  # start vectors and examples for certifying a stationary point
     ITERATES = 9  # selection of the iterates of a run to certify
-    OUTSTANDING = 10  # deferred noise, drawn when it is applied to the parameters x
-    # All deferred noise, drawn when the error memory e is read, or y = x - eta e with the learning rate eta.
+    OUTSTANDING = 10  # noise that is applied to the parameters x later than its step; drawn when it is applied
+    # Noise that is not applied to x yet, drawn to read the error memory e, or y = x - eta e with the learning rate eta.
     SETTLED = 11
     PROJECTION = 12  # SharedTopK's projections of blocks
 
@@ -77,12 +77,13 @@ def generator(
 
 
 def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return k distinct integers of [0, n), int64[k]; each is included with probability exactly k/n.
+    """Return k distinct random integers from [0, n), int64[k]. Each of the n integers is included with probability
+    exactly k/n.
 
     A keyed permutation of [0, n) is evaluated at 0..k-1, in O(k) time and memory for any n and in integer arithmetic,
     so the result is identical on every device. The permutation is a Feistel network on the next power of two, iterated
     until the result is below n (cycle walking), followed by a uniform rotation, which makes the probabilities exact.
-    For n up to 4096 it is torch.randperm.
+    For n up to 4096 the permutation is drawn by torch.randperm. If k is n, the result is 0, 1, ..., n - 1.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k must be in [0, n = {n}], got {k}")
@@ -108,9 +109,12 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
-    """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are n or more, in place,
-    until most of them are below n. The number of numbers that are still n or more is not read after each step, since
-    the host would wait for a GPU. It is estimated instead, with a margin of six standard deviations."""
+    """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are not below n, until most
+    of them are below n. Changes `index` in place.
+
+    The number of numbers that are not below n is not read after each step, since the host would wait for a GPU. It is
+    estimated instead, with a margin of six standard deviations.
+    """
     outside = torch.arange(len(index), device=index.device)
     expected = float(len(index))
     while expected > 1 / 16:
@@ -136,7 +140,8 @@ def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
 
 
 def _round(half: Tensor, key: int) -> Tensor:
-    """Hash int64 values to 32 bits with a key. Products wrap modulo 2^64, and shifts are masked to be logical."""
+    """Hash the int64 numbers in `half` to 32 bits with the key `key`. Products wrap modulo 2^64, and shifts are masked
+    to be logical."""
     h = (half + _signed(key, 64)) * _signed(0x9E3779B97F4A7C15, 64)
     h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93, 64)
     return (h >> 32) & 0xFFFFFFFF
@@ -147,8 +152,8 @@ _SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys of a counter-based sequence. Each counter gives two random words, hashed in two rounds: they
-    share the key of the first round, and each has its own key in the second."""
+    """Three 32-bit keys of a counter-based sequence of random words. Two words are computed from each counter. Each
+    word is hashed in two rounds: both words have the same key in the first round, and different keys in the second."""
 
     first: int
     second: int
@@ -179,8 +184,9 @@ def _signed(word: int, bits: int = 32) -> int:
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
-    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence that `key`
-    defines. The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
+    """Add scale * N(0, 1) noise to out, float[n], in place. The n normal numbers are those from number `start` on in
+    the sequence that `key` defines. They are identical on every device up to rounding in the logarithm, sine and
+    cosine."""
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
         return
@@ -193,8 +199,9 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for each of its m cells of b elements. The normal
-    numbers are the sequence that `key` defines (see `add_gaussians`)."""
+    """Add scales[i] * N(0, 1) noise to cell i of out, in place, for each cell i. out has one cell of consecutive
+    elements for each element of `scales`, and all cells have the same size. The normal numbers are the beginning of the
+    sequence that `key` defines (see `add_gaussians`)."""
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
     cells = len(scales), len(out) // max(1, len(scales))
@@ -202,15 +209,15 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the chunks `first` to `last` - 1, of 2048 numbers each, of the sequence of normal random numbers that
-    `key` defines, as float32[...]."""
+    """Return a part of the sequence of normal random numbers that `key` defines, float32[...]. The sequence is divided
+    into chunks of 2048 numbers, and the part consists of the chunks `first` to `last` - 1."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))
     u = ((radial >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
     radius = u.log_().mul_(-2).sqrt_()
-    # Of a random word, 30 bits are an angle within +-45 degrees, one bit negates the cosine, and one swaps cosine and
-    # sine.
+    # The 32 bits of a random word: 30 bits are an angle within +-45 degrees, one bit negates the cosine, and one bit
+    # swaps cosine and sine.
     angle = ((angular & 0x3FFFFFFF) - (1 << 29)).to(torch.float32).mul_(math.pi * 2.0**-31)
     sine, cosine = angle.sin().mul_(radius), angle.cos_().mul_(radius)
     cosine = torch.where(angular < 0, -cosine, cosine)

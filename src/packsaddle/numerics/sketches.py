@@ -13,7 +13,7 @@ sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + r
 other chunk adds one of its coordinates, each with the same probability since rotations are uniform. Hence the variance
 is sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes (Charikar et
 al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b coordinates, at
-most ((d - n) / c) ||v||^2 with n the smallest chunk.
+most ((d - n) / c) ||v||^2 with n the size of the smallest chunk.
 """
 
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ class RowHash:
 
     @classmethod
     def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
-        """Draw the hash of one row of a count sketch of d coordinates: a pure function of (seed, step, row), identical
-        on every device."""
+        """Draw the random hash of row number `row` of a count sketch of d coordinates. The hash is a pure function of
+        (seed, step, row), and identical on every device."""
         chunks = -(-d // columns)
         rng = generator(seed, step, Stream.SKETCH, worker=row)
         rotations = torch.randint(columns, (chunks,), generator=rng)
@@ -48,7 +48,8 @@ class RowHash:
         return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
 
     def sketch(self, v: Tensor) -> Tensor:
-        """Return the sketch S v, float[c], of v, float[d], where S is this hash as a linear map. Reads v once."""
+        """Return the sketch S v of v, float[d], where S is this hash as a linear map. The sketch is float[c], with one
+        element for each counter. Reads v only once."""
         c = self.columns
         counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         if len(self.rotations) > _MANY:
@@ -64,8 +65,8 @@ class RowHash:
         return counters
 
     def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * S^T counters to out, float[d], in place, where S is this hash as a linear map. If `counters` is
-        the sketch S v, then S^T S v is the estimate of v."""
+        """Add alpha * S^T `counters` to out, float[d], in place, where S is this hash as a linear map. `counters` is
+        float[c]. If it is the sketch S v, then S^T S v is the estimate of v."""
         if len(self.rotations) > _MANY:
             positions, estimates = torch.arange(self.columns, device=out.device), []
             for _, rows, signs in self._blocks(out):
@@ -77,8 +78,9 @@ class RowHash:
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
     def _blocks(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield blocks of v as matrices, float[rows, c], whose rows are chunks of c coordinates (the last one
-        zero-padded), with the rotations and signs of the chunks."""
+        """Divide v into blocks of whole chunks, and yield three tensors for each block: the block as a matrix, the
+        rotations of its chunks, and the signs of its chunks. A row of the matrix, float[rows, c], is a chunk of c
+        coordinates; the vector's last chunk is padded with zeros."""
         c = self.columns
         rotations = torch.tensor(self.rotations, device=v.device)
         signs = torch.tensor(self.signs, dtype=v.dtype, device=v.device)
@@ -90,8 +92,9 @@ class RowHash:
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield estimates of the d coordinates of a vector v, in blocks, from its count sketch `tables`, float[rows, c].
-    Each row gives an estimate of a coordinate, and the median over rows is used."""
+    """Estimate the d coordinates of a vector v from its count sketch, and yield the estimates in consecutive blocks.
+    `tables`, float[rows, c], is the sketch, and `hashes` contains the hash of each row. Each row gives an estimate of a
+    coordinate, and the median over rows is used."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
     # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. For many short chunks, gather by indices.
     if chunks > _MANY:
@@ -105,7 +108,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
     # For a few long chunks, use slices.
-    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of a row of `doubled`
+    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row of `tables` is a slice of `doubled`
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):
             stop = min(start + _BLOCK, c, d - b * c)
@@ -117,8 +120,9 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
 
 
 def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
-    """Return the estimates of the coordinates `index`, int64[n], of a vector from its count sketch `tables`, as
-    float[n]. They equal the values that `median_estimates` yields for these coordinates."""
+    """Estimate only the coordinates `index`, int64[n], of a vector from its count sketch. `tables`, float[rows, c], is
+    the sketch, and `hashes` contains the hash of each row. Returns the same estimates as `median_estimates` yields for
+    these coordinates, float[n]."""
     chunk, place = index // hashes[0].columns, index % hashes[0].columns
     rows = []
     for row, table in zip(hashes, tables, strict=True):
@@ -129,11 +133,11 @@ def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor
 
 
 def _median(rows: list[Tensor]) -> Tensor:
-    """Return the elementwise median of vectors; for an even number of vectors, the mean of the middle two values.
+    """Return the elementwise median of n vectors. For an even n, it is the mean of the middle two values.
 
-    Of any n // 2 + 2 of the n values, the smallest and the largest cannot be the median of all n. So both are discarded
-    and another value is added, repeatedly, until only the median remains. The smallest and the largest are found by
-    elementwise minima and maxima, which are faster than a sort.
+    For an odd n: of any n // 2 + 2 of the n values, neither the smallest nor the largest can be the median of all n. So
+    both are discarded and another value is added, repeatedly, until only the median remains. The smallest and the
+    largest are found by elementwise minima and maxima, which are faster than a sort.
     """
     n = len(rows)
     if n % 2 == 0:
@@ -187,8 +191,10 @@ class NormSketch:
     def failure_probability(self, relative_error: float) -> float:
         """Return an upper bound on P(| estimate^2 - ||v||^2 | > relative_error ||v||^2).
 
-        By Chebyshev a row fails with probability at most p = 2 / (columns relative_error^2). The median fails only if
-        at least half of the rows do, which is bounded by a binomial tail.
+        Here `estimate` is the result of `norm`. A row fails if the relative error of its estimate of ||v||^2 exceeds
+        `relative_error`. By Chebyshev's inequality, a row fails with probability at most p = 2 / (columns
+        relative_error^2). The median fails only if at least half of the rows fail. The probability of this event is a
+        binomial tail.
         """
         from scipy.stats import binom  # slow to import, and used only here
 
@@ -196,8 +202,8 @@ class NormSketch:
         return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return the sketch S v, float[rows, columns], for a random linear map S, a function of (seed, step). If v is
-        not longer than its sketch would be, return a copy of v instead."""
+        """Return the sketch S v, float[rows, columns], where S is a random linear map that depends only on
+        (seed, step). If v has at most as many elements as its sketch would have, a copy of v is returned instead."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
         c, positions = self.columns, torch.arange(self.columns, device=v.device)

@@ -12,8 +12,8 @@ from packsaddle.numerics.devices import has_streams
 
 
 def read(*tensors: Tensor) -> list[Any]:
-    """Return the result of each tensor's `tolist`. The host waits only once for all tensors, which must be on one
-    device."""
+    """Convert the tensors to Python numbers or nested lists, as `Tensor.tolist` does. The host waits only once for all
+    tensors, which must be on one device."""
     if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
         return [tensor.tolist() for tensor in tensors]
     # View the tensors as bytes, so that different dtypes can be concatenated.
@@ -46,9 +46,12 @@ class Readback:
 
 
 def indices_where(mask: Tensor, n: int) -> Tensor:
-    """Return the indices at which `mask`, bool[d], is True. The indices are int64[n], in increasing order, and there
-    must be exactly n. On a GPU their number is not checked, since the host would wait: the first n are returned, or if
-    there are fewer, these and then zeros."""
+    """Return the indices at which `mask`, bool[d], is True, in increasing order, as int64[n]. There must be exactly n
+    such indices.
+
+    On a GPU their number is not checked, since the host would wait. If there are more than n indices, the first n are
+    returned. If there are fewer, zeros follow the last index.
+    """
     if mask.device.type == "cpu":  # numpy is four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static

@@ -10,13 +10,19 @@ class Option:
 
 
 def own(default: Any) -> Any:
-    """Return a dataclass field that may differ between workers and cannot be set in a configuration."""
+    """Return a dataclass field with the default value `default`. The field may differ between workers, and cannot be
+    set in a configuration."""
     return dataclasses.field(default=default, metadata={"own": True, "internal": True})
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the fields of `options` that must be equal on all workers, including those of nested option classes, as a
-    dict of values by dotted name. Options of a field `compression` are not prefixed with its name."""
+    """Return the values of the fields of `options` that must be equal on all workers, as a dict. Fields of nested
+    option classes are included.
+
+    A key is the path of a field, i.e. the names of the fields from `options` down to this field, joined by dots.
+    `where` is put before each key. As an exception, the key of a field inside a field `compression` begins with the
+    field's own name.
+    """
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"

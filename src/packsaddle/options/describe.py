@@ -14,9 +14,9 @@ from typing import Any, get_args, get_type_hints
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's description is its entry in the "Args:" of its class, or else its comment. Descriptions in a class replace
-    those in its base classes. If an argument of a function is an option class, the descriptions of its fields are
-    included.
+    The result is a dict from names to texts. The description of a field is read from the "Args:" section of its class's
+    docstring, or else from the comment on the field. Descriptions in a class replace those in its base classes. If the
+    type of a function's argument is a dataclass, the descriptions of that dataclass's fields are included.
     """
     if not isinstance(of, type):
         classes = (option_class(hint) for name, hint in get_type_hints(of).items() if name != "return")
@@ -29,7 +29,8 @@ def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
 
 
 def option_class(hint: Any) -> type[Any] | None:
-    """Return the first dataclass in an annotation such as X, X | None or list[X], or None if it has no dataclass."""
+    """Return the first dataclass in a type annotation such as X, X | None or list[X]. Returns None if the annotation
+    has no dataclass."""
     return next((h for h in (hint, *get_args(hint)) if inspect.isclass(h) and dataclasses.is_dataclass(h)), None)
 
 
@@ -45,8 +46,9 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field that a dataclass declares, by name. A comment may be on the field's line and on
-    the lines above it. A field without a comment has the text ""."""
+    """Return the comment on each field that a dataclass itself declares, by the field's name. A comment may be on the
+    field's line, on the lines above it, or in both places. Then the two comments are joined. A field without a comment
+    has the text ""."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body

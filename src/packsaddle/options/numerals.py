@@ -5,7 +5,7 @@ from contextlib import suppress
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
-# Number of units in a second. A duration is divided by it, so that 55ms is exactly the float 0.055.
+# Number of each unit in a second. Durations are divided by this number, so that 55ms is exactly the float 0.055.
 _UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
@@ -14,8 +14,8 @@ _EXACT = 2.0**53
 
 
 def real(text: str) -> float:
-    """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError for any other
-    text."""
+    """Parse a number. It may end with k (1e3), M (1e6), G or B (1e9), by which it is multiplied, or with %, which
+    divides it by 100. Raises ValueError if `text` is not such a number."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or not match[2]:
         return float(text)  # `float` also parses inf
@@ -34,14 +34,15 @@ def whole(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Parse a duration: a number in the notation of `real`, and a unit us, ms, s (default) or min; return seconds."""
+    """Parse a duration, and return it in seconds. `text` is a number in the notation of `real`, followed by us, ms, s
+    or min. Without a unit, the number is in seconds."""
     match = _DURATION.fullmatch(text.strip())
     return real(text) if match is None else real(match[1]) / _UNITS[match[2]]
 
 
 def duration(value: float | str, name: str) -> float:
-    """Return a duration in seconds; `value` is a number of seconds or a text such as "55ms". Raises ValueError for any
-    other value; the error message calls it `name`."""
+    """Return a duration in seconds. `value` is a number of seconds, or text such as "55ms". If `value` is neither,
+    raises ValueError with a message that begins with `name`."""
     with suppress(ValueError):
         if isinstance(value, str):
             return seconds(value)

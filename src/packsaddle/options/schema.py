@@ -22,17 +22,22 @@ from packsaddle.messages import shortened, shown
 from packsaddle.options.numerals import real, whole
 
 T = TypeVar("T")
-Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
-_FEW = 5  # maximum number of keys of a table, and of suggested keys, in a message
+Place = tuple[str | int, ...]  # path to a value: keys of tables and indices of lists, the outermost first
+_FEW = 5  # maximum number of keys of a table in a message, and maximum number of suggested keys
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None, *, saved: bool = False) -> T:
-    """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
+    """Construct the dataclass `cls` from `data`: return cls(**data). Every key and value is first checked against the
+    annotations of the dataclass. Raises ConfigError if a key is unknown or missing, or if a value is invalid.
 
-    `where` is the path of `data` in the whole configuration. `root` is the dataclass of the whole configuration, by
-    default `cls`. Both are for error messages. `saved` is True for data that `feedback.state` wrote: fields with
-    defaults must then be present, and numbers must not be text. A field whose type is a union of dataclasses needs a
-    table with a `kind`, the name of the class.
+    Args:
+        cls: The dataclass. A field whose type is a union of dataclasses needs a table with the key `kind`, the name of
+            one of them.
+        data: The values of the fields, by name.
+        where: The path of `data` in the whole configuration, for error messages.
+        root: The dataclass of the whole configuration, for error messages; by default `cls`.
+        saved: True for data that `feedback.state` wrote. Fields with defaults must then be present, and numbers must
+            not be text.
     """
     root = root or cls
     if not isinstance(data, Mapping):
@@ -47,8 +52,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
             raise _about(place, f"unknown key {dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
-        # If the field is a fraction, do not convert an integer to float, so that the class can reject ratio = 1: it may
-        # be meant as a count or as 1%.
+        # If the field is a fraction, do not convert an integer to float, so that the class can reject the integer 1,
+        # which may be meant as a count or as 1%.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
         values[key] = value if is_kept else decode(hints[key], value, (*where, key), root, saved=saved)
     for name, f in fields.items():
@@ -58,7 +63,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
     try:
         return cls(**values)
     except ValueError as error:
-        about = str(error).partition(" ")[0].split(".")  # most messages begin with a field's name
+        about = str(error).partition(" ")[0].split(".")  # most error messages begin with a field's name
         raise _about(
             (*where, *about) if _has(data, about) else where, f"{dotted(where)}: {error}" if where else str(error)
         ) from error
@@ -69,8 +74,8 @@ def _has(data: Any, path: Sequence[str]) -> bool:
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """Return a ConfigError with this message. Its key is the part of the path `where` before the first index of a
-    list."""
+    """Return a ConfigError with the text `message`. The error's key, by which `line_of` finds the line, is the part of
+    the path `where` before the first index of a list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
@@ -84,9 +89,12 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Convert a dataclass to dictionaries and lists, which `build` converts back. Other values are returned as they
-    are, except that tuples become lists and non-finite floats become text. A dataclass in a field whose type is a union
-    of dataclasses gets the key `kind`, the name of its class."""
+    """Convert a dataclass to dictionaries and lists, from which `build` can construct it again. A dataclass in a field
+    whose type is a union of dataclasses gets the key `kind`, the name of its class.
+
+    If `value` is not a dataclass, it is returned unchanged, except that a tuple becomes a list and a non-finite float
+    becomes text.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints, found = get_type_hints(type(value)), {}
         for f in settable(type(value)):
@@ -100,20 +108,25 @@ def plain(value: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """Return the dataclasses in a type annotation that is a union, or () if it has fewer than two of them."""
+    """Return the dataclasses in `hint` if it is a union of at least two dataclasses. Otherwise return (). `hint` is a
+    type annotation."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
     return classes if len(classes) > 1 else ()
 
 
 def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved: bool = False) -> Any:
-    """Convert plain data to the type `hint`, a type annotation; dataclasses are made by `build`. Raises ConfigError if
-    the data do not fit the type.
+    """Convert plain data to the type `hint`. Dataclasses are constructed by `build`. Raises ConfigError if the data do
+    not fit the type.
 
-    `where` is the path of the value, and `root` the dataclass of the whole configuration, for error messages. In a
-    configuration a number may be text such as "25M", a plain value in place of a table sets the table's first field,
-    and fields with defaults may be missing. If `saved` is True, i.e. for data that `feedback.state` wrote, each of
-    these three is an error.
+    Args:
+        hint: A type annotation.
+        value: The data: a plain value, or nested dictionaries and lists.
+        where: The path of `value` in the whole configuration, for error messages.
+        root: The dataclass of the whole configuration, for error messages.
+        saved: False for a configuration. Then a number may be text such as "25M", a plain value may be given in place
+            of a table to set the table's first field, and fields with defaults may be missing. True for data that
+            `feedback.state` wrote, in which each of these three is an error.
     """
     # Decode annotations that allow several types or values.
     origin, args = get_origin(hint), get_args(hint)
@@ -162,14 +175,15 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
         value = _number(hint, value)
     if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
         raise _about(where, f"{dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
-    # Python decodes an argument that is not UTF-8 to surrogates, which are in this range.
+    # Python decodes a command-line argument that is not UTF-8 to surrogates, which are the characters in this range.
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise _about(where, f"{dotted(where)} must be UTF-8, got {value!a}")
     return value
 
 
 def _number(hint: type, value: Any) -> Any:
-    """Parse a text such as "25M", "1%" or "1e3" as a number of type `hint`; return other values unchanged."""
+    """Convert a text such as "25M", "1%" or "1e3" to a number of type `hint`, int or float. A float that is a whole
+    number is converted to int, and an int to float, if `hint` requires it. Any other `value` is returned unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
             return whole(value) if hint is int else real(value)
@@ -179,7 +193,8 @@ def _number(hint: type, value: Any) -> Any:
 
 
 def nearest(word: Any, candidates: Any) -> str:
-    """Return " (did you mean X?)" with the candidate whose spelling is closest to `word`, or "" if none is close."""
+    """Return " (did you mean X?)", where X is the candidate whose spelling is closest to `word`. Returns "" if no
+    candidate has a similar spelling."""
     match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
@@ -189,18 +204,18 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
-    """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
-    type `cls`, or "" if no name is close enough.
+    """Suggest valid keys for `place`, the path of an unknown key in a table of type `cls`. Returns "did you mean X?",
+    where X are the valid keys with the most similar names, or "" if no name is similar enough.
 
-    A key of a different table is suggested only if its name is more similar than is required for a key of this table.
-    It is not suggested if some `kind` of this table has a key of the same name.
+    All keys of the configuration `root` are candidates. A key of another table needs a more similar name than a key of
+    the unknown key's own table. It is not suggested if the own table has, for some `kind`, a key with the same name.
     """
     table, name = place[:-1], shortened(str(place[-1]))
     known = dict.fromkeys(_places(root))
     others = (other for other in known if (*table, other[-1]) not in known)
 
-    # Score each known key by the similarity of its name to the unknown one, from 0 to 1. Equal names have similarity 1,
-    # and difflib's get_close_matches requires 0.6.
+    # Score each valid key by the similarity of its name to the unknown key's name. The similarity is from 0 to 1, which
+    # means equal. At least 0.6 is required for a key of the same table, as by difflib's get_close_matches.
     scores: dict[Place, float] = {}
     for other in (*((*table, f.name) for f in settable(cls)), *others):
         is_near = other[:-1] == table
@@ -213,8 +228,9 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
 
 
 def _places(cls: Any, where: Place = ()) -> Iterator[Place]:
-    """Yield the path (a tuple of keys) of each key that a configuration of the dataclass `cls` can have, and of each
-    key of the tables in it. A table with several kinds has the keys of every kind. Tables in lists are skipped."""
+    """Yield the path (a tuple of keys) of each key that a configuration of the dataclass `cls` can have. Keys of nested
+    tables follow the key of their table, except for tables in lists. A table with several kinds has the keys of every
+    kind. `where` is put before each path."""
     hints = get_type_hints(cls)
     for f in settable(cls):
         yield (*where, f.name)
@@ -230,7 +246,8 @@ def _keys_of(cls: Any) -> str:
 
 
 def dotted(where: Place) -> str:
-    """Return a path of keys in TOML's dotted notation, with keys quoted if necessary, on one line."""
+    """Return a path of keys as one line of text in TOML's dotted notation, such as a.b.c. Keys are quoted if
+    necessary."""
 
     def quoted(key: str) -> str:
         return shortened(key if re.fullmatch(r"[A-Za-z0-9_*-]+", key) else json.dumps(key))
@@ -240,12 +257,13 @@ def dotted(where: Place) -> str:
 
 
 def line_of(key: Sequence[str], path: Path, text: str) -> str:
-    """Return "FILE, line N" for a key in a TOML text. If the key is not in the text, N is the line of the innermost
-    enclosing table that is in the text. If no such table exists, return "FILE".
+    """Return "FILE, line N", where N is the line of `key` in `text`, the TOML text of the file `path`. If the key is
+    not in the text, N is the line of the innermost enclosing table that is in the text. If no such table exists, return
+    "FILE".
 
-    The line of a table is that of its first mention. A statement may have several lines. Lines are accumulated until
-    tomllib can parse them together with the header of their table. The statement is then complete, since no beginning
-    of a statement is valid alone.
+    The line of a table is the first line that mentions the table. Since a statement may have several lines, lines are
+    accumulated until tomllib can parse them together with the header of their table. The statement is then complete,
+    since no beginning of a statement is valid TOML without the rest.
     """
     header, statement, start, depth, found = "", "", 1, 0, 0
     # Split at newlines only: str.splitlines would split at characters that do not end a line in TOML.
@@ -265,8 +283,9 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first key, in dotted notation, whose values in the nested dicts `ours` and `theirs` differ, and both
-    values. Returns None if all values are equal. The key "workers" is ignored."""
+    """Compare the nested dicts `ours` and `theirs`, and find the first key whose values differ. Returns the key in
+    dotted notation, its value in `ours`, and its value in `theirs`. Returns None if all values are equal. The key
+    "workers" of the outermost dict is ignored. `where` is put before the key."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

@@ -1,5 +1,4 @@
-"""Plans for a network link: predictions of the time of a training step with each compressor, to find the fastest
-compressor.
+"""Plans for a network link: the time of a training step is predicted for each compressor, to find the fastest one.
 
 Start with `step_time` (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
 updates). `coding` measures the speed of compressors, `model` the time of a training step.

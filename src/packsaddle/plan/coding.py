@@ -29,8 +29,9 @@ class Line:
 
     @classmethod
     def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
-        """Return the line through the points a and b, each a pair (coordinates, seconds). If both have the same number
-        of coordinates, return the line through b and the origin."""
+        """Return the line through the points a and b. A point is a pair (coordinates, seconds). If both points have the
+        same number of coordinates, the line through b and the origin is returned. A slope or a fixed time below 0 is
+        replaced by 0."""
         slope = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else b[1] / b[0]
         slope = max(0.0, slope)
         return cls(max(0.0, b[1] - slope * b[0]), slope)
@@ -46,7 +47,7 @@ class Pace:
 
     encode: Line  # time to compress a vector
     decode: Line  # time to decode a received message, and add it to a vector
-    add: Line  # time to add a message to a vector, if its derived data, `Message.context`, is already known
+    add: Line  # time to add a message to a vector if the message's `context` has been computed before
 
     def seconds(self, work: Work) -> float:
         n = work.coordinates
@@ -54,8 +55,8 @@ class Pace:
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Return the pace, i.e. the speed, of a compressor. It is measured on two Gaussian vectors on `device`, of 4,096
-    and of d coordinates.
+    """Return the pace, i.e. the speed, of a compressor. It is measured on two Gaussian vectors on `device`, one of
+    4,096 coordinates and one of d coordinates (at most 2^25).
 
     The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each function
     is fitted to the times for the two vectors, which are minima over at least `repeats` calls. The calls use as many
@@ -67,9 +68,12 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
-    """Return the pace, i.e. the speed, of a compressor as `measure` does, and the fraction by which the median time of
-    an encoding exceeds the minimum. Calls are repeated until each minimum time is reproduced within a tenth, or until
-    the calls have taken 5 seconds in total. Raises ValueError as `measure` does."""
+    """Measure the speed of a compressor. Returns the pace that `measure` returns, and the spread of the encoding time:
+    the fraction by which its median exceeds its minimum.
+
+    Calls are repeated until the three shortest times of each function are within a tenth of each other, or until all
+    calls have taken 5 seconds in total. Raises ValueError as `measure` does.
+    """
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
@@ -102,8 +106,8 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
 
 @dataclass(frozen=True)
 class CompressorEntry:
-    """A row of the table of compressors: one compressor's contraction, bytes and speed for a vector of d coordinates.
-    The speed, and the part of the vector that is kept, are measured on a Gaussian vector."""
+    """A row of the table in which compressors are compared: the contraction, the bytes and the speed of one compressor
+    for a vector of d coordinates. The fields `kept` and `milliseconds` are measured on a Gaussian vector."""
 
     compressor: str
     mu: float  # contraction guaranteed for every vector
@@ -116,10 +120,11 @@ class CompressorEntry:
 
 
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
-    """Return one row of the table of compressors: a compressor's contraction, bytes and measured speed for a vector of
-    d coordinates. Raises ValueError if the compressor does not support d coordinates."""
+    """Return the row of one compressor in the table in which compressors are compared, for a vector of d coordinates
+    and a number of `workers`. Sets torch's number of threads to 1. Raises ValueError if the compressor does not support
+    d coordinates."""
     compressor.validate(d)
-    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with other workers
+    torch.set_num_threads(1)  # as for a worker that shares its machine with other workers
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
     for step in range(5):
@@ -127,7 +132,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)
 
-    # Compute the bytes of the direct exchange (the exact mean of messages) for a worker that is not rank 0.
+    # Compute the bytes of the direct exchange, which averages messages exactly, for a worker that is not rank 0.
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
     return CompressorEntry(

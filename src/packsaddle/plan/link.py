@@ -21,17 +21,18 @@ from packsaddle.plan.step_time import Dense, Fleet, Link, Step, StepTime, break_
 from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # number of all-reduces of one element, to measure the latency
-_ENOUGH = 0.5  # an all-reduce of this many seconds is long enough to measure the rate
+_ENOUGH = 0.5  # seconds; an all-reduce that takes at least this long is used to measure the rate
 _MOST = 1 << 26  # largest size of an all-reduce, in bytes
 _LARGE = 5  # number of all-reduces of the largest message, to measure the rate
 
 
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
-    """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
+    """Measure the latency and the rate of the link between the workers of `group`, by all-reduces of tensors on
+    `device`; collective.
 
     The latency is fitted to the median time of small all-reduces, and the rate to the median time of large all-reduces.
-    Both results are identical on all workers. Raises ValueError for one worker, and RuntimeError if a large message
-    takes no longer than a small one, so that no rate can be computed.
+    Both results are identical on all workers. Raises ValueError if `group` has only one worker. Raises RuntimeError if
+    a large message takes no longer than a small one, since no rate can then be computed.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -56,8 +57,8 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median seconds of `repeats` all-reduces of `elements` float32 numbers on `device`, averaged over
-    workers; collective."""
+    """Time `repeats` all-reduces of `elements` float32 numbers on `device`; collective. Each worker computes the median
+    of its times. Returns the mean of these medians over the workers, in seconds."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
@@ -67,8 +68,8 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Start `workers` processes on this machine, and measure the link between them. They communicate by NCCL if the
-    machine has a GPU for each process, and by gloo otherwise."""
+    """Start `workers` processes on this machine, and return the measured link between them. They communicate by NCCL if
+    the machine has a GPU for each process, and by gloo otherwise."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -85,10 +86,11 @@ _PATTERN = re.compile(
 
 
 def parse_rate(text: str) -> float:
-    """Parse a rate, such as "100mbit" (also Mbit/s, Mbps) or "12.5MB/s", to bits per second.
+    """Parse a rate, and return it in bits per second. Examples are "100mbit", "100 Mbit/s", "100Mbps" and "12.5MB/s".
 
     The prefixes k, M, G and T, in upper or lower case, are powers of 1000. A capital B in B/s or Bps means bytes, and a
-    lower-case b means bits. Raises ValueError for other texts, such as "1 BPS" or "1 B/S", and for a rate of 0.
+    lower-case b means bits. Raises ValueError if `text` is not such a rate, as "1 BPS" and "1 B/S", or if the rate is
+    0.
     """
     match = _PATTERN.fullmatch(text)
     number = float(match[1]) if match else 0.0
@@ -99,8 +101,9 @@ def parse_rate(text: str) -> float:
 
 
 def slower_rate(text: str) -> float:
-    """Parse the rate of a link to bits per second. Of two rates UP/DOWN, such as 20mbit/100mbit, return the lower one,
-    since every exchange receives as many bytes as it sends. Raises ValueError as `parse_rate` does."""
+    """Parse the rate of a link, and return it in bits per second. If `text` has two rates UP/DOWN, such as
+    20mbit/100mbit, the lower one is returned, since every exchange receives as many bytes as it sends. Raises
+    ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
 
@@ -116,12 +119,12 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """The number of steps with which compressed training reaches the loss of uncompressed training, as a multiple of
-    the steps of uncompressed training. The learning rate was tuned separately for compressed and uncompressed
-    training."""
+    """The number of steps that compressed training needs to reach the loss of uncompressed training. It is `factor`
+    times the number of steps of uncompressed training. The learning rate was tuned separately for compressed and
+    uncompressed training."""
 
     factor: float
-    at_least: bool = False  # True if `factor` is a lower bound, as the measurement ended before the loss was reached
+    at_least: bool = False  # True if `factor` is a lower bound, since training ended before it reached the loss
 
 
 # Steps were measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800
@@ -144,9 +147,9 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return the number of steps that training with this compressor needs, relative to uncompressed training. It is 1
-    for lossless compressors and if `optimizer` is None. Otherwise it is the measured number, or None if it was not
-    measured."""
+    """Return the number of steps that training with this compressor needs, relative to uncompressed training with the
+    same `optimizer`. It is 1 for lossless compressors, and for all compressors if `optimizer` is None. Otherwise it is
+    the measured number. Returns None if the number was not measured."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
@@ -159,8 +162,8 @@ DENSE = "none"
 class Forecast:
     """Predicted bytes and time of a step with one compressor, or with DistributedDataParallel without compression."""
 
-    compressor: str  # "none" for DistributedDataParallel
-    exchange: str  # "all-reduce", "all-gather", "two-way", ...
+    compressor: str  # constructor call of the compressor; "none": DistributedDataParallel without compression
+    exchange: str  # name of the exchange: "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
     break_even: float | None  # rate in bytes/s below which compression beats DDP; None: at every rate, or at none
@@ -173,28 +176,28 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """True if `steps`, the number of steps that make the progress of one uncompressed step, was measured and is not
-        only a lower bound."""
+        """True if the number of steps that make the progress of one uncompressed step, `steps`, was measured exactly.
+        If only a lower bound was measured, the result is False."""
         return self.steps is not None and not self.steps.at_least
 
     @property
     def seconds(self) -> float:
-        """Seconds to make the progress of one uncompressed step. If `steps` was not measured, this is the time of one
-        step."""
+        """Seconds of training that make the progress of one uncompressed step. If the number of `steps` for this
+        progress was not measured, these are the seconds of one step."""
         return self.time.total * (self.steps.factor if self.steps else 1.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Forecasts for all compressors on a link, and for DistributedDataParallel without compression, the fastest first.
-    Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is known, are
-    last."""
+    """Forecasts for a link, the fastest first: one for each compressor, and one for DistributedDataParallel without
+    compression. Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is
+    known, are last."""
 
-    forecasts: tuple[Forecast, ...]  # one for each compressor, and one for DDP without compression
+    forecasts: tuple[Forecast, ...]  # one forecast for each method, the fastest first (see the class)
 
     @property
     def best(self) -> Forecast:
-        """The forecast for the fastest method."""
+        """The forecast for the compressor, or for uncompressed training, that is predicted to be fastest."""
         return self.forecasts[0]
 
     @property
@@ -208,7 +211,9 @@ class Verdict:
         return not self.best.is_dense
 
     def plain(self) -> list[dict[str, Any]]:
-        """Return the forecasts as plain types for JSON, with the total seconds of a step."""
+        """Return a list with one dict of plain types, for JSON, for each forecast. In addition to the fields of
+        `Forecast`, a dict has "seconds", the seconds of a step, and "seconds_for_a_dense_step", the seconds that make
+        the progress of one uncompressed step."""
         return [{**asdict(f), "seconds": f.time.total, "seconds_for_a_dense_step": f.seconds} for f in self.forecasts]
 
 
@@ -223,17 +228,23 @@ def forecast(
     overlap: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Verdict:
-    """Predict the time of a training step that exchanges float32 gradients, for each of `compressors` in its fastest
-    exchange, and for DDP without compression.
+    """Predict the time of a training step that exchanges float32 gradients, with each of `compressors` and with DDP
+    without compression. For each compressor, the exchange that is fastest on the link is used.
 
-    `workload` is the size of the model, exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange
-    runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding. `update` is the
-    time in seconds by which a step of CompressedSGD is longer than one of SGD, apart from encoding and decoding (see
-    `plan.update_seconds`). Encoding, decoding and `update` count as compression.
+    Raises ValueError if the fleet has fewer than two workers, or if a compressor does not support the model.
 
-    If an `optimizer` is given, compressors are compared by the time of the steps that make the progress of one
-    uncompressed step. The number of these steps was measured for each compressor with the optimizer (`MEASURED`).
-    Raises ValueError for fewer than two workers, or for a compressor that does not support the model.
+    Args:
+        workload: The size of the model.
+        link: The network link between the workers.
+        fleet: The workers, and the time that they compute in a step.
+        compressors: The compressors to compare.
+        pace: Maps a compressor and a number of coordinates d to the speed of encoding and decoding.
+        update: The seconds by which a step of CompressedSGD is longer than a step of SGD, apart from encoding and
+            decoding (see `plan.update_seconds`). They are counted in `StepTime.compression`.
+        overlap: True: DDP's exchange runs during the backward pass. False: it runs after the backward pass.
+        optimizer: If given, methods are compared by the time that makes the progress of one uncompressed step. The
+            number of steps for this progress was measured with this optimizer, for some compressors (`MEASURED`). If
+            None, methods are compared by the time of one step.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -244,8 +255,8 @@ def forecast(
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
 
-    # The forecast uses the exchange that is fastest on this link. The break-even rate compares DDP with the exchange
-    # that is fastest at the rate in question.
+    # For each compressor, find the exchange that is fastest on this link. Find the break-even rate separately, since
+    # another exchange may be fastest at that rate.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
@@ -260,8 +271,7 @@ def forecast(
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, 4)
         needed = steps_needed(compressor, optimizer)
-        # The break-even rate is computed from all exchanges, since it depends on the link rate which exchange is
-        # fastest.
+        # At each rate of the link, the break-even rate considers the exchange that is fastest at that rate.
         kinds = [step for _, step in steps]
         equal = break_even(kinds, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, sent, step.time(link, fleet), equal, needed))

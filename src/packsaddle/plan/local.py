@@ -32,10 +32,11 @@ class Setting:
 Inner = Literal["adamw", "muon"]
 _TWO_BITS = Rounded()
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
-# Steps to reach the loss of uncompressed ("dense") training, divided by the steps of dense training, for each number of
-# workers. The learning rate of each setting was tuned on one grid. The ratios grow with the number of workers, since
-# dense training gains more from a larger batch. Source: experiments/race, section "Steps needed", and section "Delays"
-# for settings with a delay. A delay is every / 4, or 1 if every is 2.
+# For each setting and number of workers: the steps that local updates with AdamW need to reach the loss of uncompressed
+# ("dense") training with AdamW, divided by the steps of dense training. The learning rate of each setting was tuned on
+# the same grid. The ratios grow with the number of workers, since dense training gains more from a larger batch.
+# Source: experiments/race, section "Steps needed", and section "Delays" for settings with a delay. In these settings
+# `delay` is every / 4, or 1 if `every` is 2.
 _ADAMW: Mapping[Setting, Mapping[int, float]] = {
     Setting(2, _SIGN, keep_unsent=True): {2: 1.11, 4: 1.36},
     Setting(2, _TOPK, keep_unsent=True): {2: 1.18, 4: 1.49},
@@ -53,7 +54,7 @@ _ADAMW: Mapping[Setting, Mapping[int, float]] = {
     Setting(32, _SPARSE, keep_unsent=True, delay=8): {2: 1.73},
 }
 
-# Steps of local updates with Muon, divided by the steps of dense training with Muon. Source: experiments/muon.
+# The same ratios with Muon in place of AdamW, for local updates and for dense training. Source: experiments/muon.
 _MUON: Mapping[Setting, Mapping[int, float]] = {
     Setting(4, _TWO_BITS, keep_unsent=True): {8: 1.36},
     Setting(8, Identity()): {2: 1.06, 4: 1.13},
@@ -67,12 +68,12 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return, for each setting of local updates, the number of steps needed to reach a loss, divided by the number that
-    uncompressed training needs.
+    """Return the number of steps that each setting of local updates needs to reach a loss, divided by the number of
+    steps that uncompressed training needs.
 
-    Steps were measured with the inner `optimizer` and a few numbers of workers (`measured_workers`). The result is for
-    the smallest of these numbers that is at least `workers`. If all of them are below `workers`, it is for the largest
-    one.
+    The steps were measured with the inner `optimizer` for a few numbers of workers (see `measured_workers`). The result
+    is for the smallest of these numbers that is at least `workers`. If all these numbers are below `workers`, the
+    result is for the largest one. Settings that were not measured for this number are left out.
     """
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
@@ -87,13 +88,13 @@ def measured_workers(optimizer: Inner = "adamw") -> list[int]:
 
 @dataclass(frozen=True)
 class LocalForecast:
-    """The predicted cost of local updates with one setting. Times are averages in seconds per inner step, i.e. step of
-    a worker's own optimizer."""
+    """The predicted cost of local updates with one setting. Times are averages in seconds for one inner step. An inner
+    step is a step of a worker's own optimizer."""
 
     setting: Setting
     fragments: int  # number of fragments into which the model is split, each exchanged separately
     sent: float  # bytes per inner step that the busiest worker sends
-    compute: float  # seconds of computing, and of waiting for the slowest worker at each exchange
+    compute: float  # seconds of computing, including the waiting for the slowest worker at each exchange
     waiting: float  # part of `compute`: seconds of waiting for the slowest worker
     coding: float  # seconds to compress and decompress
     exchange: float  # seconds of waiting for exchanges to complete
@@ -101,12 +102,12 @@ class LocalForecast:
 
     @property
     def step(self) -> float:
-        """Seconds per inner step, i.e. step of a worker's own optimizer."""
+        """Seconds of one inner step, which is a step of a worker's own optimizer."""
         return self.compute + self.coding + self.exchange
 
     @property
     def seconds(self) -> float:
-        """Seconds to make the progress of one step of uncompressed training."""
+        """Seconds of training that make the progress of one step of uncompressed training."""
         return self.step * self.steps
 
     @property
@@ -129,13 +130,19 @@ class LocalForecast:
 
 
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the number of inner steps (steps of a worker's own optimizer) that workers of unequal `speeds` make per
-    second, all workers together.
+    """Predict the number of inner steps per second, summed over workers of unequal `speeds`. An inner step is a step of
+    a worker's own optimizer.
 
-    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. A round is the
-    steps between two exchanges. Returns a dict of rates in steps per second: "equal" if all workers make equal numbers
-    of steps in a round, "paced" with `Workers(weight="steps")`, and "alone" for the fastest worker without exchanges.
-    The entry "steps" of this dict is the number of steps of each worker in a round with `Workers(weight="steps")`.
+    Args:
+        local: The forecast for workers of speed 1.
+        compute: The seconds that an inner step of a worker of speed 1 computes, above 0.
+        speeds: The speed of each worker.
+
+    Returns:
+        A dict. Three of its values are numbers of steps per second: "equal", if all workers make equal numbers of steps
+            in a round, i.e. between two exchanges; "paced", with `Workers(weight="steps")`; and "alone", for the
+            fastest worker without exchanges. The value of "steps" is the list of the numbers of steps that the workers
+            make in a round with `Workers(weight="steps")`.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)
@@ -155,14 +162,23 @@ def forecast_local(
     most_steps: float = math.inf,
     measured: Mapping[Setting, float] | None = None,
 ) -> tuple[LocalForecast, ...]:
-    """Predict the cost of local updates for each measured setting on a link, the fastest setting first.
+    """Predict the cost of local updates on a link, for each setting whose number of steps was measured. Returns the
+    forecasts, the fastest setting first.
 
-    Settings that need over `most_steps` times the steps of uncompressed training are omitted. `optimizer` is the inner
-    optimizer of the measurements, i.e. that of the steps between exchanges; `pace(compressor, d)` returns the speed of
-    a compressor; `update` is the time in seconds per exchange to compute the compressor's input and the residual. If
-    exchanges overlap with later steps (a delay), the model is split into fragments that are exchanged separately. The
-    number of fragments is chosen to minimize the time for which steps wait. Raises ValueError for fewer than two
-    workers, or if no setting remains.
+    If a setting has a delay, i.e. exchanges overlap with later steps, the model is split into fragments that are
+    exchanged separately. Their number is chosen such that steps wait as little as possible for exchanges. Raises
+    ValueError for fewer than two workers, or if no setting needs at most `most_steps`.
+
+    Args:
+        workload: The size of the model.
+        link: The network link between the workers.
+        fleet: The workers, and the time that they compute in a step.
+        pace: Maps a compressor and a number of coordinates d to the speed of encoding and decoding.
+        optimizer: The optimizer of the steps between exchanges, with which the numbers of steps were measured.
+        update: The seconds in each exchange to compute the compressor's input and the residual.
+        most_steps: Settings that need more than this number of times the steps of uncompressed training are omitted.
+        measured: The settings and their numbers of steps, divided by those of uncompressed training. By default the
+            result of `measured_with`.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -190,8 +206,8 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    # Workers also average a flag for invalid vectors, and with `agreement` a number per tensor. These are sent with the
-    # uncompressed coordinates.
+    # Workers also average a flag that marks invalid vectors and, with `agreement`, one number for each tensor. The flag
+    # and these numbers are sent with the uncompressed coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
     choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
@@ -203,9 +219,9 @@ def _forecast(
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the seconds per round for which steps wait for the exchanges of this number of fragments, i.e. parts
-        of the model that are exchanged separately. They wait if an exchange takes longer than its delay, or if all
-        exchanges of a round take longer than the round."""
+        """Return the seconds per round for which steps wait for exchanges if the model is split into this number of
+        fragments, which are exchanged separately. Steps wait if an exchange takes longer than its delay, or if all
+        exchanges of a round together take longer than the round."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

@@ -23,14 +23,15 @@ from packsaddle.sgd.optimizer import CompressedSGD
 class ModelSize:
     """The size of a model: the numbers of coordinates that one step exchanges, compressed and uncompressed."""
 
-    name: str  # text that a printed plan calls the model, e.g. "d = 25,000,000" if only its size is known
+    name: str  # name of the model in printed plans, e.g. "d = 25,000,000" if only the size is known
     d: int  # number of compressed coordinates
     dense: int  # number of uncompressed coordinates
-    shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
+    shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in the model's order; empty: unknown
     tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
 
     def bind(self, compressor: Compressor) -> Compressor:
-        """Return the compressor, bound to the shapes of the model's tensors if they are known."""
+        """Return the compressor adapted to the shapes of the model's tensors. If the shapes are unknown, the compressor
+        is returned unchanged."""
         return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
@@ -42,8 +43,8 @@ class ModelSize:
 
     @classmethod
     def of_model(cls, name: str, model: nn.Module) -> "ModelSize":
-        """Return the size of the trained parameters of `model`, called `name` in messages. Raises ConfigError if none
-        would be compressed."""
+        """Return the size of `model`, counting only parameters that require gradients. `name` is the name of the model
+        in messages. Raises ConfigError if no parameter would be compressed."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError(f"model {name} has no parameters that require gradients")
@@ -56,9 +57,11 @@ class ModelSize:
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a step of CompressedSGD on d coordinates takes longer than a step of torch.optim.SGD,
-    not counting encoding and decoding. It is the time for the error memory and, with `noise`, for the noise.
+    not counting encoding and decoding. The result is the time that the error memory takes and, with `noise`, the time
+    that the artificial noise takes.
 
-    Times are minima over `repeats` steps. They are measured on at most 2^25 coordinates, and scaled in proportion to d.
+    Times are minima over `repeats` steps on `device`. They are measured on at most 2^25 coordinates. For a larger d,
+    they are scaled in proportion to d.
     """
     n = min(d, LONGEST)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
@@ -88,7 +91,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A model and a batch, to time the model's training step.
+    """A model and a batch of examples, with which a training step of the model is timed.
 
     The loss is the first output of the model that requires gradients and has a single element. If there is none, the
     loss is the sum, over all outputs that require gradients, of the mean of their squares.
@@ -125,7 +128,7 @@ class TrainingStep:
         return TrainingStep(self.model.to(device), tree_map_only(Tensor, lambda t: t.to(device), batch))
 
     def loss(self) -> Tensor:
-        """Return the loss on the batch. Raises ConfigError if no output of the model depends on its parameters."""
+        """Return the loss on the batch. Raises ConfigError if no output of the model requires gradients."""
         if isinstance(self.batch, Mapping):
             output = self.model(**self.batch)
         else:
@@ -138,8 +141,9 @@ class TrainingStep:
         return next((t for t in found if t.numel() == 1), squares)
 
     def time(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Timing:
-        """Measure the seconds of a forward pass, a backward pass and a step of each of `optimizers`, in total. The
-        measurement is repeated until the minimum is reproducible (see `repeated`)."""
+        """Measure the seconds of a whole training step: a forward pass, a backward pass, and a step of each of
+        `optimizers`. Returns the median, lowest and highest time of several such steps. Steps are repeated until the
+        minimum is reproducible (see `repeated`)."""
 
         def step() -> None:
             self.model.zero_grad()
@@ -153,8 +157,8 @@ class TrainingStep:
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters of `model`.
 
-    `muon` and `adamw` are the options of the two optimizers. AdamW is omitted if Muon has all parameters. Raises
-    ConfigError if the model has no matrix for Muon.
+    `muon` and `adamw` are the keyword arguments of the two optimizers. The result is a list of the two. AdamW is
+    omitted if Muon has all parameters. Raises ConfigError if the model has no matrix for Muon.
     """
     hidden = hidden_matrices(model)
     muons = {id(p) for _, p in hidden}

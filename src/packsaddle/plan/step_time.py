@@ -26,7 +26,7 @@ _MOST = 1e9  # largest valid time, in seconds, and largest valid spread; squares
 class Link:
     """The network link between a worker and the other workers. Times are numbers of seconds, or text such as "55ms".
 
-    Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
+    Raises ValueError unless `rate` is above 0, and `latency` and `overhead` are from 0 to 1e9 seconds.
 
     >>> from packsaddle.plan import Link
     >>> link = Link.nominal(100e6, latency=1e-4)
@@ -34,9 +34,9 @@ class Link:
     11.96
     """
 
-    latency: float  # seconds from the start of a small message to its end, software included
+    latency: float  # seconds that a small message takes, including the time of the software
     rate: float  # payload bytes per second in each direction
-    overhead: float = 1e-5  # seconds for each additional message that is sent or received at the same time
+    overhead: float = 1e-5  # seconds for each message concurrent with the sequential messages (`Cost.fan`)
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -48,28 +48,29 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float | str) -> "Link":
-        """Return the link with this `latency` and with a nominal rate of `bits` per second, which counts packet
-        headers too."""
+        """Return the link with this `latency` and a nominal rate of `bits` per second. The nominal rate counts packet
+        headers too, so it is above `rate`, which counts only payload."""
         return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
-        """The nominal rate in bits per second, which counts packet headers too."""
+        """The nominal rate in bits per second. It counts packet headers too, unlike `rate`, which counts only
+        payload."""
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
-        """Return the two parts of the time of an exchange with this `cost`, in seconds: its latency, and its bytes
-        divided by the rate."""
+        """Return the two parts of the time of an exchange, in seconds: its latency, and the time to transfer its bytes.
+        `cost` contains the numbers of messages and bytes of the exchange."""
         return cost.hops * self.latency + cost.fan * self.overhead, cost.bytes / self.rate
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers of a run. The times that they compute in a step are independent random numbers, with the mean
-    `compute` and the standard deviation spread * compute.
+    """The workers of a run. The time that a worker computes in a step is a random number with the mean `compute` and
+    the standard deviation `spread` times `compute`. The times of different workers and steps are independent.
 
-    `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
-    are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
+    `compute` is a number of seconds, or text such as "55ms". Raises ValueError unless workers is at least 1, and
+    compute and spread are from 0 to 1e9. If tail is "exponential", spread must be at most 1.
 
     >>> from packsaddle.plan import Fleet
     >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
@@ -103,9 +104,10 @@ class Fleet:
 def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
-    With `tail` "exponential" a time is 1 - spread plus an exponential time of mean `spread`, whose expected maximum is
-    spread * H_W (Renyi 1953). H_W is the W-th harmonic number. With "lognormal" the maximum is computed by quadrature
-    over the normal score of the slowest worker.
+    If `tail` is "exponential", a time is 1 - spread plus an exponential random number of mean `spread`. The expected
+    maximum of W such exponential numbers is spread * H_W (Renyi 1953), where H_W is the W-th harmonic number. If `tail`
+    is "lognormal", a time is the exponential function of a normal random number. The expected maximum is then an
+    integral over the largest of these normal numbers, which is computed by quadrature.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -130,7 +132,7 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
 
 @dataclass(frozen=True)
 class StepTime:
-    """The seconds of one step by cause; `total` is their sum.
+    """The seconds of one training step, divided by cause. `total` is their sum.
 
     >>> from packsaddle.plan import StepTime
     >>> round(StepTime(compute=0.1, waiting=0.0, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
@@ -156,7 +158,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A step of `CompressedSGD`: compute, encoding and decoding, and exchange, one after the other."""
+    """Model of a step of `CompressedSGD`. Computing, coding and the exchange follow one another, without overlap."""
 
     cost: Cost  # messages and bytes on the critical path of the exchange
     compression: float  # seconds of encoding, of decoding, and of the rest of the optimizer's step
@@ -168,7 +170,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Dense:
-    """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
+    """Model of a step of DistributedDataParallel without compression, which all-reduces the gradients in buckets."""
 
     nbytes: int  # bytes of the gradients
     overlap: bool = True  # True: exchange during the backward pass; False: after it
@@ -178,8 +180,9 @@ class Dense:
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of a step on `link`, for the workers of `fleet`.
 
-        Buckets become ready at even intervals of the backward pass, and are sent sequentially. The last bucket is sent
-        after the backward pass. On a slow link, a part of the earlier buckets is also sent after it.
+        With `overlap`, buckets become ready at equal intervals of the backward pass, and are sent sequentially. The
+        last bucket is sent after the backward pass. On a slow link, some of the earlier buckets are also sent after the
+        backward pass. The latency and bandwidth in the result count only the time after the backward pass.
         """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
@@ -192,21 +195,24 @@ class Dense:
 
 
 Step = Compressed | Dense
-Seconds = Callable[[Work], float]  # maps the counts of encode, decode and add operations to seconds
+Seconds = Callable[[Work], float]  # maps numbers of encode, decode and add operations to their seconds
 
 
 def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
-    """Return a step of `CompressedSGD` in which this aggregator, a method of averaging over workers, exchanges d
-    compressed and `dense` uncompressed coordinates in float32. `seconds` returns the time of encoding and decoding."""
+    """Return the model of a step of `CompressedSGD` with this `aggregator`, the method of averaging over `workers`. The
+    step exchanges d compressed and `dense` uncompressed coordinates in float32. `seconds` returns the time of encoding
+    and decoding operations."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate of a link, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take
-    less time than one `dense` step. `kinds` are models of a compressed step, and `dense` is a model of an uncompressed
-    step. The link has the latency of `link`. Returns None if the compressed steps take less time at no rate, or at
-    every rate."""
+    """Return the rate of a link, in payload bytes per second, below which compression saves time.
+
+    Compression saves time if `steps` steps of the fastest of `kinds` take less time than one step of `dense`. `kinds`
+    are models of a compressed step, and `dense` is a model of an uncompressed step. The latency and overhead of the
+    link are those of `link`. Returns None if compression saves time at no rate, or at every rate.
+    """
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)

@@ -12,7 +12,7 @@ from packsaddle.comm.devices import synchronize
 
 @dataclass(frozen=True)
 class Timing:
-    """Median, lowest and highest seconds of one function over `repeats` calls."""
+    """Median, lowest and highest duration, in seconds, of `repeats` calls of one function."""
 
     median: float
     low: float
@@ -33,11 +33,13 @@ def side_by_side(
     within: float = math.inf,
     limit: float = 20.0,
 ) -> dict[str, Timing]:
-    """Time each function in `works` `repeats` times, alternating: the first, the second, ..., the first again.
+    """Time at least `repeats` calls of each function in `works`. The functions are called alternately: the first, the
+    second, ..., the last, and then the first again.
 
-    `prepare` runs before each call and is not timed. The first `warm_up` calls of each function do not count. With
-    `within`, further calls are made until the three fastest times of each function differ by at most this fraction, or
-    the timed calls have taken `limit` seconds in total.
+    `prepare` runs before each call and is not timed. The first `warm_up` calls of each function do not count. If
+    `within` is finite, further calls are made until the three shortest times of each function differ by at most this
+    fraction, or until the timed calls have taken `limit` seconds in total. Returns the times of each function by its
+    name in `works`.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     fastest: dict[str, list[float]] = {name: [] for name in works}  # the three shortest times of each function
@@ -58,7 +60,7 @@ def side_by_side(
 
 def repeated(work: Callable[[], object], *, least: int = 5, limit: float = 20.0) -> Timing:
     """Time `work` at least `least` times after two warm-up calls. Calls are repeated until the three shortest times are
-    within 2% of each other, or until they have taken `limit` seconds.
+    within 2% of each other, or until the timed calls have taken `limit` seconds in total.
 
     Other programs on the machine can only lengthen a call, so the minimum is reproducible.
     """

@@ -1,5 +1,5 @@
-"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the number k of coordinates to send
-that needs the fewest bytes."""
+"""Plans: the parameters of Algorithm 1 for a target accuracy, the bytes that a run with these parameters sends, and the
+number k of coordinates per message for which these bytes are fewest."""
 
 import math
 from bisect import bisect_left
@@ -44,9 +44,10 @@ class Plan:
 
     The values are orders of magnitude (see `packsaddle.theory.bounds`). Exceptions are the contraction mu and the
     number k of coordinates sent, which are exact, and `sent`, which is exact except for the size of coded indices.
-    Numbers of bytes are for one worker, and count the bytes that it sends. They do not include the escape check, which
-    accepts or rolls back the steps since the last check once these exceed `interval` steps or the distance `radius`. If
-    it accepts them, it all-reduces d uncompressed values.
+    Numbers of bytes are for one worker, and count the bytes that it sends. They do not include the bytes of the escape
+    check. The escape check is made when the number of steps since the last check exceeds `interval`, or when these
+    steps have moved the parameters by a distance above `radius`. It accepts these steps or rolls them back. If it
+    accepts them, it all-reduces d uncompressed values.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -97,7 +98,8 @@ class Plan:
     @property
     def proved_for_workers(self) -> bool:
         """True if the exchange computes C(v), the compressed form, of the workers' mean vector v, as the proofs assume.
-        It is False for an all-gather, which instead averages C(v) of every worker's own vector v."""
+        It is False for an all-gather, which instead computes the mean of C(v_i), where v_i is the vector of
+        worker i."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -131,13 +133,14 @@ def plan(
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     mu, linear = compressor.mu(d), compressor.linear
 
-    # The step size eta is the least of the theorem's three bounds; interval I and number of steps T follow from it.
+    # The step size eta is the least of the theorem's three bounds. It determines the interval I
+    # and the number of steps T.
     terms = step_sizes(a, c, mu, linear=linear)
     bound_by = min(terms, key=lambda name: terms[name])
     interval, steps = interval_and_steps(a, c, terms[bound_by])
     protocol, sent = _exchange(compressor, d, workers)
 
-    # Compute the bytes that Algorithm 1 sends without compression, for the number of steps that it then needs.
+    # Compute the bytes that Algorithm 1 sends without compression. It then needs another number of steps.
     dense = _exchange(Identity(), d, workers)[1] * _steps(a, c, Identity())
     return Plan(
         assumptions=a,
@@ -180,8 +183,8 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return the number k of coordinates to send, from 1 to d, for which the first and third bound on the step size are
-    about equal (see `balanced_mu`).
+    """Return the number k of coordinates to send, from 1 to d, for which two bounds on the step size, "gradient noise"
+    and "second-order", are about equal (see `balanced_mu`).
 
     See `plan` for `assumptions` and `constants`. `family(k)` is the compressor that sends k coordinates.
 
@@ -196,17 +199,17 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
 
 
 def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL, workers: int = 4) -> Plan:
-    """Return the plan with the fewest total bytes over all k, where `family(k)` is the compressor that sends k
-    coordinates.
+    """Return the plan of the compressor `family(k)` for the k that needs the fewest bytes in all steps. `family(k)` is
+    the compressor that sends k coordinates.
 
     See `plan` for `assumptions`, `constants` and `workers`, and for the errors raised.
 
-    Let k* be the smallest k for which the number of steps T is no larger than without compression, i.e. for k = d. For
+    Let k* be the smallest k for which the number of steps T is no larger than for k = d, i.e. without compression. For
     k below k*, compression limits the step size, and the product k T grows as k decreases. For k above k*, T is
     constant and each step sends more. So the minimum is at k*, at the smallest k with the next smaller contraction mu,
     or at k = d, which sends no indices. k* equals `balanced_k`, up to rounding, unless the first-order bound limits the
-    step size, which Corollary 3.3 ignores. For LinearSketch, mu = 1 / ceil(d / k) is rounded, so that the search can
-    miss a k with typically a few percent fewer bytes.
+    step size, which Corollary 3.3 ignores. For LinearSketch, mu = 1 / ceil(d / k) is rounded. The search can then miss
+    a k that needs fewer bytes, typically by a few percent.
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -226,23 +229,23 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
 
 def _first(holds: Callable[[int], bool], d: int) -> int:
     """Return the smallest k in 1, ..., d for which holds(k) is true. If holds(k) is true for some k, it must be true
-    for all larger k."""
+    for all larger k. If it is true for no k below d, d is returned."""
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
-MOST_STEPS = 10**9  # maximum number of steps of a feasible run; it takes twelve days at a thousand steps per second
-_HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92 long
+MOST_STEPS = 10**9  # steps of the longest feasible run, which takes twelve days at a thousand steps per second
+_HALVINGS = 40  # number of bisections of an interval of log(epsilon); the interval is at most 92 long
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The number of steps of Algorithm 1 without compression, for the given assumptions and for assumptions that need
-    fewer steps. No compressor reduces these numbers."""
+    """Numbers of steps of Algorithm 1 without compression: for the given assumptions, and for other assumptions that
+    need fewer steps. With compression, the numbers of steps are the same or larger."""
 
     steps: int  # steps T without compression
     # Steps for the target 2 epsilon; None: every first-order stationary point is then also second-order stationary.
     at_twice_epsilon: int | None
-    epsilon: float | None  # smallest target epsilon with at most MOST_STEPS steps; None: there is none
+    epsilon: float | None  # smallest target epsilon that needs at most MOST_STEPS steps; None: there is none
     with_lipschitz_gradient: int | None  # steps under Assumption C with l-tilde = L; None: already assumed
 
     @property
@@ -251,9 +254,9 @@ class Reach:
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the number of steps of Algorithm 1 without compression under the assumptions `a`, for twice the target
-    epsilon, and with Assumption C (Lipschitz stochastic gradients). Also return the smallest epsilon that needs at most
-    MOST_STEPS steps."""
+    """Compute three numbers of steps of Algorithm 1 without compression: under the assumptions `a`, for twice the
+    target epsilon of `a`, and with Assumption C (Lipschitz stochastic gradients) in addition. Also computes the
+    smallest epsilon, at least that of `a`, that needs at most MOST_STEPS steps."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
@@ -272,8 +275,9 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 
 
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
-    """Return the smallest epsilon in [given, greatest] for which `within` is True, or None if there is none. It is
-    found by bisection of log(epsilon)."""
+    """Return the smallest epsilon in [given, greatest] for which `within` is True, or None if there is none. If
+    `within` is True for some epsilon, it must be True for all larger ones. The result is found by bisection of
+    log(epsilon)."""
     # Stay below the largest valid epsilon by more than rounding errors.
     low, high = math.log(given), math.log(greatest) - 1e-12
     if within(given):

@@ -28,8 +28,8 @@ class Order:
         return f"min({', '.join(terms)})" if self.least and len(terms) > 1 else " + ".join(terms)
 
     def per(self, other: "Order") -> "Order":
-        """Return the order of magnitude of this monomial divided by the sum `other`. It is the minimum over the terms
-        of `other` of this monomial divided by the term."""
+        """Return the order of magnitude of the quotient of this order and `other`. This order must have a single term.
+        The result is the minimum, over the terms of `other`, of this order's term divided by the term of `other`."""
         ((a, b),) = self.terms
         return Order(frozenset((a - c, b - e) for c, e in other.terms), least=len(other.terms) > 1)
 
@@ -59,7 +59,7 @@ class Row:
     iterations: Order
     communication: Order  # numbers sent per worker
     baseline: Order  # numbers sent per worker without compression
-    printed: Order | None  # the improvement that the paper prints; None: the paper prints none
+    printed: Order | None  # improvement over uncompressed training that the paper prints; None: the paper prints none
 
     @property
     def improvement(self) -> Order:
@@ -71,12 +71,13 @@ class Row:
         return self.printed is None or self.printed == self.improvement
 
     def possible(self, d: int, epsilon: float) -> bool:
-        """Return True if a compressor that sends some number k of coordinates, from 1 to d, has the contraction of this
-        row, mu = k / d."""
+        """Return True if the contraction mu of this row is k / d for a number k from 1 to d, or if mu is a constant. A
+        compressor that sends k of d coordinates then has this contraction."""
         return self.mu is None or 1 <= self.mu(d, epsilon) * d <= d
 
     def plain(self, d: int, epsilon: float) -> dict[str, Any]:
-        """Return the row as plain types, for JSON: formulas, and numbers for this d and epsilon."""
+        """Return the row as a dict of plain types, for JSON. It contains each cost as a formula, and as a number for
+        this d and epsilon."""
         orders = {
             "mu": self.mu,
             "iterations": self.iterations,

@@ -1,7 +1,7 @@
 """Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
-Loops are compiled by numba (the extra `packsaddle[fast]`) and run on the CPU. Every caller has an equivalent PyTorch
-implementation for the case that `kernel` returns None, as on other devices.
+Loops are compiled by numba (the extra `packsaddle[fast]`) and run on the CPU. Every caller of `kernel` has an equivalent
+PyTorch implementation, which it uses if `kernel` returns None, as for other devices.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
+_LARGE = 1 << 20  # vector length from which `kernel` warns if numba is not installed
 _DTYPES = (torch.float32, torch.float64)
 NO_NUMBA = "numba is not installed"
 _MODULES = ("numba_loops", "numba_random", "numba_codes", "numba_values")
@@ -26,9 +26,11 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for `vectors` and other tensors on `device`. Returns None if there is no such
-    loop, if `device` or a vector's device is not the CPU, or if a vector has a stride other than 1, is not float32 or
-    float64, or requires gradients."""
+    """Return the compiled loop `name` for `vectors` and for other tensors on `device`.
+
+    Returns None if there is no such loop, or if `device` or a vector's device is not the CPU. Also returns None if a
+    vector has a stride other than 1, is neither float32 nor float64, or requires gradients.
+    """
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     if any(torch.device(where).type != "cpu" for where in (device, *(v.device for v in vectors))):
@@ -59,8 +61,8 @@ def obstacle() -> str:
 
 
 @cache
-def _load() -> tuple[dict[str, Any], str]:
-    """Return (compiled loops by name, ""), or ({}, reason) if there are no compiled loops."""
+    """Import the compiled loops. Returns a dict of the loops by name, and an empty text. If there are no compiled loops,
+    returns an empty dict, and the reason."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if importlib.util.find_spec("numba") is None:

@@ -24,7 +24,8 @@ _GROUP = 4096  # numbers of a Rice code processed at a time, a multiple of 8
 
 
 def pack_signs(v: Tensor) -> Tensor:
-    """Pack the signs of v, float[d], into uint8[ceil(d / 8)]: bit 1 where v >= 0, most significant bit first."""
+    """Pack the signs of v, float[d], in one bit each, most significant bit first. A bit is 1 if the element of v is at
+    least 0. Returns uint8[ceil(d / 8)]."""
     out = torch.empty(-(-len(v) // 8), dtype=torch.uint8)
     a, o = v.numpy(), out.numpy()
     in_parts(len(v), 8, lambda start, stop: _pack_signs(a[start:stop], o[start // 8 :]))
@@ -47,8 +48,8 @@ def _pack_signs(v: Array, out: Array) -> None:
 
 
 def sums_of_magnitudes(v: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the sum of the magnitudes in each run of consecutive elements of v, float[d], as float64[runs]. `sizes`
-    are the lengths of the runs."""
+    """Return the sum of the magnitudes in each run of consecutive elements of v, float[d]. The result is float64[runs].
+    `sizes` contains the length of each run."""
     a, edges = v.numpy(), _edges(sizes)
 
     def part(start: int, stop: int) -> Array:
@@ -72,8 +73,9 @@ def _sums_of_magnitudes(v: Array, edges: Array, start: int, stop: int, sums: Arr
 
 
 def add_signs(packed: Tensor, sizes: Sequence[int], scales: Tensor, out: Tensor) -> None:
-    """Add +scale to element i of out, float[d], if bit i of `packed` is 1, and -scale if it is 0. `scales`,
-    float[runs], contains the scale of each run of out; `sizes` are the runs' lengths."""
+    """Add `scale` to each element of out, float[d], whose bit in `packed` is 1, and -`scale` to all other elements, in
+    place. Bits are in the order of `pack_signs`. out consists of consecutive runs: `sizes` contains the length of each
+    run, and `scales`, float[runs], the `scale` of each run."""
     check_room("signs", packed, -(-len(out) // 8))
     check_room("scales", scales, len(sizes))
     p, s, o, edges = packed.numpy(), scales.numpy(), out.numpy(), _edges(sizes)
@@ -103,8 +105,11 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and the norm of each bucket,
-    float[buckets]. See `compressors.quantized`; `bits` is at most 8."""
+    """Quantize v, float[d], to integer levels from -`levels` to `levels` as QSGD does (see `compressors.quantized`).
+
+    Returns the packed codes, uint8[ceil(d bits / 8)], and the norm of each bucket of `bucket` elements, float[buckets].
+    A code is the sum of a level and `levels`, in `bits` bits, at most 8.
+    """
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
@@ -144,8 +149,8 @@ def _pack_levels(
 
 @compiled_loop
 def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: Any, place: Any, codes: Array) -> Any:
-    """Write the codes, level + `top`, of one bucket x (coordinates with one norm), which begins at index `place` of the
-    vector. Return the norm of x."""
+    """Quantize one bucket x (coordinates with one norm), which begins at index `place` of the vector. Writes to `codes`
+    the sum of the level and `top` for each coordinate. Returns the norm of x."""
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
@@ -193,8 +198,10 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
 
 
 def add_levels(codes: Tensor, levels: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to each element of out, float[d], in place. `codes`, uint8[d], has a code for
-    each element, and `norms` the norm of each bucket of `bucket` elements."""
+    """Add alpha * (code - levels) * norm to each element of out, float[d], in place.
+
+    `codes`, uint8[d], contains the code of each element. `norms` contains the norm of each bucket of `bucket` elements.
+    """
     check_room("levels", codes, len(out))
     check_room("norms", norms, -(-len(out) // bucket))
     c, s, o = codes.numpy(), norms.numpy(), out.numpy()
@@ -230,7 +237,8 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
 
 
 def pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first. width is at most 56."""
+    """Pack n integers below 2^width, int64[n], in `width` bits each, most significant bit first. Returns
+    uint8[ceil(n width / 8)]. `width` must be at most 56."""
     out = torch.empty(-(-len(numbers) * width // 8), dtype=torch.uint8)
     _pack_numbers(numbers.numpy(), width, out.numpy())
     return out
@@ -251,14 +259,16 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
 
 
 def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
-    """Encode nonnegative integers in Rice codes with remainders of b bits, uint8[...]. See `wire.pack_rice`."""
+    """Encode nonnegative integers in Rice codes with parameter b, the number of bits of each remainder. Returns
+    uint8[...]. See `wire.pack_rice`."""
     return torch.from_numpy(_pack_rice(numbers.numpy(), b, unary))
 
 
 @compiled_loop
 def _pack_rice(numbers: Array, b: int, unary: int) -> Array:
     coded = np.zeros((unary + 7) // 8 + (len(numbers) * b + 7) // 8, np.uint8)
-    # Write all quotients by 2^b in unary, as zeros and a one; then all remainders, one group of numbers at a time.
+    # For one group of numbers at a time, write the quotients by 2^b in unary, as zeros and a one, to the first part of
+    # `coded`. Write the remainders to its second part, `rest`.
     remainders, bit = np.empty(_GROUP, np.int64), np.int64(0)
     rest = coded[(unary + 7) // 8 :]
     for group in range(0, len(numbers), _GROUP):
@@ -292,12 +302,20 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode one layer of quantized levels (see `compressors.levels`): the positions of the elements of `codes`,
+    """Encode one layer of quantized levels (see `compressors.levels`). The layer consists of the elements of `codes`,
     uint8[n], that are below `low` or above `high`.
 
-    Returns the code, and these elements in order, of which there must be `going_on`. The code contains the gaps between
-    their positions in Rice codes with parameter b. With `inverted` it contains the gaps between the positions of the
-    elements from `low` to `high` instead. `coded` is the number of gaps in the code.
+    Returns the code, uint8[...], and the layer's elements in order, uint8[going_on]. The code contains gaps between
+    positions in `codes`, as Rice codes.
+
+    Args:
+        codes: The sum of the level and the largest level, for each member of the previous layer.
+        low: Elements below this number belong to the layer.
+        high: Elements above this number belong to the layer.
+        inverted: False: encode the positions of the layer's elements. True: encode the positions of all other elements.
+        b: The parameter of the Rice codes.
+        coded: The number of positions to encode.
+        going_on: The number of elements of the layer.
     """
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
@@ -324,7 +342,8 @@ def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Arra
 
 def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype, padded: bool) -> Tensor | None:
     """Invert `pack_rice`: return the n numbers, or None unless `packed` encodes exactly n numbers of at most `most`.
-    With `padded`, whole bytes of zeros may follow the quotients."""
+    With `padded`, any number of zero bytes may follow the quotients; otherwise None is returned if such bytes
+    follow."""
     split = len(packed) - -(-n * b // 8)
     if split < 0:
         return None

@@ -35,8 +35,9 @@ def sum_of_magnitudes(v: Array) -> float:
 
 
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call work(start, stop) in parallel for parts of [0, n) that start at multiples of `multiple`. Returns the list of
-    the results."""
+    """Divide [0, n) into parts that start at multiples of `multiple`, and call work(start, stop) for each part
+    [start, stop), in parallel threads. Returns the list of the results, in the order of the parts. Small ranges are not
+    divided."""
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
         return [work(0, n)]
@@ -53,8 +54,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 
 def check_room(what: str, array: Tensor, least: int) -> None:
-    """Raise ValueError if `array` has fewer than `least` elements. A compiled loop would read out of its bounds. `what`
-    names the array in the error."""
+    """Raise ValueError if `array` has fewer than `least` elements, since a compiled loop would then read beyond its
+    end. `what` is the name of the array in the error."""
     if len(array) < least:
         raise ValueError(f"{what} must have at least {least} elements, got {len(array)}")
 
@@ -65,6 +66,6 @@ def scalar(value: float, like: Array) -> Any:
 
 
 def bits_of(v: Tensor) -> Array:
-    """Return the bit patterns of v, float[n], as signed integers. If their sign bits are cleared, the integers are in
-    the order of the magnitudes."""
+    """Return the bit patterns of v, float[n], as signed integers of the same size. With their sign bits cleared, the
+    integers are in the order of the magnitudes of v."""
     return v.detach().view(_INTEGER[v.dtype]).numpy()

@@ -21,7 +21,8 @@ from packsaddle.numerics.kernels.numba_common import (
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
     """Return the first k values, int64[k], of the keyed permutation of [0, n) that `seeds.sample_without_replacement`
-    describes. `keys` are its keys, and `bits` is the number of bits of n - 1."""
+    describes, before its rotation. `keys` contains the keys of the Feistel rounds, and after them the key of the
+    rotation, which is not used here. `bits` is the number of bits of n - 1."""
     out = torch.empty(k, dtype=torch.int64)
     _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
     return out
@@ -52,9 +53,9 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v, float[n], at which the magnitude, as an integer, is at least `threshold`. The indices
-    are int64[...], in increasing order. `expected` is an estimate of their number. See
-    `compressors.selection.reaching`."""
+    """Return the indices of the elements of v, float[n], whose magnitude is at least `threshold`. The indices are
+    int64[...], in increasing order. The threshold is an integer, and the magnitudes are compared with it as integers.
+    `expected` is an estimate of the number of indices. See `compressors.selection.reaching`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
@@ -73,8 +74,9 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write to `out` the indices, plus `offset`, of the magnitudes in `bits` that are at least `limit`. Returns the
-    number n of these magnitudes. `out` has all indices if n + BLOCK <= len(out)."""
+    """Write to `out` the indices of the magnitudes in `bits` that are at least `limit`, each increased by `offset`.
+    Returns the number n of these magnitudes. If n + BLOCK is above len(out), `out` may be incomplete, and the caller
+    must repeat the call with a longer `out`."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
     # Most blocks have no magnitude that reaches `limit`. Count first, and write indices only if the count is not 0.
@@ -129,7 +131,7 @@ def _largest_of_chunks(
     for start in range(0, len(bits), chunk):
         block = bits[start : start + chunk]
         k = kept if len(block) == chunk else kept_of_last
-        # Rank only magnitudes slightly below the previous chunk's threshold or larger; if these are too few, rank all.
+        # Rank only magnitudes above a limit just below the previous chunk's threshold. If they are too few, rank all.
         m = _reached_places(block, mask, block.dtype.type(guess), found)
         if m < k:
             m = _reached_places(block, mask, block.dtype.type(0), found)
@@ -189,8 +191,9 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write the indices of k magnitudes to `out`, in increasing order: of all magnitudes above `limit`, and of the
-    first magnitudes that equal `limit`. The index of a magnitude is its entry in `found` plus `offset`."""
+    """Write the indices of k magnitudes to `out`, in increasing order. They are the indices of all magnitudes above
+    `limit`, and of as many of the first magnitudes equal to `limit` as are needed. The index of magnitude number i is
+    found[i] + `offset`."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -204,8 +207,9 @@ def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: 
 
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
-    """Return two histograms of v, float[n], over the `first_bits` leading bits of the magnitudes: the number of
-    elements x in each bin, int64[bins], and the sum of (x / top)^2 in each bin, float64[bins]."""
+    """Compute two histograms of v, float[n], whose bins are the values of the first `first_bits` bits of a magnitude.
+    The first, int64[bins], contains the number of elements x in each bin. The second, float64[bins], contains the sum
+    of (x / top)^2 over the elements x in each bin."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     shift = 8 * v.element_size() - 1 - first_bits
 
@@ -237,19 +241,24 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 def add_finite(
     sums: Sequence[tuple[Tensor, Tensor, float]], limit: float = np.inf, room: int = 0
 ) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """Add alpha * more to out, float[n], in place, for every (out, more, alpha) in `sums`. Stop when the sum of the
-    squares of the results overflows.
+    """Add alpha * more to out, float[n], in place, for each (out, more, alpha) in `sums`. Additions stop when the sum
+    of the squares of the results overflows.
+
+    Args:
+        sums: The additions.
+        limit: The magnitude from which on a result is called large.
+        room: The largest number of indices of large results to return for a range; 0: return no indices.
 
     Returns:
-        The completed ranges of coordinates, as (index in `sums`, start, stop).
-        The sum of squares over these ranges; it is infinite if the additions were stopped.
-        For each range, the indices in `out` at which the magnitude of the result is at least `limit`. It is None if
-        `room` is 0, or if there may be more than `room` of these indices.
+        The ranges of elements to which the additions were completed. A range is (index in `sums`, start, stop).
+        The sum of the squares over these ranges, or infinity if the additions were stopped.
+        For each range, the indices in `out` of the large results, int64[...]. It is None if `room` is 0, or if there
+            may be more than `room` such indices.
     """
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total, reached = [], 0.0, list[Tensor | None]()
-    # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes all ranges in `added`.
+    # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes the additions in `added`.
     for i, (o, m, factor) in enumerate(ready):
         squares = 0.0
         for start, stop, of_part, found in _in_threads(o, m, factor, scalar(limit, o), room):
@@ -302,7 +311,7 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
         total += squares
         if found is None or reaching == 0 or n + _LINE > len(found):
             continue
-        # Search the elements that were just added while they are in the cache.
+        # Search the results for large ones immediately, while they are in the cache.
         for at in range(0, len(o), _PIECE):
             piece = o[at : at + _PIECE]
             reaching = o.dtype.type(0)

@@ -1,4 +1,4 @@
-"""Compiled counter-based random numbers; `numerics.seeds` has the PyTorch version and the definition."""
+"""Compiled counter-based random numbers; `numerics.seeds` defines the numbers, and has the PyTorch version."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, in_parts, scalar
 
-PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memory fits the L1 cache
+PAIRS = 1024  # pairs of normal numbers generated at a time, so few that scratch memory fits the L1 cache
 
 
 @compiled_loop
@@ -19,7 +19,8 @@ def word(counter: Any, first: Any, second: Any) -> Any:
 
 @compiled_loop
 def mixed(h: Any) -> Any:
-    """Apply a permutation of 32-bit words to h. Each operation is cast to uint32, since numba would widen it."""
+    """Apply a permutation of 32-bit words to h. The result of each operation is cast to uint32, since numba would widen
+    it."""
     h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
     h = np.uint32(h * np.uint32(0x7FEB352D))
     h = np.uint32(h ^ np.uint32(h >> np.uint32(15)))
@@ -28,8 +29,8 @@ def mixed(h: Any) -> Any:
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale * N(0, 1) noise to out, float[n], in place: the numbers `start`, start + 1, ... of the sequence that
-    `keys` define (see `seeds.add_gaussians`)."""
+    """Add scale * N(0, 1) noise to out, float[n], in place. The n normal numbers are those from number `start` on in
+    the sequence that `keys` define (see `seeds.add_gaussians`)."""
     o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
     factor = scalar(scale, o)
     in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))
@@ -51,8 +52,9 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
 
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
-    """Return the 2 * PAIRS normal numbers of the PAIRS counters from `counter` on, as a view of `scratch`,
-    float32[6 * PAIRS]."""
+    """Generate normal numbers from PAIRS consecutive counters, of which `counter` is the first. Two numbers are
+    generated from each counter. Returns the 2 * PAIRS numbers, as a view of `scratch`, float32[6 * PAIRS]. `first`,
+    `second` and `third` are the keys of the sequence."""
     # Each loop below reads and writes disjoint arrays; otherwise it would not vectorize.
     uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
     mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
@@ -76,8 +78,9 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. `angles` are random words of 32 bits: 30 bits
-    are an angle within +-45 degrees, one bit negates the cosine, and one swaps cosine and sine."""
+    """Write radii * cos(angle) to `cosines` and radii * sin(angle) to `sines`, for random angles. The angles are given
+    by `angles`, random words of 32 bits: 30 bits are an angle within +-45 degrees, one bit negates the cosine, and one
+    bit swaps cosine and sine."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]
@@ -94,8 +97,9 @@ def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Arr
 
 @compiled_loop
 def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
-    """Split floating-point numbers mantissa * 2^exponent, given by their `bits`, into mantissas in [sqrt(1/2),
-    sqrt(2)), written as bits, and exponents."""
+    """Split floating-point numbers u into mantissas and exponents: u = mantissa * 2^exponent, with mantissas in
+    [sqrt(1/2), sqrt(2)). `bits` contains the numbers as bit patterns. The mantissas are written to `mantissas`, as bit
+    patterns, and the exponents to `exponents`."""
     for i in range(len(bits)):
         exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
         mantissas[i] = bits[i] - (exponent << np.int32(23))
@@ -104,8 +108,9 @@ def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
 
 @compiled_loop
 def _radii(mantissas: Array, exponents: Array) -> None:
-    """Replace each element of `exponents` with sqrt(-2 log u), where u = mantissa * 2^exponent: the radius of a pair of
-    normal random numbers. The logarithm is computed as in musl's logf."""
+    """Replace each element of `exponents` with sqrt(-2 log u), where u = mantissa * 2^exponent. The result is the
+    radius of a pair of normal random numbers in the Box-Muller transform. The logarithm is computed as in musl's
+    logf."""
     one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
     for i in range(len(mantissas)):
         f = mantissas[i] - one

@@ -17,9 +17,9 @@ from packsaddle.numerics.kernels.numba_common import (
 
 
 def pack_levels_of_blocks(values: Tensor, halvings: int, block: int) -> tuple[Tensor, Tensor]:
-    """Encode values, float[k], in `halvings` + 1 bits each (see `compressors.values`). Returns the packed codes,
-    uint8[...], and the levels of each block, float64[blocks, 2^halvings]. A block has `block` values, a multiple of 8.
-    """
+    """Encode k values, float[k], in `halvings` + 1 bits each (see `compressors.values`). A block has `block` values, a
+    multiple of 8. Returns the packed codes of the values, uint8[...], and the levels of each block,
+    float64[blocks, 2^halvings]."""
     k, bits = len(values), halvings + 1
     packed = torch.empty(-(-k * bits // 8), dtype=torch.uint8)
     levels = torch.empty(-(-k // block), 1 << halvings, dtype=torch.float64)
@@ -67,8 +67,8 @@ def _sums_around(x: Array, split: float) -> tuple[float, float, float]:
 
 @compiled_loop
 def _pack_two_bits(x: Array, split: float, packed: Array) -> None:
-    """Pack two bits for each value in x: the first is 1 if the value is negative, and the second if its magnitude
-    exceeds `split`."""
+    """Pack two bits for each value in x: the first bit is 1 if the value is negative, and the second bit is 1 if the
+    value's magnitude exceeds `split`. Writes to `packed`."""
     for j in range(len(x) // 4):
         byte = np.uint8(0)
         for i in range(4):
@@ -106,7 +106,8 @@ def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, l
 
 @compiled_sum
 def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
-    """Return the mean of the magnitudes whose entry in `codes` is `code`, or 0 if there are none."""
+    """Return the mean of the magnitudes with the code `code`, or 0 if there are none. `codes` contains the code of each
+    magnitude."""
     s, n = 0.0, 0.0
     for i in range(len(magnitudes)):
         is_member = codes[i] == code
@@ -170,8 +171,11 @@ def _add_two_levels(packed: Array, block: int, levels: Array, out: Array) -> Non
 
 
 def pack_four_bits(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Round values, float[k], to multiples m = -7, ..., 7 of a seventh of their block's scale, and return all m + 8 in
-    four bits each, uint8[ceil(k / 2)]. `scales`, float[blocks], has the type of the values; `block` is even."""
+    """Round values, float[k], to multiples of a seventh of their block's scale, and pack them in four bits each.
+
+    The multiples are from -7 to 7, and 8 is added to each before it is packed. `scales`, float[blocks], has the scale
+    of each block of `block` values, in the dtype of the values. `block` must be even. Returns uint8[ceil(k / 2)].
+    """
     check_room("scales", scales, -(-len(values) // block))
     packed = torch.empty(-(-len(values) // 2), dtype=torch.uint8)
     v, s, p = values.numpy(), scales.numpy(), packed.numpy()
