@@ -1,7 +1,7 @@
 """Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
-Loops are compiled by numba (the extra `packsaddle[fast]`) and run on the CPU. Every caller of `kernel` has an equivalent
-PyTorch implementation, which it uses if `kernel` returns None, as for other devices.
+Loops are compiled by numba (the extra `packsaddle[fast]`) and run on the CPU. Every caller of `kernel` has an
+equivalent PyTorch implementation, which it uses if `kernel` returns None, as for tensors on a GPU.
 """
 
 import importlib
@@ -61,8 +61,9 @@ def obstacle() -> str:
 
 
 @cache
-    """Import the compiled loops. Returns a dict of the loops by name, and an empty text. If there are no compiled loops,
-    returns an empty dict, and the reason."""
+def _load() -> tuple[dict[str, Any], str]:
+    """Import the compiled loops. Returns a dict of the loops by name, and an empty text. If there are no compiled
+    loops, returns an empty dict, and the reason."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if importlib.util.find_spec("numba") is None:
