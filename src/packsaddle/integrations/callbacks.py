@@ -93,7 +93,7 @@ class WorkerState:
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
-        # With one worker the framework does not wrap the model.
+        # Use the user's model if the framework has wrapped it in DistributedDataParallel.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
@@ -267,7 +267,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return False
 
-    # If the number of workers has changed since the files were saved, convert the saved states.
+    # If the number of workers has changed since the files were saved, convert the saved states to the current number.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
     surveys = collectives.gather(_survey(folder, name))
     workers, *_ = saved_by(surveys)

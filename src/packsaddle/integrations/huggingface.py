@@ -147,7 +147,7 @@ class LocalUpdatesCallback(_Attached):
         # True during training, when evaluation and saving use the anchor, on which all workers last agreed.
         self._at_anchor = False
         self._ended_at_best = False
-        # Wrap these methods, since the trainer calls callbacks only after they have run.
+        # Wrap these methods of the trainer, since callbacks are called only after the methods have run.
         for name in ("evaluate", "predict", "save_model"):
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 

@@ -1,4 +1,4 @@
-"""An optimizer that joins several optimizers, for frameworks that accept only one optimizer."""
+"""`JoinedOptimizer`: one optimizer that steps several optimizers, for frameworks that accept only one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
@@ -82,7 +82,8 @@ class JoinedOptimizer(CompositeOptimizer):
             self.state.update(entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError: a parameter group must be added to one of the optimizers before they are joined."""
+        """Raise RuntimeError: a parameter group such as `param_group` must be added to one of the optimizers before
+        they are joined."""
         # Ignore the calls by the constructor of torch's Optimizer, before `members` are joined.
         if self._is_made:
             raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
@@ -134,7 +135,8 @@ class JoinedOptimizer(CompositeOptimizer):
         """Load `state_dict`, a result of the method `state_dict`, into the joined optimizers. Raises ValueError, with
         nothing changed, if the saved parameter groups differ from those of the optimizers in number or in their numbers
         of parameters."""
-        # Check the groups, and number the parameters of each joined optimizer from 0.
+        # Check the number of groups. Then divide the state dict into one for each joined optimizer, in which parameters
+        # are numbered from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state

@@ -67,7 +67,8 @@ class Anchor:
 
     def starts(self) -> list[Tensor]:
         """Return the point from which the parameters x continue after an exchange, one tensor per parameter. It is the
-        anchor a, or with `keeps` a - e, where e is the error memory. The tensors may be views of a."""
+        anchor a or, if `keeps` is True, a - e, where e is the error memory. At coordinates that this worker owns, i.e.
+        averages for all workers in a two-way exchange, it is always a. The tensors may be views of a."""
         return self.layout.views(self.flat - self._kept()) if self.keeps else self.views
 
     def _kept(self) -> Tensor:
@@ -119,8 +120,8 @@ class Anchor:
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
         """Set the parameters x to start + (x - before) after the anchor changed, so that x keeps its progress since
-        `before`. Here `start` is the new start point: the anchor, or with `keeps` the anchor minus the error memory.
-        `before` has earlier values of x, one tensor per parameter. If `before` is empty, x is set to `start`.
+        `before`. Here `start` is the new start point (see `starts`). `before` has earlier values of x, one tensor per
+        parameter. If `before` is empty, x is set to `start`.
 
         If `blend` is given, x is set to (1 - blend) start + blend x instead. Parameters whose names are in `frozen`
         keep their values; by default, `frozen` has all currently frozen parameters.
@@ -156,9 +157,9 @@ class Anchor:
                 assign(x, a - e)
 
     def move_to_anchor(self) -> None:
-        """Move the parameters x, except frozen ones, from this worker's start point (the anchor, or with `keeps` the
-        anchor minus the error memory) to the anchor. The change of x is recorded in `owed`, the part of the local
-        update that start - x does not contain. So the next local update is the same as without the move."""
+        """Move the parameters x, except frozen ones, from this worker's start point (see `starts`) to the anchor. The
+        change of x is recorded in `owed`, the part of the local update that start - x does not contain. So the next
+        local update is the same as without the move."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:

@@ -24,7 +24,7 @@ class Clip:
     `Workers.clip`."""
 
     step: int  # index t of the round, counted per fragment (parameters exchanged together)
-    worker: str  # rank of the worker, or with a manager its name in the log
+    worker: str  # rank of the worker; with elastic workers, the worker's name in hexadecimal
     factor: float  # scale factor of the update, in [0, 1)
 
 

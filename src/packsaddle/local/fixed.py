@@ -88,8 +88,8 @@ class FixedWorkers:
         fragments: the parts of the model, each of which is exchanged separately.
         schedule: the steps after which each fragment is exchanged.
         outer: the outer optimizer of the anchor, or None.
-        announce: a function to call before collectives: within torch's `Join`, it makes the workers whose data has
-            ended take part in them.
+        announce: a function to call before collectives. Within torch's `Join` it signals to the workers whose data has
+            ended that they must join the collectives.
     """
 
     steps = 0  # the number of inner steps of this worker
@@ -181,7 +181,7 @@ class FixedWorkers:
         `every`. Returns True if at least one exchange began or ended. `due` has pairs of a fragment (parameters
         exchanged together) and a bool, which is True if the exchange of the fragment begins and False if the exchange
         ends."""
-        # With a delay, an exchange that should end now may already have been applied by a flush.
+        # With a delay, a flush may have applied an exchange before its end was due. Do not end such an exchange again.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
         # If all workers make equal numbers of steps, the call of `_announce` in `after_step` at the first step was also
         # for the exchanges of that step. So do not announce them twice.

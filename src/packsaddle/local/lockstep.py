@@ -64,7 +64,7 @@ HEADER = 8 * _SIZE  # bytes of a header, not counting the time
 
 @dataclass
 class PendingCall:
-    """A collective that was started, with the check that all workers made the same call."""
+    """A collective that was started, and the check, to be made after it, that all workers made the same call."""
 
     wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
     # Compares the calls, and returns True if the frozen parameters are identical on all workers. Call after `wait`.
@@ -186,9 +186,9 @@ class Lockstep:
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
-        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append the workers'
-        step times to `times`. Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run`
-        does.
+        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append each
+        worker's time of an inner step to `times`. `compressor` is this worker's compressor, for the error message.
+        Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run` does.
 
         In a call other than an exchange, such as `flush`, workers may have made different numbers of steps; rank 0 then
         logs a warning.

@@ -95,9 +95,10 @@ class MeanMomentum:
         """Mix the mean update of each parameter into its first moment, in place. The update of a frozen parameter is
         None.
 
-        No-op for a parameter that is frozen, that has no moments of its shape, whose moments are non-finite, or whose
-        mean update is 0. Collective over the processes that have shards of this worker's parameters. Logs a warning at
-        the first call if no parameter has moments, unless one of the optimizers is a torch optimizer with moments.
+        No-op for a parameter that is frozen, whose moments are missing, non-finite or of another shape than the
+        parameter, or whose mean update is 0. Collective over the processes that have shards of this worker's
+        parameters. Logs a warning at the first call if no parameter has moments, unless one of the optimizers is
+        torch's Adam or a variant of it.
         """
         # For each parameter, compute the norm of its first moment m and the norm of the new direction d. For a
         # parameter without moments both are 0, so that all processes sum vectors of equal size even if one process has

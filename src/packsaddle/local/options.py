@@ -49,12 +49,12 @@ class Overlap(Option):
     Args:
         delay: inner steps during which an exchange runs, at least 0 and below `every`. A delay above 0 needs memory for
             a copy of the exchanged parameters.
-        fragments: P, the number of parts into which the model is split. They are exchanged at different steps,
-            every / P apart; each has consecutive parameters, and all have about equal numbers of elements. At least 1,
-            at most `every` and the number of parameters.
+        fragments: P, the number of parts into which the model is split. Each part has consecutive parameters, and all
+            parts have about equal numbers of elements. The exchanges of consecutive parts are every / P steps apart. P
+            is at least 1, and at most `every` and the number of parameters.
         blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) s + blend x, where x are
-            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If None, x
-            is s plus the progress during the exchange.
+            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If blend
+            is None, x becomes s plus the change of x during the exchange.
 
     Raises ValueError for a setting that is out of range.
 
@@ -95,20 +95,21 @@ class Workers(Option):
             workers end the round together. The pace is then the worker's weight. The paces follow from the measured
             times of the workers' steps, and their sum is W times `every`, where W is the number of workers. The paces
             are equal at first, and are chosen anew after two consecutive rounds in which the speed of a worker, as a
-            fraction of the sum of all speeds, differs by more than a tenth. `LocalUpdates.paces` returns the paces.
-            Training should end after a number of rounds (`LocalUpdates.rounds`), not of steps, since numbers of steps
-            differ between workers.
+            fraction of the sum of all speeds, differs by more than a tenth from its value at the last choice.
+            `LocalUpdates.paces` returns the paces. Training should end after a number of rounds
+            (`LocalUpdates.rounds`), not of steps, since numbers of steps differ between workers.
         steps: fixed paces for weight="steps", i.e. the number of inner steps in a round of each worker, by rank, such
             as {0: 12, 1: 4} or [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None,
             the paces follow from measured times.
         sample: fraction of the workers, in (0, 1], that exchange in a round. The workers of each round are drawn at
             random, as in federated averaging. A worker that is not drawn keeps its local update, or skips the steps of
             the round (see `LocalUpdates.sampled`).
-        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of
-            the workers in a round. The rest of the update stays in the worker's error memory, and is sent in later
-            rounds. If all updates of a worker are limited, its error memory grows (see `Compression.decay`). Each
-            worker scales its own update, so clipping guards against wrong data and faulty hardware, but not against a
-            worker that reports a wrong norm. `LocalUpdates.clips` lists clipped updates. By default there is no limit.
+        clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
+            the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
+            error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
+            (see `Compression.decay`). Each worker scales its own update, so clipping guards against wrong data and
+            faulty hardware, but not against a worker that reports a wrong norm. `LocalUpdates.clips` lists clipped
+            updates. By default there is no limit.
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
             setting of a parameter group, such as the learning rate. If the optimizers should differ, set it to False on
             all workers.
@@ -253,7 +254,7 @@ class Manager(Protocol):
     def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
 
 
-# Type of an argument `workers`.
+# Type of the argument `workers` of `LocalUpdates`.
 AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | None
 
 
@@ -322,7 +323,7 @@ class OuterAgreement(Option):
             raise ValueError(f"p must be in [0, 1], got {self.p!r}")
 
 
-AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
+AnyOuter = Outer | OuterAgreement | None  # type of the argument `outer` of `LocalUpdates`
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Pacing:
 
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round; equal to `steps` unless they were just chosen anew
-    times: list[int]  # nanoseconds per step of each worker when the paces were chosen; all 1: not measured
+    times: list[int]  # nanoseconds per step of each worker when the paces were chosen; 1 for all: not measured
     changed: int = 0  # number of consecutive rounds in which the relative speeds differed from those of `times`
 
     @classmethod

@@ -52,9 +52,7 @@ class LocalRound:
 
     part: "Fragment"
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
-    # The time of the schedule at which the round is applied, in ticks (see `Schedule`); with elastic workers, the inner
-    # step after which the round is applied.
-    due: int
+    due: int  # the tick (see `Schedule`), or with elastic workers the step, after which the round is applied
     exchanged: Round | None  # the exchange and its error memory; None: the round is closed, or from a saved state
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     # Factor W w_i / sum_j w_j of this worker's update v in the mean over the W workers, for weights w. If it is 0, the

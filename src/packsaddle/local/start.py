@@ -171,7 +171,7 @@ class UnsentSteps:
         self._steps = self._exchanged = 0
         self._is_pending, self._is_left = False, is_left
         if owner is not None:
-            weakref.finalize(owner, self._warn)  # also at interpreter exit
+            weakref.finalize(owner, self._warn)  # also calls `_warn` at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
         """Record that this worker has made inner step number `steps`. `exchanged` is True if a round followed it."""

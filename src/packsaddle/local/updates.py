@@ -90,7 +90,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             shards with the processes that have the same shards on other workers (see `Workers.group`).
         compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
             settings of the exchange.
-        every: H, inner steps between two exchanges of a fragment.
+        every: H, the number of inner steps from one exchange of a fragment (a part of the model) to the next.
         workers: the process group of the workers, or a `Workers` with more settings; a DeviceMesh, if workers are sites
             of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. By default the
             workers are torch's default group or, if there is none, this process alone.
@@ -161,7 +161,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         model: torch.nn.Module | None = None,
         warn_own_state: bool = True,
     ) -> None:
-        # Check the arguments.
+        # Check the arguments, and convert them to options.
         if isinstance(compressor, Optimizer):
             raise TypeError("several optimizers must be given as a list: LocalUpdates([muon, adamw])")
         self.optimizers = as_optimizers(optimizer)
@@ -520,7 +520,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        # A state of an earlier format has no entry "share". `State.split` raises an error for it later.
+        # A state of an earlier format has no entry "share". Do not raise here, since `State.split` raises a clear error
+        # for such a state.
         return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:

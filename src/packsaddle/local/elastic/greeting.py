@@ -90,8 +90,9 @@ class Greeting:
         )
 
     def _message(self) -> str:
-        """Return a text that describes this worker's message in the next compressed round: version, compressor, number
-        of coordinates d, and round. It must be equal on all workers."""
+        """Return a text that describes the message that this worker sends in the next compressed round. It contains
+        packsaddle's version, the compressor, the number of coordinates d and the number of the round, and must be equal
+        on all workers."""
         part = self._own.due
         compressor = part.options.compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})

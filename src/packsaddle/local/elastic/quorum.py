@@ -1,5 +1,5 @@
-"""The torchft Manager's part of a round: the Manager determines the set of workers, and collects their errors and their
-votes."""
+"""The torchft Manager's part of a round: the Manager determines the set of workers (the quorum), and collects the
+workers' errors and votes."""
 
 from contextlib import suppress
 from datetime import timedelta
@@ -43,7 +43,8 @@ class Quorum:
             self.abort()
             raise
         except Exception as error:  # torchft raises errors of several types
-            # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
+            # Clear the future of the failed quorum, since torchft 0.2.0 would raise its error again at every later
+            # quorum.
             self._manager._quorum_future = None
             raise RoundFailedError(str(error)) from error
 

@@ -105,8 +105,8 @@ class Recovery:
         self._check(state)
         own, account, is_new = self._own, self._own.account, not self._own.roster.past
         was = [(part, part.anchor.copy_starts()) for part in own.fragments]
-        # Commit the exchange in doubt if the other workers' anchor includes this worker's last attempt at a round.
-        # Otherwise roll it back.
+        # Commit the exchanges in doubt if the other workers have committed this worker's last attempt at a round.
+        # Otherwise roll these exchanges back.
         included = state["roster"]["included"].get(own.worker, 0)
         sent, taken = set[Fragment](), False
         if self._pending.in_doubt and included == account.attempts:
@@ -143,7 +143,7 @@ class Recovery:
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
         mine, theirs = self._own.rounds, sum(part["rounds"] for part in state["fragments"])
         own_run, run = self._own.roster.run, state["roster"]["run"]
-        # This worker may have one more round than the other workers, which they have rolled back. If that round was
+        # This worker may have committed one round that the other workers have rolled back. If that round was
         # uncompressed, it counts as one exchange for each fragment.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
             self._pending.save()

@@ -31,7 +31,7 @@ class Hello:
 
     worker: int  # the worker's random name
     arguments: int  # hash of the arguments that must be equal on all workers
-    message: int  # hash of version, compressor, d and round of the worker's compressed message
+    message: int  # hash of a text that describes the worker's compressed message, see `Greeting`
     history: int  # hash of all rounds that the worker's anchor includes
     anchor: int  # fingerprint of the worker's anchor; 0: not compared in this round
     run: int  # id of the run (see `Roster.run`); 0: no round has been committed

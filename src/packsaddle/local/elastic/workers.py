@@ -90,7 +90,7 @@ class ElasticWorkers(Membership):
             None.
     """
 
-    lockstep: Lockstep | None = None  # elastic workers do not make their calls in lockstep
+    lockstep: Lockstep | None = None  # None, since elastic workers may make different calls
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class ElasticWorkers(Membership):
         keeps = {"memory_file": self._pending.file is not None}
         check_agreement(Communicator(self.site.group, Ledger()), {**same, **keeps}, torch.device("cpu"), of="process")
 
-    # Rounds.
+    # Methods that join the run, and run rounds.
 
     def enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case the other
@@ -174,7 +174,7 @@ class ElasticWorkers(Membership):
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
 
-        Always returns False, since a worker that has ended its training leaves and runs no more collectives.
+        Always returns False. The result tells torch's `Join` if collectives ran, and elastic workers do not use `Join`.
         """
         self.steps, self._exchanged = steps, False
         self.account.since += 1
@@ -258,7 +258,7 @@ class ElasticWorkers(Membership):
             self._quorum.abort()
             raise
         except (RuntimeError, AssertionError) as error:
-            # torch's backends raise these errors, also if there is no process group.
+            # Collectives of torch raise errors of these types, also if the process group no longer exists.
             reason = str(error)
             self._quorum.report(error)
             self._recovery.discard_received()
@@ -299,7 +299,8 @@ class ElasticWorkers(Membership):
             self._energy += energy(r.exchanged.v)
             with self.site.fails_together():
                 self._exchange(r, hellos, weights)
-        # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
+        # Confirm: this gather completes only if all workers have exchanged their updates. From here on, other workers
+        # may commit.
         self._pending.save(parts)
         device = self._greeting.device
         norm = torch.tensor([self._pending.norm_after()], dtype=wide(device), device=device)
