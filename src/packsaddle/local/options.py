@@ -260,8 +260,10 @@ AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | N
 
 @dataclass(frozen=True)
 class OuterSGD(Option):
-    """DiLoCo's outer optimizer, with DiLoCo's defaults: Nesterov SGD on the anchor, i.e. on the parameters on which all
-    workers last agreed.
+    """DiLoCo's outer optimizer, Nesterov SGD, with DiLoCo's defaults.
+
+    In each round it makes a step on the anchor (the parameters on which all workers last agreed), with the workers'
+    mean update as the gradient.
 
     Args:
         lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
@@ -293,14 +295,13 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class OuterAgreement(Option):
-    """A step of the anchor, i.e. of the parameters on which all workers last agreed, for the argument
-    `LocalUpdates.outer`. It multiplies the mean update of each tensor by a factor that is larger the more the workers'
-    updates of the tensor differ.
+    """A rule for the outer step: the more the workers' updates of a tensor differ, the more their mean is lengthened.
 
-    The mean of the workers' updates has a smaller norm than the updates, since their noise cancels in the mean. The
-    mean is multiplied by r^p. Here r is the root mean square of the norms of the updates, divided by the norm of the
-    mean (see `local.agreement`). If all workers send the same update, r is 1. Each exchange sends four more bytes per
-    tensor. The mean update of a `flush` is not multiplied.
+    The outer step, set by `LocalUpdates.outer`, applies the mean update to the anchor, i.e. to the parameters on which
+    all workers last agreed. The mean of the workers' updates has a smaller norm than the updates, since their noise
+    cancels in the mean. The mean is multiplied by r^p. Here r is the root mean square of the norms of the updates,
+    divided by the norm of the mean (see `local.agreement`). If all workers send the same update, r is 1. Each exchange
+    sends four more bytes per tensor. The mean update of a `flush` is not multiplied.
 
     Args:
         p: the exponent, in [0, 1]; 0 leaves the mean update unchanged.
