@@ -1,5 +1,5 @@
-"""Functions for the callbacks of Lightning and Hugging Face: attach a DDP hook or local updates, log metrics, save
-state."""
+"""The common part of the callbacks for Lightning and Hugging Face: it attaches a DDP hook or local updates, collects
+metrics, and saves and restores state."""
 
 import warnings
 from collections.abc import Mapping
@@ -33,8 +33,10 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 class Attached:
     """Base class of the callbacks for Lightning and Hugging Face, which attach a DDP hook or local updates. `exchange`
-    is the attached object, or None before training. The function `_makes` creates this object with the arguments
-    `options`. Raises TypeError for an option that `_makes` does not accept."""
+    is the attached object, or None before training. `_makes` is the function or class whose arguments the callback
+    accepts: `register_ddp_hook`, or `LocalUpdates` in a subclass. `compressor` and `options` are these arguments.
+    Raises TypeError for an option that `_makes` does not accept, or that the framework provides, such as
+    `optimizer`."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
@@ -66,9 +68,11 @@ class Attached:
     ) -> "DDPHook | WorkerState | None":
         """Attach local updates if `_makes` is `LocalUpdates`, and otherwise a hook. Return the attached object.
 
-        `wrapped` is the model as wrapped by the framework. A hook measures the contraction every `log_every` steps.
-        With one worker no hook is attached: the method warns and returns None. Raises the exceptions of `attach` or
-        `attach_local_updates`, and RuntimeError if a launcher started several processes but there is no process group.
+        `wrapped` is the framework's wrapper of the user's model, `model`. `scaler` is the framework's GradScaler or
+        None. A hook measures the contraction, the fraction of the squared norm that compression keeps, every
+        `log_every` steps. With one worker no hook is attached: the method warns and returns None. Raises the exceptions
+        of `attach` or `attach_local_updates`, and RuntimeError if a launcher started several processes but there is no
+        process group.
         """
         options = {"scaler": scaler, **self._options}
         if self._makes is LocalUpdates:
@@ -83,13 +87,13 @@ class WorkerState:
     """The state of one worker that trains with `LocalUpdates`. A framework's own checkpoint contains only the state of
     worker 0, while parameters and optimizer states differ between workers.
 
-    The state consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
-    parameters and persistent buffers of `model`. Save it on every worker, and load it after the framework has loaded
-    its own checkpoint.
+    The state consists of the states of `local`, a `LocalUpdates`, of its optimizers and of the GradScaler `scaler` (if
+    it is not None), and of the trained parameters and persistent buffers of `model`. Save it on every worker, and load
+    it after the framework has loaded its own checkpoint.
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
-        # With one worker the framework does not wrap the model.
+        # Use the user's model if the framework has wrapped it in DistributedDataParallel.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
@@ -97,12 +101,13 @@ class WorkerState:
 
     @property
     def steps(self) -> int:
-        """The number of inner steps, i.e. steps of the optimizers on this worker."""
+        """The number of inner steps of this worker, i.e. steps of its optimizers."""
         return self.local.steps
 
     def finish(self) -> None:
         """Make the model identical on all workers at the end of training: exchange all pending updates (see
-        `LocalUpdates.flush`), then broadcast worker 0's buffers; collective. Warns if the exchange was rejected."""
+        `LocalUpdates.flush`), then broadcast worker 0's buffers; collective. Warns if the exchange was rejected, in
+        which case the workers' parameters still differ."""
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():
@@ -112,7 +117,7 @@ class WorkerState:
     @property
     def parts(self) -> dict[str, Any]:
         """The objects whose states differ between workers (the model, the local updates and the optimizers), as a dict
-        by name such as `save_checkpoint` accepts."""
+        by name, which `save_checkpoint` accepts."""
         optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
         return {"model": self._model, "local": self.local, **optimizers}
 
@@ -153,15 +158,18 @@ def attach_local_updates(
     compressor: AnyCompression,
     **options: Any,
 ) -> WorkerState:
-    """Make a `LocalUpdates` of a framework's `optimizers` and `compressor`, and disable the exchange of gradients by
-    the framework's DistributedDataParallel.
+    """Make a `LocalUpdates` for a framework's `optimizers` with the given `compressor`, and disable the exchange of
+    gradients by the framework's DistributedDataParallel.
 
     `model` is the user's model, and `wrapped` is the framework's wrapper of it, which contains the
-    DistributedDataParallel. `options` are further arguments of `LocalUpdates`. The contraction is measured in every
-    round, or as set by a `Compression`. With one worker the function warns that nothing is sent.
+    DistributedDataParallel. `options` are further arguments of `LocalUpdates`. The contraction, the fraction of the
+    squared norm that compression keeps, is measured in every round, unless `compressor` is a `Compression`, which sets
+    the interval itself. With one worker the function warns that nothing is sent. Returns the `WorkerState` of the new
+    `LocalUpdates`.
 
-    Raises TypeError for several workers without a DistributedDataParallel, ValueError if workers have
-    weight="steps", and the exceptions that `LocalUpdates` raises.
+    Raises TypeError if there are several workers and `wrapped` contains no DistributedDataParallel. Raises ValueError
+    for `Workers(weight="steps")`, since the framework's own collectives need equal numbers of steps. Also raises the
+    exceptions of `LocalUpdates`.
     """
     if resolve(None).size == 1:
         warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
@@ -180,8 +188,9 @@ def attach_local_updates(
 
 
 def monitored(compressor: AnyCompression, every: int) -> Compression:
-    """Return a `Compression` with the compressor `compressor` that measures its contraction, i.e. the fraction of the
-    squared norm that compression keeps, every `every` steps. If it is already a `Compression`, return it unchanged."""
+    """Return a `Compression` with the compressor `compressor`, whose contraction is measured every `every` steps. The
+    contraction is the fraction of the squared norm that compression keeps. If `compressor` is already a `Compression`,
+    it is returned unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
@@ -189,13 +198,15 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
 
     `steps` is the number of steps of this worker. `skipped` is the number of skipped steps or, for local updates, of
-    rejected rounds. `sent` and `received` are numbers of bytes. `reduction` is the number of bytes that uncompressed
-    training would have sent, divided by `sent`. The contraction `mu` is the fraction of the squared norm that
-    compression keeps; it is missing until it is measured (see `Compression.monitor_every`).
+    rejected rounds. `sent` and `received` are the numbers of bytes that this worker has sent and received so far.
+    `reduction` is the number of bytes that an uncompressed exchange of the gradients in each step would have sent,
+    divided by `sent`. `mu` is the contraction, i.e. the fraction of the squared norm that compression kept at the last
+    measurement. The dict has no `mu` before the first measurement (see `Compression.monitor_every`).
 
     For a hook, `sent_in_step` is the number of bytes sent in the last step. For local updates, `rounds` is the number
-    of exchanges, and `resets` the number of resets by the escape check. `clipped` is the number of clipped updates, if
-    `Workers.clip` is set. `pace` is the number of inner steps of worker 0 in a round, with weight="steps".
+    of applied exchanges, and `resets` is the number of times that the escape check fired. If `Workers.clip` is set,
+    `clipped` is the number of clipped updates. With `Workers(weight="steps")`, `pace` is the number of inner steps of
+    worker 0 in a round.
 
     Returns {} if `exchange` is None, which is the result of `attach` with one worker.
     """
@@ -211,7 +222,7 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
         "reduction": alone / sent if sent else 1.0,
     }
 
-    # Add the metrics of local updates, which exchange once per round, or of a hook, which exchanges in every step.
+    # Add the metrics that only local updates have, or those that only a hook has.
     if isinstance(exchange, LocalUpdates):
         found |= {"rounds": float(exchange.rounds), "resets": float(len(exchange.resets))}
         if exchange.options.workers.clip is not None:
@@ -226,10 +237,10 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
     """Save the state of `exchange`, a hook or local updates, to the file NAME-RANK.pt in `folder`, atomically.
 
-    Call on every worker: states differ between workers, and each is as large as the model, so they are not gathered.
-    The call is collective only if an exchange is in progress. If several exchanges are saved to one folder, such as
-    those of two models, give each a different `name`. No-op if `exchange` is None, which is the result of `attach` with
-    one worker.
+    RANK is this worker's global rank. Call on every worker: states differ between workers, and each state is as large
+    as the model, so they are not gathered on one worker. The call is collective only if an exchange is in progress.
+    NAME is `name`. If several hooks or local updates are saved to one folder, such as those of two models, give each of
+    them a different `name`. No-op if `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -245,8 +256,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
     workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
-    with nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
-    `exchange`, for example because it was saved with another seed.
+    with nothing changed, in three cases: only some workers have a file, the files are of different steps, or a file
+    does not fit `exchange`, for example because it was saved with another seed.
     """
     if exchange is None:
         if saved := _survey(folder, name):
@@ -256,7 +267,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return False
 
-    # If the number of workers has changed since the files were saved, convert the saved states.
+    # If the number of workers has changed since the files were saved, convert the saved states to the current number.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
     surveys = collectives.gather(_survey(folder, name))
     workers, *_ = saved_by(surveys)
@@ -316,8 +327,9 @@ def _resharded(
 ) -> dict[str, Any]:
     """Return this worker's state, converted from the files of a run with another number of workers; collective.
 
-    The worker of rank holders[i] reads the file of rank i. Raises ValueError, on every worker, if the files are of
-    different steps or cannot be converted.
+    Each file is read by one worker: the worker with the rank holders[i] reads the file that the worker of rank i saved.
+    `collectives` exchanges the parts of the states between the workers. Raises ValueError, on every worker, if the
+    files are of different steps or cannot be converted.
     """
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
@@ -339,8 +351,9 @@ def _resharded(
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers in a mapping as floats. Names in nested mappings become OUTER/INNER. Values that are not
-    numbers are dropped."""
+    """Return the numbers in a mapping, as floats, by name. A number in a nested mapping has the name OUTER/INNER, with
+    the names in both mappings. `prefix` is put before each name. Values that are not numbers, such as bools, are
+    omitted."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,5 @@
-"""Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and saddle certificates of the model.
+"""Callbacks for Hugging Face's Trainer that compress gradients, train with local updates, or check if the model is at a
+saddle point.
 
 The callbacks for compressed gradients and local updates log the metrics of `measures`, and save every worker's state in
 the checkpoints. This module needs transformers 5: pip install 'packsaddle[hf]'.
@@ -31,8 +32,8 @@ from packsaddle.integrations.callbacks import (
 )
 from packsaddle.local.updates import LocalUpdates
 
-# Names of TrainingArguments that, if True, make workers exchange numbers at every step. Older versions of transformers
-# do not have the second one.
+# Names of fields of TrainingArguments that, if True, make all workers run a collective at every step. Older versions of
+# transformers do not have the field average_tokens_across_devices.
 _PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
 
 
@@ -50,7 +51,7 @@ class _Attached(Attached, TrainerCallback):
     ) -> None:
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
-        # The checkpoint passed to `train`, from which the run resumes; None: no path was passed
+        # The path of the checkpoint that was passed to `train` as resume_from_checkpoint; None: no path was passed.
         self._resumed: Path | None = None
         self._attached: Any = None  # the wrapped model to which `exchange` is attached
         train, save = trainer.train, trainer._save_checkpoint
@@ -68,7 +69,7 @@ class _Attached(Attached, TrainerCallback):
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
             if self.exchange is not None and not trainer.args.save_only_model:
-                folder = Path(trainer._get_output_dir(trial=trial))  # differs between trials of a hyperparameter search
+                folder = Path(trainer._get_output_dir(trial=trial))  # one folder per trial of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         trainer.train, trainer._save_checkpoint = training, saving
@@ -77,9 +78,9 @@ class _Attached(Attached, TrainerCallback):
         """Attach the hook or local updates, and restore their state in a resumed run. Raises the exceptions of `_make`
         and `load_state`."""
         trainer = self._trainer
-        # In further calls of `train` with the same model, the hook or local updates are already attached.
+        # If an earlier call of `train` used the same wrapped model, the hook or local updates are attached already.
         if trainer.model_wrapped is not self._attached:
-            # Read the wrapped model from the trainer: callbacks receive only the model inside DistributedDataParallel.
+            # Read the model's wrapper from the trainer, since callbacks receive only the model inside it.
             self._attached = trainer.model_wrapped
             scaler, every = trainer.accelerator.scaler, int(state.logging_steps)
             self.exchange = self._make(self._attached, trainer.model, [trainer.optimizer], scaler, every)
@@ -100,12 +101,13 @@ class PacksaddleCallback(_Attached):
 
     Construct it with the trainer, and add it to the same trainer: `trainer.add_callback(PacksaddleCallback(trainer))`.
     It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction is measured every `logging_steps` steps, or as set by a `Compression`.
+    contraction, i.e. the fraction of the squared norm that compression keeps, is measured every `logging_steps` steps.
+    If `compressor` is a `Compression`, it sets the interval instead.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores this state from the folder `resume_from` if it is given, and
-    otherwise from the checkpoint. With one worker the callback only warns. `hook` is the DDPHook; further calls of
-    `train` use the same one.
+    otherwise from the checkpoint. With one worker nothing is attached, and a warning is issued. `hook` is the DDPHook;
+    further calls of `train` use the same DDPHook.
     """
 
 
@@ -116,18 +118,19 @@ class LocalUpdatesCallback(_Attached):
     every=8))`. It accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's.
     DistributedDataParallel exchanges no gradients from the start of training. With several workers the trainer's
     TrainingArguments must have `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. The
-    metrics of `measures` are logged as packsaddle/sent and so on; the contraction is measured in every round, or as set
-    by a `Compression`.
+    metrics of `measures` are logged as packsaddle/sent and so on. The contraction, i.e. the fraction of the squared
+    norm that compression keeps, is measured in every round. If `compressor` is a `Compression`, it sets the interval
+    instead.
 
     During training the trainer evaluates, predicts with and saves the anchor, i.e. the parameters on which all workers
-    last agreed. At the end of training pending updates are exchanged (`LocalUpdates.flush`), so every worker has the
-    anchor. With `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises
-    RuntimeError.
+    last agreed. At the end of training pending updates are exchanged (`LocalUpdates.flush`), after which the parameters
+    of every worker are the anchor. With `load_best_model_at_end` every worker has the best model instead, and another
+    call of `train` raises RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
     packsaddle-RANK.pt. A resumed run restores this state as with `PacksaddleCallback`, even if its number of workers is
     different (see `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is the
-    LocalUpdates; further calls of `train` use the same one.
+    LocalUpdates; further calls of `train` use the same LocalUpdates.
     """
 
     _makes = LocalUpdates
@@ -144,7 +147,7 @@ class LocalUpdatesCallback(_Attached):
         # True during training, when evaluation and saving use the anchor, on which all workers last agreed.
         self._at_anchor = False
         self._ended_at_best = False
-        # Wrap these methods, since the trainer calls callbacks only after they have run.
+        # Wrap these methods of the trainer, since callbacks are called only after the methods have run.
         for name in ("evaluate", "predict", "save_model"):
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
@@ -159,9 +162,9 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach local updates, and restore their state in a resumed run. Raises ValueError if TrainingArguments make
-        several workers wait for each other at every step. Raises RuntimeError if an earlier call of `train` loaded the
-        best model at its end."""
+        """Attach local updates, and restore their state in a resumed run. Raises ValueError if there are several
+        workers and `args` has a setting with which they wait for each other at every step. Raises RuntimeError if an
+        earlier call of `train` with this model has loaded the best model at its end."""
         found = {name: getattr(args, name) for name in _PER_STEP if getattr(args, name, False) is not False}
         if found and args.world_size > 1:
             needed, got = ", ".join(f"{name}=False" for name in found), " and ".join(map(repr, found.values()))
@@ -182,14 +185,15 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Checks every `every_n_steps` steps if the model is at a saddle; logs a `Certificate`, and prints the result.
+    """Computes a `Certificate`, which bounds the Hessian's smallest eigenvalue, every `every_n_steps` steps. The
+    callback logs the certificate's numbers, and prints its verdict, for example that the model is at a saddle point.
 
     Construct it with the trainer, and add it to the same trainer. The numbers are logged as certificate/grad_norm and
-    so on. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`;
-    `batches` is an iterable of this worker's batches, identical in every pass; `options` are further arguments of
-    `packsaddle.certify`. `certificate` is the last certificate. With a `LocalUpdatesCallback` in the trainer the
-    anchor, i.e. the parameters on which all workers last agreed, is certified. Raises ValueError if `every_n_steps` is
-    below 1.
+    so on. `certificate` is the last certificate, or None before the first. `loss_fn(model, batch)` returns the mean
+    loss of a batch. By default it is the `loss` of `model(**batch)`. `batches` is an iterable of this worker's batches,
+    which must be identical in every pass. `options` are further arguments of `packsaddle.certify`. With a
+    `LocalUpdatesCallback` in the trainer the anchor, i.e. the parameters on which all workers last agreed, is
+    certified. Raises ValueError if `every_n_steps` is below 1.
     """
 
     def __init__(
@@ -223,7 +227,8 @@ class CertificateCallback(TrainerCallback):
         batch = self._trainer._prepare_inputs(batch)  # moves the batch to the model's device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        # The output is a dict or a tuple. Read the loss from it as transformers' Trainer does.
+        # A model of transformers returns a dict with the key "loss", or a tuple whose first element is the loss. Read
+        # the loss as transformers' Trainer does.
         outputs = model(**batch)
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

@@ -1,4 +1,4 @@
-"""An optimizer that joins several optimizers, for frameworks that accept only one optimizer."""
+"""`JoinedOptimizer`: one optimizer that steps several optimizers, for frameworks that accept only one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
@@ -13,8 +13,8 @@ from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, lo
 
 
 class JoinedOptimizer(CompositeOptimizer):
-    """Several optimizers of different parameters, joined to one optimizer that has all their parameter groups and
-    states.
+    """Several optimizers of different parameters, joined into one optimizer that has the parameter groups and states of
+    all of them.
 
     It is for frameworks that accept only one optimizer, such as transformers' Trainer and Lightning's automatic mode.
     `members` is the list of the joined optimizers; `step` steps them in the order of the list. The state dict combines
@@ -59,18 +59,18 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the parameter groups of all joined optimizers (`members`). Raises ValueError unless `groups` has
-        as many entries as the optimizers have groups in total."""
-        # Ignore the assignment by torch's constructor.
+        """Set the parameter groups of all joined optimizers (`members`), given in the order of the optimizers. Raises
+        ValueError if the number of `groups` differs from the number of groups that the optimizers have in total."""
+        # Ignore the assignment by the constructor of torch's Optimizer, before `members` are joined.
         if self._is_made:
             _check_number(groups, self.param_groups)
             for member, mine in zip(self.members, _divided(groups, self.members), strict=True):
                 member.param_groups = mine
 
     @property
-    def state(self) -> Any:  # not a defaultdict, as in torch's optimizers
-        """The states of all parameters as one mapping from parameter to state. Each entry is stored in the `state` of
-        the joined optimizer that has the parameter."""
+    def state(self) -> Any:  # torch's optimizers have a defaultdict here, which this is not
+        """The states of all parameters as one mapping from parameter to state. The entry of a parameter is stored in
+        the `state` of the joined optimizer that steps this parameter."""
         return _States(self.members)
 
     @state.setter
@@ -82,15 +82,16 @@ class JoinedOptimizer(CompositeOptimizer):
             self.state.update(entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError, since none of the joined optimizers would step the parameters of `param_group`."""
-        # Ignore the calls by torch's constructor.
+        """Raise RuntimeError: a parameter group such as `param_group` must be added to one of the optimizers before
+        they are joined."""
+        # Ignore the calls by the constructor of torch's Optimizer, before `members` are joined.
         if self._is_made:
             raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call the closure, if one is given, then step all joined optimizers without it. Returns the closure's value,
-        or None."""
+        """Step all joined optimizers, in the order of `members`. If a closure is given, it is called once before the
+        steps, and its value is returned. Otherwise the result is None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,8 +105,9 @@ class JoinedOptimizer(CompositeOptimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dicts of all joined optimizers (`members`) as one state dict. Entries other than states of
-        parameters and "param_groups" are in the list "members", which has a dict for each optimizer."""
+        """Return the state dicts of all joined optimizers (`members`) as one state dict. It has the entries "state" and
+        "param_groups" of one optimizer with all parameters. If the optimizers' state dicts have other entries, they are
+        in the list "members", which has one dict for each optimizer."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         # Number the parameters of all joined optimizers in one sequence.
@@ -118,8 +120,8 @@ class JoinedOptimizer(CompositeOptimizer):
             mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
             result["state"] |= {start + i: entry for i, entry in mine.items()}
             result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
-            # The state dict may have keys other than "state" and "param_groups", and "state" may have entries that
-            # belong to no parameter.
+            # Collect the rest of the optimizer's state dict: keys other than "state" and "param_groups", and entries of
+            # "state" that belong to no parameter.
             rest = {key: entry for key, entry in states.items() if key not in mine}
             others.append(saved | ({"state": rest} if rest else {}))
             start += n
@@ -131,8 +133,10 @@ class JoinedOptimizer(CompositeOptimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load `state_dict`, a result of the method `state_dict`, into the joined optimizers. Raises ValueError, with
-        nothing changed, if the saved parameter groups do not match those of the optimizers."""
-        # Check the groups, and number the parameters of each joined optimizer from 0.
+        nothing changed, if the saved parameter groups differ from those of the optimizers in number or in their numbers
+        of parameters."""
+        # Check the number of groups. Then divide the state dict into one for each joined optimizer, in which parameters
+        # are numbered from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state
@@ -140,7 +144,8 @@ class JoinedOptimizer(CompositeOptimizer):
         _check_number(groups, self.param_groups)
         parts = []
         for mine, other in zip(_divided(groups, self.members), others, strict=True):
-            # The keys of the saved states need not be numbers: torch.distributed.checkpoint uses names.
+            # The saved states may have names of parameters as keys instead of numbers, as those of
+            # torch.distributed.checkpoint do.
             index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
             states = {index[key]: entry for key, entry in state["state"].items() if key in index}
             renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]
@@ -163,7 +168,8 @@ def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:
 
 
 def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
-    """Divide the parameter groups of several joined optimizers (`members`) into one list for each optimizer."""
+    """Divide `groups`, the parameter groups of all joined optimizers (`members`) in their order, into one list for each
+    optimizer."""
     rest = iter(groups)
     return [list(islice(rest, len(member.param_groups))) for member in members]
 

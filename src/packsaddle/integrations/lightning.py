@@ -1,7 +1,8 @@
-"""Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and saddle certificates of the model.
+"""Callbacks for Lightning's DDPStrategy that compress gradients, train with local updates, or check if the model is at
+a saddle point.
 
-Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks only on GPUs. These callbacks work on all devices that
-DDPStrategy supports. This module needs lightning 2.x: pip install 'packsaddle[lightning]'.
+Lightning's own argument for hooks, `DDPStrategy(ddp_comm_hook=...)`, has an effect only on GPUs. These callbacks work
+on all devices that DDPStrategy supports. This module needs lightning 2.x: pip install 'packsaddle[lightning]'.
 """
 
 import shutil
@@ -44,15 +45,15 @@ class _Attached(Attached, Callback):
         **options: Any,
     ) -> None:
         super().__init__(compressor, options)
-        self._saved = False  # True if workers' states were saved next to the loaded checkpoint
+        self._saved = False  # True if the loaded checkpoint has workers' states next to it, which are not restored yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the strategy's methods that save and remove checkpoints, so that this worker's state is saved and
         removed with each checkpoint."""
         if stage == "fit":
-            # Reset `_saved` too, since it may be from a checkpoint that was loaded for testing.
+            # Reset `_saved` too, since it may have been set by a checkpoint that was loaded for `Trainer.test`.
             self.exchange, self._saved = None, False
-            # Wrap the methods only once, since an earlier fit may have wrapped them.
+            # Do not wrap the methods again if an earlier call of `fit` has wrapped them.
             if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):
                 _Files(self, trainer.strategy)
 
@@ -68,16 +69,16 @@ class _Attached(Attached, Callback):
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log the metrics of `measures`. They are float64, in which counts of bytes are exact; loggers receive rank 0's
-        values."""
+        """Log the metrics of `measures`. The metrics are logged as float64, in which counts of bytes are exact. Loggers
+        receive the metrics of rank 0."""
         if self.exchange is not None:
             now = measures(self.exchange).items()
             found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, which marks a checkpoint that has workers' states next to it. The dict is empty
-        if neither a hook nor local updates are attached."""
+        """Return {"steps": the number of steps}, which Lightning stores in the checkpoint. The entry marks a checkpoint
+        that has workers' states next to it. Returns {} if neither a hook nor local updates are attached."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,11 +102,12 @@ class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs the metrics of `measures` as packsaddle/sent and so on.
 
     It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction is measured every `log_every_n_steps` steps, or as set by a `Compression`.
+    contraction, i.e. the fraction of the squared norm that compression keeps, is measured every `log_every_n_steps`
+    steps. If `compressor` is a `Compression`, it sets the interval instead.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt. This file is
-    removed with the checkpoint, and `Trainer.fit(ckpt_path=...)` loads it. With one worker the callback only warns.
-    `hook` is the DDPHook; it is None before training and with one worker.
+    removed with the checkpoint, and `Trainer.fit(ckpt_path=...)` loads it. With one worker nothing is attached, and a
+    warning is issued. `hook` is the DDPHook; it is None before training and with one worker.
     """
 
 
@@ -114,10 +116,12 @@ class LocalUpdatesCallback(_Attached):
 
     It accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
     exchanges no gradients from the start of training. The metrics of `measures` are logged as packsaddle/sent and so
-    on; the contraction is measured in every round, or as set by a `Compression`.
+    on. The contraction, i.e. the fraction of the squared norm that compression keeps, is measured in every round. If
+    `compressor` is a `Compression`, it sets the interval instead.
 
     Validation during `fit`, and checkpoints, use the anchor, i.e. the parameters on which all workers last agreed. At
-    the end of training pending updates are exchanged (`LocalUpdates.flush`), and every worker has the anchor.
+    the end of training pending updates are exchanged (`LocalUpdates.flush`), after which the parameters of every worker
+    are the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
     `PacksaddleCallback`. A run may resume on another number of workers (see `load_checkpoint`). With one worker nothing
@@ -134,13 +138,13 @@ class LocalUpdatesCallback(_Attached):
     ) -> None:
         super().__init__(compressor, **options)
         self._training = self._evaluating = False
-        self._evaluation = ExitStack()  # the context `together()`, which is entered during validation
+        self._evaluation = ExitStack()  # has entered the context `together()` during validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach local updates, and restore their state. Raises ValueError if a callback that averages weights comes
-        after this callback in `trainer.callbacks`."""
-        # A callback that runs after this one must not replace the parameters, which are then identical on all workers,
-        # with an average that differs between workers.
+        """Attach local updates, and restore their state if a checkpoint was loaded. Raises ValueError if a callback
+        that averages the weights over steps comes after this callback in `trainer.callbacks`."""
+        # At the end of training this callback makes the parameters identical on all workers. A callback that runs after
+        # this one must not replace them with an average that differs between workers.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # WeightAveraging exists from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
@@ -182,9 +186,9 @@ class LocalUpdatesCallback(_Attached):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Context manager that gives the model this worker's own parameters, to save this worker's state. During
-        validation, when Lightning may save a checkpoint, the model otherwise has the parameters on which all workers
-        last agreed (the anchor). No-op outside validation."""
+        """Context manager within which the model has this worker's own parameters, so that this worker's state can be
+        saved. It is needed during validation, when the model has the anchor's parameters (on which all workers last
+        agreed) and Lightning may save a checkpoint. No-op outside validation."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -197,8 +201,9 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 
 class _Files:
-    """Wraps the methods of a strategy that collect, save and remove a checkpoint, so that workers' states are saved and
-    removed with it. Only these methods receive the path of a checkpoint on every worker."""
+    """Replaces the methods of a strategy that collect, save and remove a checkpoint, so that the workers' states are
+    saved and removed with each checkpoint. These methods are used, and not those of a callback, since only they receive
+    the checkpoint's path on every worker."""
 
     def __init__(self, callback: _Attached, strategy: Strategy) -> None:
         self._callback, self._strategy, self._names = callback, strategy, dict[str, str]()
@@ -208,8 +213,9 @@ class _Files:
         strategy.lightning_module_state_dict = self.tensors
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
-        """Save a checkpoint. Also save this worker's state next to it, unless the checkpoint contains only weights. All
-        workers use rank 0's file name, since a metric in the name may differ between workers."""
+        """Save a checkpoint to `filepath`. Also save this worker's state next to the checkpoint, unless the checkpoint
+        contains only weights. All workers use rank 0's `filepath`, since its name may contain a metric that differs
+        between workers."""
         exchange = self._callback.exchange
         if exchange is not None:
             self._names[str(filepath)] = filepath = self._strategy.broadcast(str(filepath))
@@ -233,8 +239,8 @@ class _Files:
         return found
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a checkpoint, and on rank 0 also the workers' states next to it. Other ranks do not remove them, since
-        they may have chosen a different checkpoint."""
+        """Remove the checkpoint at `filepath`. On rank 0, also remove all workers' states next to the checkpoint. Other
+        ranks do not remove states, since they may have chosen to remove a different checkpoint."""
         filepath = self._names.pop(str(filepath), filepath)
         if self._callback.exchange is not None and self._strategy.is_global_zero:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)
@@ -242,13 +248,16 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Checks every N epochs or steps if the model is at a saddle; logs a `Certificate`, and prints the result.
+    """Computes a `Certificate`, which bounds the Hessian's smallest eigenvalue, every `every_n_epochs` epochs or every
+    `every_n_steps` steps. The callback logs the certificate's numbers, and prints its verdict, for example that the
+    model is at a saddle point.
 
-    The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
-    batch, without calling `log`; `batches` is an iterable of this worker's batches, identical in every pass; `options`
-    are further arguments of `packsaddle.certify`. `certificate` is the last certificate. With a LocalUpdatesCallback in
-    the trainer the anchor, i.e. the parameters on which all workers last agreed, is certified. Raises ValueError unless
-    exactly one of `every_n_epochs` and `every_n_steps` is given.
+    The numbers are logged as certificate/grad_norm and so on. `certificate` is the last certificate, or None before the
+    first. `loss_fn(pl_module, batch)` returns the mean loss of a batch, and must not call `log`. `batches` is an
+    iterable of this worker's batches, which must be identical in every pass. `options` are further arguments of
+    `packsaddle.certify`. With a LocalUpdatesCallback in the trainer the anchor, i.e. the parameters on which all
+    workers last agreed, is certified. Raises ValueError unless exactly one of `every_n_epochs` and `every_n_steps` is
+    given.
     """
 
     def __init__(
@@ -267,16 +276,17 @@ class CertificateCallback(Callback):
         self.certificate: Certificate | None = None
         self._loss_fn, self._batches, self._options = loss_fn, batches, options
         self._epochs, self._steps = every_n_epochs, every_n_steps
-        self._seen = 0  # trainer.global_step after the last batch
+        self._seen = 0  # `trainer.global_step` after the last batch, or at the start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the trainer's current step, from which the next certificate is counted. In a resumed run it is the
-        step of the checkpoint."""
+        """Record the trainer's current step, so that certificates that were due before it are not computed. In a
+        resumed run the current step is that of the checkpoint."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         before, self._seen = self._seen, trainer.global_step
-        # With several optimizers, global_step may grow by more than 1 in a batch, past a multiple of `every_n_steps`.
+        # With several optimizers, global_step may grow by more than 1 in a batch, and so skip a multiple of
+        # `every_n_steps`.
         if self._steps is not None and self._seen // self._steps > before // self._steps:
             self._certify(trainer, pl_module)
 

@@ -8,6 +8,7 @@
 - `pace`: the numbers of steps of workers with unequal speeds
 - `participation`: the workers' weights, and random samples of the workers
 - `after` and `outcomes`: the reactions to the end of an exchange, such as a reset after a rejected exchange
-- `inner`, `start` and `lockstep`: checks of the inner optimizers, of the first step, and of the workers' calls
+- `inner` and `start`: checks of the inner optimizers and of the first step
+- `lockstep`: a check before each collective that all workers make the same call
 - `elastic`: workers that join and leave during training
 """

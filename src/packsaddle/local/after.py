@@ -28,8 +28,9 @@ After = Callable[[LocalRound], None]
 
 class CompareAnchors:
     """Compares the workers' anchors (the parameters on which all workers last agreed) with each other; collective. It
-    runs after an applied round of the last fragment, i.e. of the last part of the model to be exchanged, if `drift` has
-    a comparison due."""
+    runs after an applied round of the last of the `fragments` (the parts of the model, which are exchanged separately)
+    if `drift`, the guard that compares fingerprints, has a comparison due. If the anchors differ, `drift` raises
+    DriftError or sets all anchors to rank 0's, as `Compression.on_drift` says."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -37,8 +38,8 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        # Copies of the start points (see `Anchor`) of all fragments, made before the anchors are repaired. The list
-        # stays empty if the anchors do not differ between workers.
+        # Copies of the start points (see `Anchor`) of all fragments, made before the anchors are set to rank 0's. The
+        # list stays empty if the anchors do not differ between workers.
         before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:
@@ -48,8 +49,8 @@ class CompareAnchors:
         anchors = [f.anchor.flat for f in self._fragments]
         compare = partial(self._drift.compare, r.t, anchors, named)
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
-        # Move this worker's parameters by as much as the repair has moved the anchor. Otherwise the next exchange would
-        # send the difference as a local update.
+        # Move this worker's parameters by as much as its anchor has moved when it was set to rank 0's. Otherwise the
+        # next exchange would send the difference as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
             # Skip a fragment with a running exchange, which will move the parameters when it ends.
             if f.current is None:
@@ -58,7 +59,8 @@ class CompareAnchors:
 
 class EscapeAnchor:
     """Runs the saddle escape check (lines 4-8 of Algorithm 1) on the anchor, the parameters on which all workers last
-    agreed. The fields `interval` and `every` of `rule` count rounds here.
+    agreed. `rule` has the settings of the check; its fields `interval` and `every`, which count steps elsewhere, count
+    rounds here.
 
     Raises ValueError if the model is exchanged in several fragments, if exchanges have a delay, or if parameters are
     DTensors.
@@ -111,7 +113,8 @@ class Reactions:
         self.outcomes, self.drift, self.escape = outcomes, drift, escape
         every: list[After | None] = [outcomes, momentum, compare, escape]
         self._all = [react for react in every if react is not None]
-        self.resets = list[Reset]() if escape is None else escape.resets  # firings of the escape check
+        # One record for each time that the escape check fired. The list is empty if there is no escape check.
+        self.resets = list[Reset]() if escape is None else escape.resets
 
     @classmethod
     def of(
@@ -144,8 +147,9 @@ class Reactions:
             react(r)
 
     def fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state that belong to reactions: the counts of rejected rounds, the escape
-        check, and the records of resets and of differing anchors."""
+        """Return the fields of the saved state that belong to reactions: the counts of rejected rounds, the state of
+        the escape check, the records of the times that the escape check fired, and the records of comparisons in which
+        anchors differed."""
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
         drifts = attribute(("drifts",), self.drift, "found", list[Drift])

@@ -1,13 +1,13 @@
 """Agreement of workers: the more the workers' updates of a tensor differ, the more their mean is lengthened.
 
-The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D is
-shorter than the updates q_i. With p in [0, 1], D is multiplied by
+The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D has
+a smaller norm than the updates q_i. With the exponent p in [0, 1] (see `OuterAgreement`), D is multiplied by
 
     r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r clamped to [1, sqrt(W)],
 
-for each tensor separately. r is 1 if all workers send the same update, and sqrt(W) if W updates of equal norm are
-orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an exchange, four bytes per tensor.
-The rule is ours, measured in experiments/nanogpt.
+for each tensor separately. W is the number of workers. r is 1 if all workers send the same update, and sqrt(W) if W
+updates of equal norm are orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an
+exchange, four bytes per tensor. The rule is ours, measured in experiments/nanogpt.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,12 @@ from packsaddle.local.inner import Shards
 
 
 def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
-    """Return this worker's term of the mean squared norm of the workers' updates: W w_i norm(q_i)^2 for each tensor,
-    float[number of tensors], to be averaged over workers.
+    """Return W w_i norm(q_i)^2 for each tensor, float[number of tensors]. The mean of this result over the workers is
+    the weighted mean of the squared norms of their updates.
 
-    W is the number of workers, w_i the worker's weight in the mean, and q_i its decoded update. `sent` has the tensors
-    W w_i q_i, and `share` is W w_i. If the worker is not in the exchange, `share` and the result are 0.
+    W is the number of workers, w_i the worker's weight in the mean, and q_i its decoded update. `sent` has the tensor
+    W w_i q_i for each tensor of the model, and `share` is W w_i. If this worker is not in the exchange, `share` and the
+    result are 0.
     """
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in sent])
     return norms.square() / share if share else torch.zeros_like(norms)
@@ -34,8 +35,8 @@ def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, s
     worker's tensors.
 
     `means` has the mean update of each tensor. r is the root mean square of the norms of the workers' updates, divided
-    by the norm of their mean, and lies in [1, sqrt(workers)]. `squares`, float[number of tensors], is the mean over
-    workers of the result of `squares_of`. A mean update of zeros does not change.
+    by the norm of the mean update. It is clamped to [1, sqrt(workers)]. `squares`, float[number of tensors], is the
+    mean over workers of the result of `squares_of`. A mean update of zeros does not change.
     """
     of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
     both = shards.total(torch.stack([squares.to(of_mean), of_mean]))

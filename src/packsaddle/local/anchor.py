@@ -2,10 +2,10 @@
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
 exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. Its local
-update is start - x, the change of its parameters since then. In a two-way exchange each of the W workers averages one
-chunk of the vector for all workers. On that chunk it continues from a in both cases, since its e contains W times the
-residual of a mean there. A frozen parameter x does not move; if its start point moves, `Anchor.owed` records by how
-much.
+update is start - x, where x are its parameters now. In a two-way exchange each of the W workers averages one chunk of
+the vector for all workers. At the coordinates of its own chunk a worker always continues from a, even with
+`keep_unsent`, since its e contains W times the residual of a mean there. A frozen parameter x does not move. If the
+start point of a frozen parameter moves, `Anchor.owed` records by how much.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,8 +29,9 @@ from packsaddle.numerics.transfers import all_to_host, assign
 class Anchor:
     """The anchor a, float[n], i.e. the parameters that all workers last agreed on, and this worker's own parameters x.
 
-    After an exchange the worker continues at its start point. The start point is a - e with `keeps`, where e is the
-    worker's error memory, and a otherwise.
+    After an exchange the worker continues at its start point. The start point is a - e if `keeps` is True, where e is
+    the worker's error memory (`memory`), and a otherwise. `layout` has the names, shapes and positions of the
+    parameters in the vector, and `trained` has the parameters.
     """
 
     def __init__(self, layout: Slice, trained: Sequence[Trained], memory: ErrorMemory, *, keeps: bool) -> None:
@@ -42,8 +43,8 @@ class Anchor:
         # The part of the local update that start - x does not contain, float[n]. It arises when the start point moves
         # without the parameters x, or when x is rounded to 16 bits. None means 0.
         self.owed: Tensor | None = None
-        # The coordinates that this worker owns (averages for all workers) in a two-way exchange. There its start point
-        # is a. The slice is empty unless `keeps` is set.
+        # The coordinates that this worker owns (averages for all workers) in a two-way exchange. At these coordinates
+        # its start point is a. The slice is empty in other exchanges, and if `keeps` is False.
         self.owned = slice(0, 0)
         self.set_from_parameters()
 
@@ -52,7 +53,8 @@ class Anchor:
 
     def values(self) -> list[Tensor]:
         """Return this worker's parameters, on the device of the anchor (which may be on the CPU to save GPU memory). If
-        the anchor is on the CPU and the parameters are not, they are copied to the CPU, and the host waits once."""
+        the anchor is on the CPU and the parameters are on a GPU, the result is a copy of the parameters on the CPU, and
+        the host waits once for all of them."""
         return self._beside_anchor(self.tensors())
 
     def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -65,13 +67,15 @@ class Anchor:
 
     def starts(self) -> list[Tensor]:
         """Return the point from which the parameters x continue after an exchange, one tensor per parameter. It is the
-        anchor a, or with `keeps` a - e, where e is the error memory. The tensors may be views of a."""
+        anchor a or, if `keeps` is True, a - e, where e is the error memory. At coordinates that this worker owns, i.e.
+        averages for all workers in a two-way exchange, it is always a. The tensors may be views of a."""
         return self.layout.views(self.flat - self._kept()) if self.keeps else self.views
 
     def _kept(self) -> Tensor:
-        """Return the anchor minus this worker's start point, from which it continues after an exchange, float[n]. This
-        is the error memory, with zeros at the coordinates that the worker owns, i.e. averages for all workers, in a
-        two-way exchange. The result may be a view of the error memory."""
+        """Return the anchor minus this worker's start point, float[n], if `keeps` is True. The start point is the point
+        from which the worker continues after an exchange. The result is the error memory, with zeros at the coordinates
+        that the worker owns, i.e. averages for all workers in a two-way exchange. The result may be a view of the error
+        memory."""
         kept = self._memory.vector
         if self.owned.start < self.owned.stop:
             kept = kept.clone()
@@ -94,7 +98,8 @@ class Anchor:
 
         The anchor of a frozen parameter keeps its value, even if an outer momentum, or a decoded message that is not
         exactly zero, would change it. `frozen` are the names of the frozen parameters, identical on all workers. If
-        workers have frozen different parameters, `frozen` is None, and `outer` skips the parameters whose mean is zero.
+        workers have frozen different parameters, `frozen` is None, and `outer` skips the parameters whose mean update
+        is zero in all coordinates.
         """
         stays = [name in (frozen or ()) for name in self.layout.names]
         before = [(a, a.clone()) for a, is_frozen in zip(self.views, stays, strict=True) if is_frozen]
@@ -114,12 +119,12 @@ class Anchor:
             a.copy_(old)
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
-        """Set the parameters x <- start + (x - before) after the anchor changed, so that x keeps its progress since
-        `before`. Here `start` is the new start point: the anchor, or with `keeps` the anchor minus the error memory.
-        `before` has one tensor per parameter. If it is empty, x <- start.
+        """Set the parameters x to start + (x - before) after the anchor changed, so that x keeps its progress since
+        `before`. Here `start` is the new start point (see `starts`). `before` has earlier values of x, one tensor per
+        parameter. If `before` is empty, x is set to `start`.
 
-        With `blend`, x <- (1 - blend) start + blend x. Parameters whose names are in `frozen` keep their values; by
-        default, `frozen` has all currently frozen parameters.
+        If `blend` is given, x is set to (1 - blend) start + blend x instead. Parameters whose names are in `frozen`
+        keep their values; by default, `frozen` has all currently frozen parameters.
         """
         frozen = self._frozen if frozen is None else frozen
         if not before:
@@ -152,9 +157,9 @@ class Anchor:
                 assign(x, a - e)
 
     def move_to_anchor(self) -> None:
-        """Move the parameters x, except frozen ones, from this worker's start point (the anchor, or with `keeps` the
-        anchor minus the error memory) to the anchor. The change of x is recorded in `owed`, the part of the local
-        update that start - x does not contain. So the next local update is the same as without the move."""
+        """Move the parameters x, except frozen ones, from this worker's start point (see `starts`) to the anchor. The
+        change of x is recorded in `owed`, the part of the local update that start - x does not contain. So the next
+        local update is the same as without the move."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
@@ -183,8 +188,8 @@ class Anchor:
 
     @property
     def is_rounded(self) -> bool:
-        """True if a parameter has a narrower dtype than the anchor, so that the point at which it continues after an
-        exchange is rounded."""
+        """True if a parameter has a narrower dtype than the anchor, such as bfloat16, so that the point at which the
+        parameter continues after an exchange is rounded to that dtype."""
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
@@ -206,17 +211,19 @@ class Anchor:
         self.owe(change)
 
     def own(self, owned: slice) -> None:
-        """Set the coordinates that this worker owns, i.e. averages for all workers, in a two-way exchange. At these
-        coordinates the start point, from which its local update is measured, moves. The worker's parameters and its
-        local update do not change."""
+        """Set the coordinates that this worker owns, i.e. averages for all workers, in a two-way exchange. The worker's
+        start point, from which its local update is measured, moves at the coordinates that it did not own before or no
+        longer owns. Its parameters and its local update do not change. No-op if the start point is the anchor at all
+        coordinates (`keeps` is False)."""
         if self.keeps and owned != self.owned:
             with self.fixed_update(self.layout.names):
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
         """Return start - (a - e), float[n], or None if this worker owns no coordinates. Here a is the anchor, e is the
-        error memory, and `start` is the point at which this worker continues after an exchange. They differ at the
-        coordinates that the worker owns, i.e. averages for all workers, in a two-way exchange."""
+        error memory, and `start` is the point at which this worker continues after an exchange. `start` differs from
+        a - e only at the coordinates that the worker owns, i.e. averages for all workers in a two-way exchange. There
+        `start` is a."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
@@ -272,8 +279,8 @@ class Anchor:
         """Add this worker's local update to `out`, float[n], and return `out`.
 
         The local update is start - x, where x are the parameters and `start` is the point at which they continued after
-        the last exchange, plus the part `owed` that this difference does not contain. `starts` has the start of each
-        parameter; if it is None, the current ones are used.
+        the last exchange, plus the part `owed` that this difference does not contain. `starts` has the start point of
+        each parameter; if it is None, the current start points (see `starts`) are used.
         """
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
@@ -285,9 +292,10 @@ class Anchor:
 class PseudoGradient(Update):
     """The local update of a worker, as the input of its error memory, float[n].
 
-    It is start - x, the change of the parameters x since the point at which they continued after the last exchange,
-    plus the part that this difference does not contain (`Anchor.owed`), plus noise. It is 0 for parameters whose names
-    are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
+    The local update is (start - x) + owed. Here x are the parameters of the anchor `of`, `start` is the point at which
+    they continued after the last exchange, and `owed` is the part that start - x does not contain (`Anchor.owed`).
+    `noise` is added if it is not None. The update of the parameters whose names are in `frozen` is 0. For 16-bit
+    parameters, `start` is rounded to 16 bits before x is subtracted.
     """
 
     of: Anchor
@@ -296,10 +304,12 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, x are the
-        parameters, and (start - x) + owed is the local update. out and base must not share memory."""
+        """Set `out`, float[n], to v = decay e + (start - x) + owed + noise. Here e is the error memory, given as
+        `base`, and (start - x) + owed is the local update of the parameters x. `out` and `base` must not share
+        memory."""
         share, xs = self.decay, self.of.values()
-        # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
+        # Compute v = decay e + (start - x). If start is a - e, v is (a - x) + (decay - 1) e, for which a - e need not
+        # be computed.
         starts: Sequence[Tensor] = self.of.views
         # The start point of a 16-bit x is rounded, so a - e must be computed before x is subtracted.
         if self.of.keeps and self.of.is_rounded:
@@ -324,8 +334,8 @@ class PseudoGradient(Update):
 
 
 def beside(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return `value` on the device of x and in `dtype`, by default the dtype of x. The host does not wait for a copy to
-    the device."""
+    """Return `value` on the device of x and in `dtype`, by default the dtype of x. If `value` is copied from the CPU to
+    a GPU, the host does not wait for the copy."""
     value = value.to(dtype or x.dtype)
     return value if value.device == x.device else to_device(value, x.device)
 

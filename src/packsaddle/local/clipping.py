@@ -1,7 +1,7 @@
 """Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
 
-`Workers.clip` sets c. The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is
-lost.
+`Workers.clip` sets c. With the scale factor s and the compressor C, the worker sends C(s v). The residual v - C(s v)
+stays in the worker's error memory, so no update is lost.
 """
 
 import logging
@@ -24,7 +24,7 @@ class Clip:
     `Workers.clip`."""
 
     step: int  # index t of the round, counted per fragment (parameters exchanged together)
-    worker: str  # rank of the worker, or with a manager its name in the log
+    worker: str  # rank of the worker; with elastic workers, the worker's name in hexadecimal
     factor: float  # scale factor of the update, in [0, 1)
 
 
@@ -32,8 +32,9 @@ class Clips:
     """Records of the workers' updates that were scaled down because their norms exceeded a limit (see `Workers.clip`),
     for one fragment, i.e. for parameters that are exchanged together.
 
-    `found` lists the records since construction or loading, and `count` is the number of records over the whole
-    training. With `logs`, the 1st, 2nd, 4th, ... consecutive clipped update of a worker is logged.
+    `found` lists the records since construction, or since a saved state was loaded. `count` is the number of records
+    over the whole training. If `logs` is True, a worker whose updates are clipped in consecutive rounds is logged at
+    the 1st, 2nd, 4th, ... of these rounds.
     """
 
     def __init__(self, *, logs: bool) -> None:
@@ -42,8 +43,9 @@ class Clips:
         self._in_a_row: dict[str, int] = {}
 
     def record(self, step: int, factors: Tensor, workers: Sequence[str]) -> None:
-        """Record the clipped updates of an applied round. `factors`, float64[W], are the scale factors of all workers'
-        updates, and `workers` are the names of the workers. If `workers` is empty, ranks are used as names."""
+        """Record the clipped updates of the applied round with the index `step`. `factors`, float64[W], are the scale
+        factors of all workers' updates, and `workers` are the names of the workers. If `workers` is empty, ranks are
+        used as names."""
         names = workers or [str(rank) for rank in range(len(factors))]
         found = [Clip(step, name, s) for name, s in zip(names, factors.tolist(), strict=True) if s < 1]
         self.found += found
@@ -61,7 +63,8 @@ class Clips:
 
 
 class Standing(IntEnum):
-    """The ways in which the clipping of a round treats a worker's update."""
+    """The part that a worker's update has in the clipping of a round: whether it is limited, and whether its norm is
+    counted in the median from which the limit is computed."""
 
     ABSENT = 0  # the worker is not in the round
     LIMITED = 1  # the worker's update is limited, but its norm is not counted in the median
@@ -76,12 +79,12 @@ def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
-    """Return the factors by which the workers' updates are scaled, float64[W]: min(1, most m / norm) for each worker.
+    """Return the factor by which each worker's update is scaled, float64[W]. It is min(1, most m / norm).
 
-    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. `most` is the limit on
-    a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even number of
-    norms, m is the lower of the two middle norms, so that half of the workers cannot raise it. The factor of an absent
-    worker is 1.
+    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have one entry per worker, by rank. `most` is the
+    limit on a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even
+    number of norms, m is the lower of the two middle norms, so that half of the workers cannot raise it. The factor of
+    an absent worker is 1.
     """
     norms = widened(norms)
     limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()

@@ -34,7 +34,7 @@ from packsaddle.local.start import check_first_step, share_start
 from packsaddle.numerics.devices import to_device
 
 _log = logging.getLogger("packsaddle")
-# Advice for an argument that differs between workers, by the beginning of the argument's name.
+# Advice for the error that an argument differs between workers, by the first characters of the argument's name.
 _HINTS = {
     "every=": "For workers of different speeds, keep `every` equal and set workers=Workers(weight='steps'), with which "
     "a slow worker makes fewer steps in a round, or give the faster workers larger batches and "
@@ -56,8 +56,8 @@ class Connection:
 
     @classmethod
     def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
-        """Return this worker's connection to the other workers, as set by `options`. `is_split` is True if each process
-        of the worker has only a part of the parameters."""
+        """Return this worker's connection to the other workers, as set by `options`. `device` is the device of the
+        exchanged tensors. `is_split` is True if each process of the worker has only a part of the parameters."""
         workers = options.workers
         group: Group
         if isinstance(workers, Elastic):
@@ -88,7 +88,8 @@ class FixedWorkers:
         fragments: the parts of the model, each of which is exchanged separately.
         schedule: the steps after which each fragment is exchanged.
         outer: the outer optimizer of the anchor, or None.
-        announce: a function that announces a collective to the workers whose data has ended, within torch's `Join`.
+        announce: a function to call before collectives. Within torch's `Join` it signals to the workers whose data has
+            ended that they must join the collectives.
     """
 
     steps = 0  # the number of inner steps of this worker
@@ -150,7 +151,7 @@ class FixedWorkers:
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Run the collectives that are due after inner step number `steps`: the check of the first step, and exchanges
-        that begin or end. Returns True if any of them ran.
+        that begin or end. Returns True if at least one collective ran.
 
         `has_ended` is True if this worker's data has ended, so that it joins the exchanges without training. After the
         first step, `parameters` must have the gradients of that step.
@@ -177,12 +178,13 @@ class FixedWorkers:
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
         """Begin or end the exchanges that are due at one `tick`, the schedule's unit of time, of which a round has
-        `every`. Returns True if there were any. `due` has pairs of a fragment (parameters exchanged together) and a
-        bool, which is True if the exchange of the fragment begins and False if it ends."""
-        # With a delay, an exchange that should end now may already have been applied by a flush.
+        `every`. Returns True if at least one exchange began or ended. `due` has pairs of a fragment (parameters
+        exchanged together) and a bool, which is True if the exchange of the fragment begins and False if the exchange
+        ends."""
+        # With a delay, a flush may have applied an exchange before its end was due. Do not end such an exchange again.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # If all workers make equal numbers of steps, `after_step` has already announced the first step together with
-        # its exchanges.
+        # If all workers make equal numbers of steps, the call of `_announce` in `after_step` at the first step was also
+        # for the exchanges of that step. So do not announce them twice.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
             self._announce()
         for part, begins in due:
@@ -199,9 +201,10 @@ class FixedWorkers:
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
         """Apply the current paces, i.e. the numbers of inner steps that the workers make in a round, to this worker's
-        schedule from inner step `step` on. With weight="steps", the paces also become the workers' weights in the mean.
+        schedule for the inner steps after number `step`. With weight="steps", the paces also become the workers'
+        weights in the mean.
 
-        In the first `idle` steps after that, the schedule does not advance.
+        In the first `idle` steps after number `step`, the schedule does not advance.
         """
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
@@ -212,17 +215,18 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds. If several
-        processes have shards of the worker's model, their times are summed, so that all of them return the same number.
-        Returns 0 if the time is unknown."""
+        """Return the mean time of an inner step of this worker since the last reading of its clock, in nanoseconds. If
+        several processes have shards of the worker's model (`part` has their groups), the times of these processes are
+        summed, so that all of them return the same number. Returns 0 if the time is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
         """Begin a round of one fragment (parameters exchanged together) at `tick`, the current time of the schedule. If
-        exchanges have a delay, the round runs in the background. If it is a flush, i.e. an exchange of all pending
-        updates at the end of training, `flush` is its compressor; otherwise `flush` is None."""
-        # A flush has no delay, and all workers take part in it.
+        exchanges have a delay, the round runs in the background. `flush` is the compressor of a flush, i.e. of an
+        exchange of all pending updates. For an ordinary round `flush` is None."""
+        # A flush has no delay. All workers exchange their updates in it, also workers that are not in the random
+        # sample.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
         weights = self._participation.weights if flush else self._participation.weights_after(tick)
@@ -256,7 +260,8 @@ class FixedWorkers:
         return bool(r.applied)
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
-        """Apply the running exchanges, and exchange all pending updates (see `LocalUpdates.flush`); collective."""
+        """Apply the running exchanges, then exchange all pending updates (see `LocalUpdates.flush`); collective.
+        Returns True if all of these exchanges were applied, and False if at least one was rejected."""
         steps = self._schedule.tick(steps)
         self._announce()
         if compressor is not None:
@@ -286,7 +291,8 @@ class FixedWorkers:
         compressor.validate(sum(part.compressed_d for part in self._fragments))
 
     def mean(self, vectors: Sequence[Tensor], steps: int) -> Sequence[Tensor]:
-        """Replace vectors with their means over workers, weighted by `Workers.weight`, in place; collective."""
+        """Replace each vector with its mean over workers, weighted by `Workers.weight`, in place, and return the
+        vectors; collective. Call after inner step number `steps`."""
         steps = self._schedule.tick(steps)
         self._announce()
         for vector in vectors:
@@ -295,7 +301,8 @@ class FixedWorkers:
         return vectors
 
     def average(self, tensors: Iterable[Tensor], steps: int) -> None:
-        """Replace tensors with their means over workers (see `LocalUpdates.average`); collective."""
+        """Replace each tensor with its mean over workers, in place (see `LocalUpdates.average`); collective. Call after
+        inner step number `steps`."""
         tensors = list(tensors)
         for t in tensors:
             if not isinstance(t, Tensor):
@@ -316,18 +323,19 @@ class FixedWorkers:
         self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
-        """Raise RuntimeError on all workers unless all of them make the same collective call, such as "saves a
-        checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
+        """Raise RuntimeError on all workers unless all of them are about to make the same collective `call`, such as
+        "saves a checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
-    # Properties of the schedule: whether an exchange begins, and whether this worker takes part in it.
+    # Queries of the schedule: whether an exchange begins, and whether this worker is in it.
 
     def exchanging(self, steps: int) -> bool:
         """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""
         return any(event.begins for event in self._schedule.after(steps))
 
     def sampled(self, steps: int) -> bool:
-        """Return True if this worker is in the first exchange after inner step `steps`."""
+        """Return True if this worker is in the next exchange that begins after inner step number `steps`, i.e. if it is
+        in the random sample of that exchange."""
         return self._participation.weights_after(self._schedule.next_begin(steps))[self.channel.group.rank] > 0
 
     def check_fixed(self, call: str) -> None:
@@ -339,7 +347,7 @@ class FixedWorkers:
     def leave(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("leave"))
 
-    # Counts, and the saved state.
+    # Numbers of workers and steps, and the saved state.
 
     lost = waiting = 0.0
 
@@ -353,8 +361,8 @@ class FixedWorkers:
         return self._pacing.steps
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps that all workers together have made when this worker has made `steps`. If
-        workers make different numbers of steps in a round, only the steps of complete rounds count."""
+        """Return the number of inner steps that all workers together have made when this worker has made `steps` steps.
+        If workers make different numbers of steps in a round, only the steps of complete rounds count."""
         schedule = self._schedule
         return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 
@@ -369,8 +377,9 @@ class FixedWorkers:
         return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
-        """Restore the saved schedule of exchanges. If the number of workers has changed, choose new paces, i.e. numbers
-        of inner steps of the workers in a round. Call after the saved paces are loaded."""
+        """Restore the saved schedule of exchanges. If the number of workers has changed since the schedule was saved,
+        restart with new paces, i.e. numbers of inner steps of the workers in a round. Call after the saved paces are
+        loaded."""
         self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh

@@ -85,11 +85,12 @@ class Fragment(Slice):
         return [each.parameter for each in self.trained if each.requires_grad]
 
     def use(self, compressor: Compressor, owners: Sequence[int] | None = None) -> None:
-        """Use this compressor from now on. In a two-way exchange, the workers with the ranks `owners` average the
-        messages; None: all workers do.
+        """Set the compressor of the following exchanges. In a two-way exchange each of the workers with the ranks
+        `owners` averages one chunk of the vector. If `owners` is None, each worker averages one.
 
-        The start point, from which this worker's local update is measured, may move, but the parameters x do not.
-        Raises ValueError if the exchange does not support the compressor.
+        In a two-way exchange the start point, from which this worker's local update is measured, may move; the
+        parameters x and the local update do not change. Raises ValueError if the exchange does not support the
+        compressor.
         """
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.feedback.choice.aggregator.owners = owners
@@ -97,9 +98,9 @@ class Fragment(Slice):
         self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
-        """Remove the aggregator (which averages messages) that a flush, i.e. an exchange of all pending updates, has
-        used. A saved state could not restore it, since the compressor of the next round may be different. The
-        parameters do not move."""
+        """Remove the aggregator (which averages messages) of a flush, i.e. of an exchange of all pending updates. Call
+        after the flush. A saved state with this aggregator could not be restored, since loading sets the compressor of
+        a round, which may differ from the flush's. The parameters do not move."""
         self.feedback.drop_aggregator()
         self.anchor.own(self.feedback.owned)
 
@@ -124,15 +125,16 @@ class Fragment(Slice):
         return self.options.compression.at(max(0, self.rounds - 1))
 
     def abandon(self) -> None:
-        """Wait for the current round, even if it failed, and roll it back."""
+        """Wait until the current round ends, ignore its error if it has failed, and roll the round back. No-op if there
+        is no current round."""
         if self.current is not None:
             with suppress(Exception):  # an error of the round does not matter, since the round is rolled back
                 self.current.call.wait()
             self.roll_back()
 
     def roll_back(self) -> None:
-        """Cancel the current round, if there is one. The error memory is rolled
-        back unless the round was already closed."""
+        """Cancel the current round, if there is one. The error memory is rolled back to its value before the round,
+        unless the round was already closed."""
         r, self.current = self.current, None
         if r is not None and r.exchanged is not None:
             r.finish(commit=False)
@@ -141,8 +143,8 @@ class Fragment(Slice):
         """Close the current round, apply its mean update to the anchor (the parameters on which all workers last
         agreed), and move the parameters x with the anchor; return the round.
 
-        If the round was rejected, the anchor does not change, and only a worker whose update was invalid resets x to
-        the point at which it continued after the last exchange.
+        If the round was rejected, the anchor does not change. A worker whose update was invalid then resets x to the
+        point at which it continued after the last exchange; on the other workers x does not change either.
         """
         r = self.current
         assert r is not None
@@ -151,12 +153,12 @@ class Fragment(Slice):
         if r.applied:
             assert r.mean is not None
             self.rounds += 1
-            # A flush covers fewer steps than a round, or none, so its mean is subtracted without the outer optimizer,
-            # whose momentum would move the anchor too far.
+            # A flush includes fewer inner steps than a round, or none. So its mean is subtracted without the outer
+            # optimizer, whose momentum would move the anchor as far as after a whole round.
             outer, mean = None if r.flush else outer, r.mean
             if outer is not None and self.options.mean_momentum and isinstance(mean, Tensor):
-                # torch's foreach SGD changes the gradients that it gets, and the mean is still needed for
-                # `mean_momentum`.
+                # Pass a copy, since torch's foreach SGD changes its gradients in place, and `mean_momentum` uses the
+                # mean afterwards.
                 mean = mean.clone()
             with self.anchor.fixed_update([] if r.agrees else r.frozen):
                 self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
@@ -200,10 +202,11 @@ class Fragment(Slice):
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return the saved-state fields of these parameters' exchanges; `path` is the prefix of their keys.
+        """Return the fields of the saved state that belong to this fragment, such as its anchor and its error memory.
+        `path` is the prefix of the fields' keys.
 
-        Call after the current round is closed, and call `resume` after loading the fields. A delayed exchange is saved
-        with its outcome.
+        Call after the current round is closed, and call `resume` after loading the fields. An exchange that is closed
+        but not yet applied, because of a delay, is saved with its outcome.
         """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         exchange = Value(
@@ -243,8 +246,9 @@ class Fragment(Slice):
         self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator, which averages messages, and the part of the local update that the parameters do not
-        contain (`Anchor.owed`). Call after the saved-state fields are loaded."""
+        """Restore, from the saved state `saved` of this fragment, the aggregator, which averages messages, and the part
+        of the local update that the parameters do not contain (`Anchor.owed`). Call after the saved-state fields are
+        loaded."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if aggregator is not None:
             # The saved aggregator was used in the last round or, if an exchange with a delay was running, in that
@@ -283,14 +287,16 @@ class Fragment(Slice):
         return {} if flat is None else self.by_name(flat)
 
     def _fill(self, flat: Tensor, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors, given by parameter name, into a flat vector, float[n]."""
+        """Copy the tensors `saved`, given by parameter name, into the vector `flat`, float[n], in place."""
         for name, view in self.by_name(flat).items():
             view.copy_(saved[name])
 
 
 def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
-    """Check the compressor of the first round, and set it in each of the `fragments`, i.e. parts of the model. Warnings
-    are issued with `stacklevel` as if the caller of this function called `warnings.warn`."""
+    """Check the compressor of the first round against the model's size, and set it in each of the `fragments`, i.e.
+    parts of the model. Raises ValueError if the compressor does not support the number of compressed coordinates, and
+    warns if no tensor is large enough to be compressed. Warnings are issued with `stacklevel` as if the caller of this
+    function called `warnings.warn`."""
     d = sum(part.compressed_d for part in fragments)
     warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=stacklevel)
     spec.at(0).validate(d)
@@ -309,9 +315,10 @@ def partition(
     """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps. Return
     the fragments and the schedule of their exchanges.
 
-    Each fragment is due `every` / `fragments` steps before the preceding one. Shards of DTensors are in separate
-    fragments from whole tensors, which must stay identical on all processes of a worker. Raises ValueError for more
-    fragments than parameters.
+    In a round of `every` steps, the exchange of each fragment begins `every` / P steps before that of the preceding
+    fragment, where P is the number of fragments (`Overlap.fragments`). A fragment has either shards of DTensors or
+    whole tensors. They are not mixed, since whole tensors must stay identical on all processes of a worker. Raises
+    ValueError if `Overlap.fragments` exceeds the number of parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names, overlap = list(parameters), options.overlap
@@ -328,7 +335,8 @@ def partition(
 
 
 def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
-    """Split a list of names into consecutive non-empty parts of approximately equal total size."""
+    """Split a list of parameter names into `parts` consecutive non-empty lists, whose parameters have approximately
+    equal numbers of elements in total. `sizes` has the number of elements of each parameter."""
     if parts > len(names):
         raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
     total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]

@@ -1,6 +1,7 @@
 """The inner optimizers, which step on each worker separately.
 
-This module collects their parameters, and checks that every parameter that is trained is also exchanged.
+This module collects the parameters of these optimizers, and checks that every parameter that one of them trains is also
+exchanged.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -29,15 +30,17 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
-# Settings of torch's optimizers that select an implementation, and do not change the steps.
+# Keys of a torch optimizer's settings that do not change the optimizer's steps: the parameters, and the choice of an
+# implementation.
 _IMPLEMENTATIONS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
 
 
 def settings_of(optimizers: Iterable[Optimizer], *, of_groups: bool) -> dict[str, object]:
-    """Return the class and the settings of each optimizer by name, to compare them between workers.
+    """Return the class and the settings of each optimizer as one dict, to compare the dicts of different workers. The
+    keys are names such as "optimizer[0].defaults.lr".
 
-    With `of_groups`, the settings are the current ones of the optimizer's parameter groups. Otherwise they are the
-    optimizer's defaults. Settings that are objects are omitted.
+    With `of_groups`, the settings are the current ones of the optimizer's parameter groups. Otherwise the settings are
+    the optimizer's defaults. Settings other than numbers, strings, bools, None and lists of these are omitted.
     """
     found: dict[str, object] = {}
     for i, optimizer in enumerate(with_members(optimizers)):
@@ -58,15 +61,15 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    # The compressor may be a function of the round. The functions may return different compressors on different
-    # workers, so compare the compressors of round 0 here.
+    # Functions of the round that return a compressor cannot be compared between workers. So compare the compressors
+    # that the workers' functions return for round 0.
     if not isinstance(spec.compressor, Compressor):
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
     # The default of `mean_momentum` depends on the optimizers, so it is compared only if the optimizers are compared.
     fraction = same.pop("mean_momentum")
-    # Current settings of elastic workers may differ: a worker that joins later may be at another point of a
-    # learning-rate schedule than the other workers. So only defaults are compared.
+    # The current settings of elastic workers may differ: a worker that joins later may be at another point of a
+    # learning-rate schedule than the other workers. So for elastic workers only the defaults are compared.
     if workers.compare_optimizers:
         same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
@@ -149,7 +152,8 @@ class Shards:
     """
 
     def __init__(self, parameters: Iterable[Any], within: Group | None = None) -> None:
-        # Collect each group of processes once, in the order of the parameters, which is identical on all processes.
+        # Collect the process groups of the DTensors' meshes, each group once. Their order is that of the parameters,
+        # which is identical on all processes, as their collectives require.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
         # If `within` and the group of a mesh have the same processes, use `within`, since it may support tensors on
@@ -159,12 +163,13 @@ class Shards:
         self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[...], reduced with OR over all processes of this worker. The result is True where `bad` is
-        True on at least one of them."""
+        """Return `bad`, bool[...], reduced with OR over all processes of this worker. An element of the result is True
+        if this element of `bad` is True on at least one of these processes."""
         return self.digest(bad.to(torch.int32)) > 0 if self.groups else bad
 
     def any(self, bad: bool, device: torch.device) -> bool:
-        """Return True if `bad` is True on one of this worker's processes."""
+        """Return True if `bad` is True on at least one of this worker's processes. `device` is the device of the
+        reduced tensor."""
         return bool(self(torch.tensor(bad, device=device))) if self.groups else bad
 
     def digest(self, numbers: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects optimizers that train parameters of a model which the model's `LocalUpdates` does not exchange.
+    """Detects optimizers that train other parameters of the model than those that `LocalUpdates` exchanges.
 
     `parameters` are the exchanged parameters. `check` raises RuntimeError if an optimizer has stepped on a parameter
     that is not exchanged, but belongs to the same module as exchanged parameters. No error is raised if `checks` is
@@ -201,7 +206,7 @@ class OtherOptimizers:
 
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
         self._ours, self._group, self._checks = parameters, group, checks
-        # For each optimizer, the ids of the parameters on which it has stepped.
+        # For each optimizer, the ids of the parameters that had gradients in its first step.
         self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
         self._has_new = False  # True if an optimizer was recorded since the last `check`
         _watch_steps()
@@ -218,13 +223,13 @@ class OtherOptimizers:
         if not (self._has_new and self._checks):
             return
 
-        # Find the parameters of optimizers whose updates are exchanged neither by a
-        # `LocalUpdates` nor by the optimizer itself.
+        # Find the parameters that are trained by an optimizer of which neither a `LocalUpdates` nor the optimizer
+        # itself exchanges the updates.
         alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Select the parameters that share a module with exchanged parameters, and
-        # their names in the largest such module.
+        # Of these parameters, select those that are in a module together with exchanged parameters. Their names are
+        # those in the module that has the most of them.
         modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
         shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
         missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]
@@ -244,9 +249,11 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 
 @cache
 def _watch_steps() -> None:
-    """Register a hook that records which torch optimizers step, for each `OtherOptimizers`. Further calls are no-ops.
+    """Register one hook for all torch optimizers, which calls `OtherOptimizers.note` of each existing `OtherOptimizers`
+    after an optimizer's step. Further calls are no-ops.
 
-    The hook is never removed. If garbage collection removed it, that could happen while torch iterates over its hooks.
+    The hook is never removed. If it were removed by garbage collection, the removal could happen while torch iterates
+    over its hooks.
     """
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -258,8 +265,8 @@ def _watch_steps() -> None:
 
 
 def stepped_optimizers() -> list[Optimizer]:
-    """Return all torch optimizers that have stepped since one of the existing `LocalUpdates` was made, ordered by their
-    first steps."""
+    """Return all torch optimizers that have stepped since at least one of the existing `LocalUpdates` was made. For
+    each `LocalUpdates` they are ordered by their first steps."""
     return [o for watch in list(_watches) for found in watch.stepped.keyrefs() if (o := found()) is not None]
 
 

@@ -1,8 +1,9 @@
 """Collectives of local updates. They run in the same order on all workers, each after a check that all workers make the
 same call at the same step.
 
-If the compressor is a function of the round, the check compares the compressors too. If workers made different calls,
-collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
+If the compressor is a function of the round, the check also compares the compressors that the function returns. Without
+the check, if workers made different calls, collectives of different sizes would be paired: gloo would abort the
+process, and NCCL would hang.
 """
 
 import logging
@@ -46,8 +47,8 @@ class Header:
     """The integers that each worker sends before a collective, to check that all workers make the same call."""
 
     call: int  # index of the call in `Call`
-    steps: int  # number of inner steps
-    compressor: int  # hash of the compressor; 0: not compared
+    steps: int  # number of inner steps; with `Workers(weight="steps")` of ticks (see `Schedule`)
+    compressor: int  # hash of the compressor; 0: the compressors are not compared
     frozen: int  # hash of the names of the frozen parameters
     standing: int = Standing.ABSENT
     nanoseconds: int = 0  # time of an inner step, sent only with `Workers(weight="steps")`; 0: unknown
@@ -63,7 +64,7 @@ HEADER = 8 * _SIZE  # bytes of a header, not counting the time
 
 @dataclass
 class PendingCall:
-    """A collective that was started, with the check that all workers made the same call."""
+    """A collective that was started, and the check, to be made after it, that all workers made the same call."""
 
     wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
     # Compares the calls, and returns True if the frozen parameters are identical on all workers. Call after `wait`.
@@ -76,10 +77,11 @@ class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call; the ledger
     records the bytes of the check as "guard".
 
-    `behind` runs collectives that overlap with inner steps; if it is None, no collective overlaps. With `norms`, every
-    check also sends the norm of the worker's update (0 in calls without an update), so that the checks of all calls
-    have the same size. With `paced`, every check also sends the time of an inner step, and calls other than exchanges
-    may follow different numbers of steps on different workers.
+    `behind` runs collectives in a background thread, so that they overlap with inner steps; if it is None, collectives
+    run in the calling thread. With `norms`, every check also sends the norm of the worker's update (0 in calls without
+    an update), so that the checks of all calls have the same size. With `paced`, every check also sends the time of an
+    inner step, and no warning is logged if calls other than exchanges follow different numbers of steps on different
+    workers.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Lockstep:
         self._waits = device.type == "cpu" or channel.group.stages(device)
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
-        """Run the collective `work` after all background work, and raise the errors of `work`.
+        """Run the collective `work` after all collectives that were started before, and raise the errors of `work`.
+        `call` is the name of this worker's call, and `steps` its number of steps.
 
-        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
+        Raises RuntimeError if `call` differs between workers, or if the call is the exchange of a round and `steps`
+        differs.
         """
         started = self.start(call, steps, work)
         started.wait()
@@ -113,12 +117,13 @@ class Lockstep:
         may_be_late: bool = False,
         nanoseconds: int = 0,
     ) -> PendingCall:
-        """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
+        """Start the collective `work`, in the background if there is a background thread. Returns the pending call,
+        which the caller waits for and then checks. `result` is the tensor that `work` computes, or None.
 
         The methods `wait` and `check` of the returned call raise the errors that `run` would raise. `check` returns
         True if all workers have the same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers'
-        calls are compared only in `check`, so that the host does not wait here. If a `compressor` is given, the calls
-        are always compared before `work`.
+        calls are compared only in `check`, so that the host does not wait for the GPU in `start`. If a `compressor` is
+        given, the calls are always compared before `work`.
 
         `norm`, float32[1], the norm of this worker's update, is gathered together with the workers' calls. Then `work`
         is called with all workers' norms, float32[W], and standings, int64[W] (see `Standing`).
@@ -163,8 +168,8 @@ class Lockstep:
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`); collective. Returns the
-        headers, int64[W, 5 or 6], and a list. The list has the workers' norms, float32[W], and standings, int64[W] (see
-        `Standing`), or is empty if `norm` is None."""
+        headers, int64[W, 5], or int64[W, 6] if they include the time of a step, and a list. The list has the workers'
+        norms, float32[W], and standings, int64[W] (see `Standing`), or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -181,14 +186,15 @@ class Lockstep:
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
-        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append the workers'
-        step times to `times`. Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run`
-        does.
+        """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append each
+        worker's time of an inner step to `times`. `compressor` is this worker's compressor, for the error message.
+        Returns True if all workers have the same frozen parameters. Raises RuntimeError as `run` does.
 
         In a call other than an exchange, such as `flush`, workers may have made different numbers of steps; rank 0 then
         logs a warning.
         """
-        # Find the first worker that differs from worker 0 in its call, or else in its steps, or else in its compressor.
+        # Find the first worker whose call differs from worker 0's. If there is none, find the first whose number of
+        # steps differs, and otherwise the first whose compressor differs.
         first, *_ = rows = [Header(*row) for row in headers]
         times += [row.nanoseconds for row in rows]
         agreed = len({row.frozen for row in rows}) == 1

@@ -1,12 +1,13 @@
-"""The first moments of Adam-like inner optimizers, mixed with the workers' mean update after an exchange.
+"""After an exchange, mixes the workers' mean update into the first moments of Adam-like inner optimizers.
 
-Between exchanges a worker's first moment m follows its own gradients, with their noise. With
+Between exchanges a worker's first moment m is a running mean of its own gradients, including their noise. With
 `LocalUpdates(mean_momentum=c)` each parameter's m becomes, after a round with the mean update u,
 
     m <- (1 - c) m + c ||m|| d / ||d||,    d = sqrt(v) * u (elementwise)
 
-where v is the second moment, so that a step m / sqrt(v) continues along u. The rule needs no additional communication.
-It is ours, measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
+where v is Adam's second moment of the parameter. So Adam's next step, along m / sqrt(v), has the direction u if c is 1.
+The rule needs no additional communication, and is ours, measured in experiments/muon; FedCM (Xu et al. 2021) instead
+adds u to every local gradient.
 """
 
 import logging
@@ -30,12 +31,14 @@ _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
 
 
-_USUAL = 0.5  # default of `mean_momentum` with Adam; measured losses were lowest with it
+_USUAL = 0.5  # default of `mean_momentum` with Adam, the fraction with the lowest measured losses
 
 
 def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
-    """Return the default of `mean_momentum`. It is 0.5 if, judged by class names, an optimizer is Adam or a variant of
-    it and none is Muon, and if the outer optimizer is not known to have a momentum. Otherwise it is 0."""
+    """Return the default of `LocalUpdates.mean_momentum`. The default is 0.5 if three conditions hold: an optimizer is
+    Adam or a variant of it, none is Muon, and `outer` has no momentum. Otherwise it is 0. The optimizers are recognized
+    by their class names. A function as `outer` counts as an optimizer with a momentum unless it has an attribute
+    `momentum` that is 0."""
     names = [type(optimizer).__name__.lower() for optimizer in with_members(optimizers)]
     then = outer.then if isinstance(outer, OuterAgreement) else outer
     outer_momentum = 0.0 if then is None else getattr(then, "momentum", 1.0)
@@ -46,8 +49,9 @@ def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
 class MeanMomentum:
     """Mixes the workers' mean update into the first moments of Adam-like optimizers.
 
-    `fraction` is c in [0, 1], the weight of the mean update, and `shards` sums norms over a worker's processes. Raises
-    ValueError if all optimizers are torch's, and none is Adam or a variant of it with an elementwise second moment.
+    `fraction` is c in [0, 1] in the module's formula, the weight of the mean update. `shards` sums norms over a
+    worker's processes. Raises ValueError if all optimizers are classes of torch, and none of them is Adam or a variant
+    of Adam with an elementwise second moment.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
@@ -62,8 +66,8 @@ class MeanMomentum:
             )
 
     def warn_if_advised_against(self, outer: Optimizer | None, *, stacklevel: int) -> None:
-        """Warn if an optimizer is Muon or `outer` has a momentum, since measured losses were then higher with
-        `mean_momentum` than without it."""
+        """Warn if an inner optimizer is Muon, or if the outer optimizer `outer` has a momentum. In both cases measured
+        losses were higher with `mean_momentum` than without it."""
         muons = [type(o).__name__ for o in self._optimizers if "muon" in type(o).__name__.lower()]
         groups = [] if outer is None else outer.param_groups
         others = [f"outer={type(outer).__name__} with momentum"] if any(map(_has_momentum, groups)) else []
@@ -77,12 +81,12 @@ class MeanMomentum:
     def __call__(self, r: LocalRound) -> None:
         """Mix the mean update of an applied round into the first moments.
 
-        No-op after a flush (an exchange of all pending updates), since its update covers fewer steps than a round, and
-        with one worker, since the worker's own update is the mean.
+        No-op after a flush (an exchange of all pending updates), since its update includes fewer steps than that of a
+        round. No-op with one worker too, since the mean update is then the worker's own update.
         """
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
-            # With `offload` the mean is on the CPU: make one copy for all parameters.
+            # With `offload` the mean is on the CPU. Copy it to the parameters' device once, as one vector.
             named = r.part.named(to_device(r.mean, local_part(r.part.parameters[0]).device))
             updates = [None if place.name in r.frozen else update for place, update in named]
             self.mix(r.part.parameters, updates)
@@ -91,12 +95,14 @@ class MeanMomentum:
         """Mix the mean update of each parameter into its first moment, in place. The update of a frozen parameter is
         None.
 
-        No-op for a parameter that is frozen, that has no moments of its shape, whose moments are non-finite, or whose
-        mean update is 0. Collective over the processes that have shards of this worker's parameters. Logs a warning at
-        the first call if no parameter has moments, unless one of the optimizers is a torch optimizer with moments.
+        No-op for a parameter that is frozen, whose moments are missing, non-finite or of another shape than the
+        parameter, or whose mean update is 0. Collective over the processes that have shards of this worker's
+        parameters. Logs a warning at the first call if no parameter has moments, unless one of the optimizers is
+        torch's Adam or a variant of it.
         """
-        # Compute the norms of each first moment m and its new direction d. Parameters without moments are included, so
-        # that all processes sum tensors of equal size even if one process has lost its moments.
+        # For each parameter, compute the norm of its first moment m and the norm of the new direction d. For a
+        # parameter without moments both are 0, so that all processes sum vectors of equal size even if one process has
+        # lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
         device = local_part(parameters[0]).device
         norms = torch.zeros(2 * len(moments), dtype=wide(device), device=device)
@@ -107,7 +113,7 @@ class MeanMomentum:
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
         # Scale each direction d to the norm of its first moment m, and mix it into m. If the scale is not finite, m is
-        # unchanged. The host reads no scale, so it does not wait for a GPU.
+        # unchanged. The test is made on the parameters' device, so the host does not wait for a GPU.
         scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
         for found, scale in zip(moments, scales, strict=True):
             if found is not None:
@@ -120,9 +126,9 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return a parameter's first moment m, second moment v and mean update. If the parameter is sharded, they are
-        this process's shards. Returns None if the parameter is frozen, i.e. has no update, or if it has no moments of
-        its shape."""
+        """Return the first moment m and the second moment v of the parameter `p`, and its mean update on their device.
+        If the parameter is sharded, the three tensors are this process's shards. Returns None if the parameter is
+        frozen, i.e. if `update` is None, or if the optimizer has no moments with the parameter's shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         # With amsgrad, Adam divides by the maximum of the second moments, so use that as v.
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
@@ -138,5 +144,5 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
     """Return d = sqrt(v) * u, the direction of a first moment m for which Adam's step m / sqrt(v) is along the update
-    u. It is in at least float32. All tensors are on one device."""
+    u. d has at least float32 precision. All tensors are on one device."""
     return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)

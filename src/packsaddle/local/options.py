@@ -32,7 +32,7 @@ def _is_number(value: object) -> bool:
 
 def _check_options(options: "Workers | Elastic") -> None:
     """Validate `clip` and `compare_optimizers`, the fields that `Workers` and `Elastic` have in common. Raises
-    ValueError or TypeError."""
+    ValueError if `clip` is out of range, and TypeError if `compare_optimizers` is not a bool."""
     clip = options.clip
     if not isinstance(options.compare_optimizers, bool):
         raise TypeError(f"compare_optimizers must be True or False, got {options.compare_optimizers!r}")
@@ -47,14 +47,14 @@ class Overlap(Option):
     Arguments of this type also accept an integer, as short for `Overlap(delay)`.
 
     Args:
-        delay: inner steps during which an exchange runs, at least 0 and below `every`. Above 0 it needs memory for
-            a copy of the parameters exchanged together.
-        fragments: P, the number of parts into which the model is split. They are exchanged at different steps,
-            every / P apart; each has consecutive parameters, and all have about equal numbers of elements. At least 1,
-            at most `every` and the number of parameters.
+        delay: inner steps during which an exchange runs, at least 0 and below `every`. A delay above 0 needs memory for
+            a copy of the exchanged parameters.
+        fragments: P, the number of parts into which the model is split. Each part has consecutive parameters, and all
+            parts have about equal numbers of elements. The exchanges of consecutive parts are every / P steps apart. P
+            is at least 1, and at most `every` and the number of parameters.
         blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) s + blend x, where x are
-            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If None, x
-            is s plus the progress during the exchange.
+            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If blend
+            is None, x becomes s plus the change of x during the exchange.
 
     Raises ValueError for a setting that is out of range.
 
@@ -84,29 +84,35 @@ class Workers(Option):
     Arguments of this type also accept a process group or a DeviceMesh, as short for `Workers(group)`.
 
     Args:
-        group: the process group of the workers; None is the default group, or this process alone without one. A
-            DeviceMesh of two or more dimensions has sites as workers: its first dimension numbers the sites, the others
-            the processes of a site, which train one model with DistributedDataParallel, FSDP2 or tensor parallelism.
-            Each process exchanges its part of the model with its peers in the other sites.
+        group: the process group of the workers. By default it is torch's default group or, if there is none, this
+            process alone. A DeviceMesh of two or more dimensions has sites as workers: its first dimension numbers the
+            sites, and the other dimensions number the processes of a site, which train one model with
+            DistributedDataParallel, FSDP2 or tensor parallelism. Each process exchanges its part of the model with its
+            peers in the other sites.
         weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
-            such as its number of examples; set on all workers or on none. By default weights are equal. With "steps"
-            each worker makes its own number of inner steps in a round, its pace, such that all end the round together,
-            and that number is its weight. The paces follow from the measured times of the workers' steps, and their sum
-            is W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
-            more than a tenth. `LocalUpdates.paces` returns them; end a training by `LocalUpdates.rounds`.
-        steps: fixed paces for weight="steps", one per worker by rank, such as {0: 12, 1: 4} or [12, 4]. Such a run
-            measures nothing, and is bitwise reproducible. If None, the paces follow from measured times.
-        sample: fraction of the workers, in (0, 1], that exchange in a round. They are drawn again for each round, as in
-            federated averaging. A worker that is not drawn keeps its local update, or skips the steps of the round
-            (see `LocalUpdates.sampled`).
-        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of
-            the workers in a round. The excess stays in the worker's error memory and is sent in later rounds; the
-            memory of a worker whose updates are always too long grows (see `Compression.decay`). Each worker scales its
-            own update, so this guards against wrong data and faulty hardware, not against a worker that reports a
-            wrong norm. `LocalUpdates.clips` lists clipped updates. By default there is no limit.
+            such as its number of examples. If it is set on one worker, it must be set on all. By default weights are
+            equal. With "steps" each worker makes its own number of inner steps in a round, its pace, such that all
+            workers end the round together. The pace is then the worker's weight. The paces follow from the measured
+            times of the workers' steps, and their sum is W times `every`, where W is the number of workers. The paces
+            are equal at first, and are chosen anew after two consecutive rounds in which the speed of a worker, as a
+            fraction of the sum of all speeds, differs by more than a tenth from its value at the last choice.
+            `LocalUpdates.paces` returns the paces. Training should end after a number of rounds
+            (`LocalUpdates.rounds`), not of steps, since numbers of steps differ between workers.
+        steps: fixed paces for weight="steps", i.e. the number of inner steps in a round of each worker, by rank, such
+            as {0: 12, 1: 4} or [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None,
+            the paces follow from measured times.
+        sample: fraction of the workers, in (0, 1], that exchange in a round. The workers of each round are drawn at
+            random, as in federated averaging. A worker that is not drawn keeps its local update, or skips the steps of
+            the round (see `LocalUpdates.sampled`).
+        clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
+            the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
+            error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
+            (see `Compression.decay`). Each worker scales its own update, so clipping guards against wrong data and
+            faulty hardware, but not against a worker that reports a wrong norm. `LocalUpdates.clips` lists clipped
+            updates. By default there is no limit.
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
-            setting of a parameter group, such as the learning rate. If they should differ, set it to False on all
-            workers.
+            setting of a parameter group, such as the learning rate. If the optimizers should differ, set it to False on
+            all workers.
 
     With a weight or a sample, escape checks are not supported. With a sample, `Overlap.blend` and weight="steps" are
     not supported either, nor is any exchange except "direct" and "two-way" (see `Compression`). Raises ValueError for a
@@ -127,8 +133,8 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round. An exchange must then keep no state that is only valid for one set
-        of workers."""
+        """True if workers may be absent in a round, i.e. with `sample` below 1. An exchange must then keep no state
+        that is only valid if the same workers take part in every round."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -156,39 +162,42 @@ class Elastic(Option):
 
     Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays and escape checks are not
     supported, nor is any exchange except "direct" and "two-way" (see `Compression`). In a two-way exchange, each worker
-    that sends an update in the round averages one chunk of the vector; the chunks have equal sizes, and are different
-    for other sets of workers.
+    that sends an update in a round averages one chunk of the vector. The chunks have equal sizes, so they change if
+    other workers send updates in the next round.
 
     A worker may be a site: all processes in torch's default group, each with a Manager from `connect(..., site=True)`.
-    They train one model with DistributedDataParallel or FSDP2, and join, leave and vote together. Only in a site may
-    parameters be DTensors, and then all parameters must be sharded.
+    The processes of a site train one model with DistributedDataParallel or FSDP2, and join, leave and vote together.
+    Only in a site may parameters be DTensors, and then all parameters must be sharded.
 
     Args:
-        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`); in a site also with
-            init_sync=False, since all sites must begin at the same parameters.
+        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`). In a site it must also
+            have init_sync=False, so the script must set equal initial parameters in all sites.
         memory_file: a file, different for each worker and for each process of a site, that stores the worker's unsent
             updates (its error memory) while it is absent, and is loaded when it joins. It is written on joining, in
             every round and on leaving, and locked by MEMORY_FILE.lock. By default no file is written.
-        weight: the worker's weight in the mean. By default it is 1 if the worker has stepped. With "steps" it is the
-            number of its inner steps since its last round. With a function that returns a running total, such as its
-            number of tokens, it is the increase of the total, summed over the processes of a site. Unless None, a
-            slower worker makes fewer inner steps in a round and a faster one more, so that all W workers end it
-            together. The sum of their steps is W times the steps between two rounds: `every` divided by the number of
-            fragments (see `Overlap`).
+        weight: the worker's weight in the mean. By default it is 1, or 0 if the worker has not stepped since the last
+            round that included its update. With "steps" it is the number of the worker's inner steps since that round.
+            With a function that returns a running total, such as the worker's number of tokens, it is the increase of
+            the total since that round, summed over the processes of a site. If `weight` is not None, a slower worker
+            makes fewer inner steps in a round and a faster one makes more, so that all W workers end the round
+            together. The sum of their steps is W times the number of steps between two rounds, which is `every` divided
+            by the number of fragments (see `Overlap`).
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
             `grace` are numbers, or text such as "90s" or "2min".
-        leave_on_sigterm: on SIGTERM save the error memory and end the process: the inner step, or the wait for other
-            workers, raises SystemExit. If the memory cannot be saved to a file, it is sent in one more round,
-            uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed. The
-            processes of a site leave together, after an inner step or a round; while they wait for other workers, they
-            save their memories, and wait for the round or the end of `grace`.
+        leave_on_sigterm: on SIGTERM save the error memory and end the process. The current inner step, or the wait for
+            other workers, then raises SystemExit. If the memory cannot be saved to a file, the worker sends it,
+            uncompressed, in one more round. The exit code is 0. It is 1 if updates are lost because that round was not
+            committed. The processes of a site leave together, after an inner step or a round; while they wait for other
+            workers, they save their memories, and wait for the round or the end of `grace`.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which the round that sends the worker's unsent
             updates must be committed.
-        clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
-        compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
-            class or in a default setting. If they should differ, set it to False on all workers.
+        clip: limit on the norm of a worker's update, as a multiple of the median norm of the workers' updates in the
+            round (see `Workers.clip`). By default there is no limit.
+        compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from those of the
+            other workers in class or in a default setting. If the optimizers should differ, set it to False on all
+            workers.
         group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
@@ -211,7 +220,7 @@ class Elastic(Option):
     compare_optimizers: bool = True
     group: Any = own(None)
 
-    may_be_absent: ClassVar[bool] = True  # True: elastic workers may be absent in a round, see `Workers.may_be_absent`
+    may_be_absent: ClassVar[bool] = True  # elastic workers may be absent; see `Workers.may_be_absent`
 
     @property
     def is_site(self) -> bool:
@@ -245,14 +254,16 @@ class Manager(Protocol):
     def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
 
 
-# Type of an argument `workers`.
+# Type of the argument `workers` of `LocalUpdates`.
 AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | None
 
 
 @dataclass(frozen=True)
 class OuterSGD(Option):
-    """DiLoCo's outer optimizer, with DiLoCo's defaults: Nesterov SGD on the anchor, i.e. on the parameters on which all
-    workers last agreed.
+    """DiLoCo's outer optimizer, Nesterov SGD, with DiLoCo's defaults.
+
+    In each round it makes a step on the anchor (the parameters on which all workers last agreed), with the workers'
+    mean update as the gradient.
 
     Args:
         lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
@@ -284,17 +295,18 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class OuterAgreement(Option):
-    """A step of the anchor (the parameters on which all workers last agreed) that lengthens the mean update of each
-    tensor if the workers' updates of the tensor disagree.
+    """A rule for the outer step: the more the workers' updates of a tensor differ, the more their mean is lengthened.
 
-    The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
-    r^p, where r is the ratio of the lengths (see `local.agreement`); r is 1 if all workers send the same update.
-    Each exchange sends four more bytes per tensor. The exchange of `flush` does not lengthen its update.
+    The outer step, set by `LocalUpdates.outer`, applies the mean update to the anchor, i.e. to the parameters on which
+    all workers last agreed. The mean of the workers' updates has a smaller norm than the updates, since their noise
+    cancels in the mean. The mean is multiplied by r^p. Here r is the root mean square of the norms of the updates,
+    divided by the norm of the mean (see `local.agreement`). If all workers send the same update, r is 1. Each exchange
+    sends four more bytes per tensor. The mean update of a `flush` is not multiplied.
 
     Args:
         p: the exponent, in [0, 1]; 0 leaves the mean update unchanged.
-        then: the outer optimizer that gets the lengthened mean update as its gradient, such as
-            `OuterSGD(lr=1.0, momentum=0.5)`. By default that update is subtracted from the anchor.
+        then: the outer optimizer that gets the lengthened mean update as its gradient, such as `OuterSGD(lr=1.0,
+            momentum=0.5)`. By default the lengthened mean update is subtracted from the anchor.
 
     Raises ValueError if p is out of range.
 
@@ -305,25 +317,25 @@ class OuterAgreement(Option):
     """
 
     p: float = 0.5
-    then: Outer | None = own(None)  # not compared between workers, unlike the optimizer that it returns
+    then: Outer | None = own(None)  # a function is not compared between workers; the optimizer that it returns is
 
     def __post_init__(self) -> None:
         if not (_is_number(self.p) and 0 <= self.p <= 1):
             raise ValueError(f"p must be in [0, 1], got {self.p!r}")
 
 
-AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
+AnyOuter = Outer | OuterAgreement | None  # type of the argument `outer` of `LocalUpdates`
 
 
 @dataclass(frozen=True)
 class LocalOptions(Option):
-    """The arguments of `LocalUpdates` as one value. Raises ValueError or TypeError for invalid or incompatible
-    arguments.
+    """The arguments of `LocalUpdates` that are options, such as `every` and `workers`, as one value. Raises ValueError
+    or TypeError for invalid options, and ValueError for options that exclude each other.
     """
 
     compression: Compression
     every: int
-    outer: Outer | None = own(None)  # not compared between workers, unlike the optimizer that it returns
+    outer: Outer | None = own(None)  # a function is not compared between workers; the optimizer that it returns is
     agreement: float = 0.0  # p of `OuterAgreement`; 0: the mean update is not lengthened
     mean_momentum: float = 0.0
     overlap: Overlap = Overlap()
@@ -352,7 +364,7 @@ class LocalOptions(Option):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         # Convert 1 to 1.0, since workers compare their arguments as text, in which 1 and 1.0 differ.
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
-        # Check types here, since an object of a wrong type would fail later, or be used as True.
+        # Check types here, since an object of a wrong type would raise an error only later, or would count as True.
         for name in ("keep_unsent", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -362,7 +374,7 @@ class LocalOptions(Option):
         if not (outer is None or callable(outer)) or isinstance(outer, type):
             expected = "OuterSGD(), or a function of the anchor's tensors that returns a torch optimizer"
             found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
-            # A class such as torch.optim.SGD is callable, but would use its default learning rate, 0.001.
+            # A class such as torch.optim.SGD could be called too, but would then use its default learning rate, 0.001.
             if isinstance(outer, type):
                 found = f"the class {outer.__name__} itself, which leaves its settings open"
             raise TypeError(f"outer must be {expected}, or None, got {found}")
@@ -372,7 +384,8 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Some options are not supported with elastic workers, or with fixed workers that have weights or are sampled.
+        # Raise ValueError for options that elastic workers, or fixed workers with weights or a random sample, do not
+        # support.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager")
             if overlap.delay:
@@ -390,7 +403,7 @@ class LocalOptions(Option):
         cls, compressor: Any, overlap: Any, workers: Any, noise: Any, outer: AnyOuter = None, **others: Any
     ) -> "LocalOptions":
         """Convert arguments of `LocalUpdates` to `LocalOptions`. In place of an option class, such as `Overlap` or
-        `Workers`, an argument may be its first field: a number, a process group or a Manager."""
+        `Workers`, an argument may be the value of the class's first field: a number, a process group or a Manager."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
         if hasattr(workers, "start_quorum"):
@@ -426,9 +439,9 @@ class LocalOptions(Option):
             raise ValueError(f'exchange must not be "senders" {where}')
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
-        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages. Raises
-        ValueError too if the parameters are DTensors (`sharded`) although workers join and leave and each is one
-        process."""
+        """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages. Also
+        raise ValueError if `sharded` is True, i.e. if the parameters are DTensors, and workers join and leave
+        (`Elastic`) without being sites."""
         if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "

@@ -1,10 +1,11 @@
-"""Outcomes of rounds: rejected rounds are counted, and optimizers that made parameters non-finite are reset.
+"""Reactions to the outcomes of rounds: rejected rounds are counted, and optimizers that made parameters non-finite are
+reset.
 
 A reset has up to two stages. First, non-finite entries are cleared from the state of every torch optimizer of the
 parameters, including optimizers inside a wrapper. If a step with finite gradients then makes a parameter non-finite
-again, an optimizer must store its state elsewhere. So, second, each inner optimizer's `state_dict` is read, its
-non-finite entries are cleared, and the result is loaded back. If a parameter becomes non-finite once more, the reset
-has failed, and all workers raise NonFiniteError.
+again, an optimizer must store non-finite state elsewhere. So, in the second stage, each inner optimizer's `state_dict`
+is read, the non-finite entries are cleared, and the result is loaded back. If a parameter becomes non-finite once more,
+the reset has failed, and all workers raise NonFiniteError.
 """
 
 import logging
@@ -32,9 +33,9 @@ _log = logging.getLogger("packsaddle")
 class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
-    NonFiniteError is raised after more than `most` consecutive rejected rounds (None: no limit). After a reset, the
-    parameters are checked in each step until all local updates are finite again. `agree` reduces a bool[...] with OR
-    over the processes of this worker.
+    NonFiniteError is raised after more than `most` consecutive rejected rounds (None: no limit). After an optimizer's
+    reset, the parameters are checked in each step until the local updates of all `fragments` (the parts of the model)
+    are valid again. `agree` reduces a bool[...] with OR over the processes of this worker.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Outcomes:
         """Update the progress of a reset of this worker's optimizers at the beginning of a round of one fragment
         (parameters exchanged together). Call before the exchange.
 
-        If the fragment's new update is valid, the fragment no longer counts as invalid. If it is invalid and the reset
-        has failed, this worker reports the failure to all workers in the round.
+        If the fragment's new update is valid, the fragment no longer counts as invalid. If the new update is invalid
+        and the reset has failed, this worker reports the failure to all workers in the round `r`.
         """
         part = r.part
         if self._waits and not bool(r.invalid):
@@ -115,11 +116,11 @@ class Outcomes:
         self.skips.check(self.skips.in_a_row)
 
     def check_step(self) -> None:
-        """Clear non-finite entries of the optimizers' state dicts, and load the state dicts back, if parameters are
-        non-finite after an inner step with finite gradients.
+        """Run the second stage of a reset if parameters are non-finite after an inner step with finite gradients: clear
+        non-finite entries of the optimizers' state dicts, and load the state dicts back. Call after each inner step.
 
-        If parameters become non-finite once more after that, the reset has failed. No-op unless this worker's last
-        local update of some parameters was invalid. Collective over the processes of this worker.
+        If the second stage has run before, the reset has failed instead. No-op unless this worker's last local update
+        of some parameters was invalid. Collective over the processes of this worker.
         """
         if not self._waits or self._failed:
             return
@@ -137,8 +138,8 @@ class Outcomes:
                 if not _all_finite(state):
                     optimizer.load_state_dict(_finite_part(state))
             except Exception:
-                # Do not raise here, since the other workers would wait for this worker in the next round. Its report in
-                # that round names a non-finite parameter.
+                # Do not raise here, since the other workers would wait for this worker in the next round. If a
+                # parameter is still non-finite then, this worker's report in that round names it.
                 _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
         self._reloaded = True
         self._restore()
@@ -162,8 +163,9 @@ class Outcomes:
                 optimizer.state.pop(p, None)
 
     def _restore(self) -> None:
-        """Reset the parameters of each fragment (parameters exchanged together) that has non-finite ones, since
-        gradients would spread an Inf or NaN to other parameters. Collective over the processes of this worker."""
+        """Reset the parameters of each fragment (parameters exchanged together) that has non-finite parameters. They
+        are reset to their values at the start of the running exchange or after the last one. Without a reset, gradients
+        would spread an Inf or NaN to other fragments. Collective over the processes of this worker."""
         for part in self._fragments:
             if not self._are_finite(part.trained_parameters):
                 # Reset to the values at the beginning of the running exchange, if there is one and the values are
@@ -180,8 +182,9 @@ class Outcomes:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
-    """Delete the optimizer's state of each parameter whose state is non-finite, and return the parameters concerned.
-    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
+    """Delete the optimizer's state of each parameter whose state is non-finite, and return these parameters. Non-finite
+    settings in parameter groups are set to the optimizer's defaults. If a setting has no finite default, a tensor is
+    set to 0, and a number is not changed."""
     cleared = {p for p, entry in optimizer.state.items() if not _all_finite(entry)}
     for p in cleared:
         del optimizer.state[p]
@@ -198,8 +201,9 @@ def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy of a state dict in which non-finite entries of "state" are removed, and all other non-finite
-    tensors are replaced with zeros."""
+    """Return a copy of a state dict in which the non-finite entries of each mapping called "state" are removed, and all
+    other non-finite tensors are replaced with zeros. `name` is the key of `value` in the state dict; None: `value` has
+    no key."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}
@@ -210,8 +214,8 @@ def _finite_part(value: Any, name: Any = None) -> Any:
 
 
 def _all_finite(value: Any) -> bool:
-    """Return True if no tensor in a nested value is non-finite and no number in it is NaN. Infinite numbers are
-    allowed, since settings may be infinite."""
+    """Return True if all tensors in a nested value (mappings, lists and tuples) are finite and none of its numbers is
+    NaN. Infinite numbers are allowed, since settings may be infinite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(is_finite(local_part(value)))
     if isinstance(value, Mapping):

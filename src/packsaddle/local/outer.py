@@ -31,8 +31,8 @@ class OuterOptimizer:
         self._names = {id(tensor): name for name, tensor in anchor.items()}
 
     def field(self) -> Value:
-        """Return the field of the saved state that contains the optimizer's state dict, and the names of the parameters
-        in each of its groups."""
+        """Return the field of the saved state that contains the optimizer's state dict, its class, and the names of the
+        parameters in each of its groups."""
         return Value(("outer",), dict[str, Any], self._state, self._load, self._check)
 
     @property
@@ -43,8 +43,8 @@ class OuterOptimizer:
         return {"class": type(self.optimizer).__name__, "names": self._groups, **self.optimizer.state_dict()}
 
     def _check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError unless the saved state is of an optimizer of this class, whose groups have the same
-        parameters as the groups of this optimizer."""
+        """Raise ValueError unless `saved` is the state of an optimizer of the same class as this one, and each of its
+        groups has the same parameters, in any order, as this optimizer's group with the same index."""
         name = type(self.optimizer).__name__
         if saved.get("class") != name:
             raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")
@@ -58,5 +58,5 @@ class OuterOptimizer:
         for group, theirs, ours in zip(saved["param_groups"], saved["names"], self._groups, strict=True):
             index = dict(zip(theirs, group["params"], strict=True))
             groups.append({**group, "params": [index[name] for name in ours]})
-        # Copy the saved tensors, since torch would change them in the next step.
+        # Copy the saved tensors, since `load_state_dict` does not, and the next step would change them in place.
         self.optimizer.load_state_dict(deepcopy({"state": saved["state"], "param_groups": groups}))

@@ -2,7 +2,8 @@
 
 The sum of the paces of W workers is W times the pace of equally fast workers, which is `every` for a fixed set of
 workers. So a round trains on as many examples as with equal paces, and the number of bytes per example does not change.
-A faster worker makes more steps than that, and a slower one fewer.
+A worker that is faster than the others makes more steps in a round than it would with equal paces, and a slower worker
+makes fewer.
 """
 
 import heapq
@@ -15,7 +16,8 @@ import torch
 
 from packsaddle.numerics.transfers import to_host
 
-# A worker's speed counts as changed if the relative change of its fraction of the sum of all speeds exceeds this.
+# Threshold of a change of speed: a worker's speed has changed if its fraction of the sum of all workers' speeds has
+# changed by more than this, relative to the fraction when the paces were chosen.
 _TOLERANCE = 0.1
 _ROUNDS = 2  # number of consecutive rounds with changed speeds after which the numbers of steps are chosen anew
 
@@ -24,10 +26,11 @@ def paces(times: Sequence[int], total: int) -> list[int]:
     """Return the number of inner steps of each worker in a round, at least 1, such that the workers make `total` steps
     together, and the last of them ends the round as early as possible.
 
-    `times` are positive times of the workers' steps, as integers, so that all workers compute the same result.
+    `times` has the time of a step of each worker, by rank, as positive integers, so that all workers compute the same
+    result.
     """
     steps = [1] * len(times)
-    # For each worker, the time at which it would end the round with one more step, and its rank.
+    # For each worker, the time at which it would end the round if it made one more step, and its rank.
     ends = [(2 * t, i) for i, t in enumerate(times)]
     heapq.heapify(ends)
     for _ in range(total - len(steps)):
@@ -44,7 +47,7 @@ class Pacing:
 
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round; equal to `steps` unless they were just chosen anew
-    times: list[int]  # nanoseconds per step of each worker when the paces were chosen; all 1: not measured
+    times: list[int]  # nanoseconds per step of each worker when the paces were chosen; 1 for all: not measured
     changed: int = 0  # number of consecutive rounds in which the relative speeds differed from those of `times`
 
     @classmethod
@@ -57,8 +60,9 @@ class Pacing:
         return cls(steps, steps, [1] * workers)
 
     def measure(self, times: Sequence[int]) -> None:
-        """Choose the workers' numbers of steps in the next round, if their speeds have changed in two consecutive
-        rounds. `times` are the mean nanoseconds of each worker's step in this round.
+        """Choose the workers' numbers of steps in the next round anew if a worker's speed in two consecutive rounds
+        differed from its speed when the numbers were chosen last. `times` are the mean nanoseconds of each worker's
+        step in this round.
 
         No-op if one of the times is 0, i.e. unknown, or if there are no times.
         """
@@ -80,8 +84,8 @@ def _parts(times: Sequence[int]) -> list[float]:
 class StepClock:
     """Measures the time of this worker's inner steps, without the time of exchanges.
 
-    The caller counts the steps since the last reading in `steps`. Before and after an exchange the host waits for
-    `device`. If `device` is None, nothing is measured.
+    The caller counts the steps since the last reading in `steps`. At the beginning and the end of `paused`, the context
+    in which exchanges run, the host waits until `device` has no more work. If `device` is None, nothing is measured.
     """
 
     def __init__(self, device: torch.device | None) -> None:
@@ -101,8 +105,8 @@ class StepClock:
         self._resumed = self._now()
 
     def read(self) -> int:
-        """Return the mean time of an inner step since the last call of this method, in nanoseconds, or 0 if it is
-        unknown. Call within `paused`."""
+        """Return the mean time of an inner step since the last call of this method, in nanoseconds, or 0 if there was
+        no step or nothing is measured. Call within `paused`."""
         found = round(1e9 * self._seconds / self.steps) if self.steps else 0
         self.steps, self._seconds = 0, 0.0
         return found

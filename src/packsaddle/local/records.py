@@ -23,18 +23,18 @@ from packsaddle.local.options import LocalOptions
 
 class Baseline:
     """The bytes that a process would have sent if the gradients of `parameters` were exchanged by a ring all-reduce in
-    each step. A worker of several `processes` divides the gradients among them."""
+    each step. If a worker has several `processes`, each of them is counted with an equal part of the gradients."""
 
     def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
         self._size = sum(local_part(p).nbytes for p in parameters) // processes
-        self._with_others = Bytes()  # bytes to add if a state of another number of workers was loaded; otherwise 0
+        self._with_others = Bytes()  # saved bytes minus those that `bytes` computes for the same steps; 0 by default
 
     def bytes(self, steps: int, workers: int) -> Bytes:
         return self._with_others + ring_all_reduce(steps * self._size, workers)
 
     def load(self, saved: Bytes, steps: int, workers: int) -> None:
-        """Restore the `saved` bytes after `steps` steps. They may be from a run whose number of workers was not
-        `workers`."""
+        """Restore the `saved` bytes of the first `steps` steps. The number of workers in these steps may have been
+        different from `workers`, the current number."""
         self._with_others = Bytes()
         self._with_others = saved - self.bytes(steps, workers)
 
@@ -70,7 +70,7 @@ class LocalRecords(Records):
 
     @property
     def ledger(self) -> Ledger:
-        """The bytes that this worker sent and received, by round and purpose."""
+        """The bytes that this worker sent and received, by round and by purpose, such as "guard" for checks."""
         return self._workers.channel.ledger
 
     @property
@@ -81,24 +81,25 @@ class LocalRecords(Records):
     @property
     def clips(self) -> list[Clip]:
         """A record of each update, of any worker, that exceeded the limit `Workers.clip` and so was scaled down. The
-        list starts at construction or loading."""
+        list has the records since construction, or since a saved state was loaded."""
         return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
 
     @property
     def clipped(self) -> int:
         """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. If a
-        saved state was loaded, the updates that it has counted are included."""
+        saved state was loaded, the number includes the updates that were clipped before the state was saved."""
         return sum(part.clips.count for part in self._fragments)
 
     @property
     def resets(self) -> list[Reset]:
-        """A record of each time that the saddle escape check (lines 4-8 of Algorithm 1) fired: round, reason, compared
-        losses, and the decision to keep or to roll back the workers' common parameters."""
+        """A record of each time that the saddle escape check (lines 4-8 of Algorithm 1) fired. It contains the round,
+        the reason, the compared losses, and the decision to keep or to roll back the anchor, i.e. the parameters on
+        which all workers last agreed."""
         return self._reactions.resets
 
     @property
     def workers(self) -> int:
-        """The number of workers, or if workers join and leave, the number in the last round."""
+        """The number of workers. If workers join and leave, it is the number of workers in the last round."""
         return self._workers.workers
 
     @property
@@ -110,8 +111,8 @@ class LocalRecords(Records):
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of the error memories (unsent updates) that workers lost, for example because they ended
-        without saving them. The sum is 0 with a fixed set of workers."""
+        """The sum of the norms of the lost error memories (unsent updates). An error memory is lost, for example, if
+        its worker ends without saving it. The sum is 0 with a fixed set of workers."""
         return self._workers.lost
 
     @property
@@ -128,9 +129,9 @@ class LocalRecords(Records):
 
     @property
     def contraction(self) -> float | None:
-        """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C kept at the last
-        measurement (see `Compression.monitor_every`), or None if there was no measurement. The value is a mean over the
-        measured fragments (parts of the model exchanged together)."""
+        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 at the last measurement, where v is this worker's update and C
+        the compressor. It is None if there was no measurement (see `Compression.monitor_every`). The value is a mean
+        over the measured fragments (parts of the model exchanged together)."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 
@@ -146,6 +147,6 @@ class LocalRecords(Records):
 
     @property
     def sampled(self) -> bool:
-        """True if this worker is in the next exchange (see `Workers.sample`). If not, it may train or call
-        `sit_out`."""
+        """True if this worker is in the next exchange (see `Workers.sample`). A worker that is not may train until
+        then, or skip the steps by `sit_out`."""
         return self._workers.sampled(self.steps)

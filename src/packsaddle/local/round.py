@@ -1,9 +1,10 @@
 """A round: one exchange of the local updates of a fragment (parameters exchanged together).
 
-A round has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
-background of the next steps. `close` reads whether the round is applied, and commits or rolls back the error memory.
-`Fragment.apply_round` applies the mean to the anchor, the parameters on which all workers last agreed. Workers that
-join and leave during training (elastic workers) vote between `exchange` and `close` to commit or to repeat the round.
+A round has four calls. `begin` computes v, the vector to send. `exchange` sends v and averages it over the workers; it
+is collective, and runs immediately, or in the background during the next steps. `close` reads whether the round is
+applied or rejected, and commits or rolls back the error memory. `Fragment.apply_round` applies the mean to the anchor,
+the parameters on which all workers last agreed. Workers that join and leave during training (elastic workers) vote
+between `exchange` and `close` to commit or to repeat the round.
 """
 
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedExchange:
-    """An exchange that is completed but not yet applied, as stored in a `state_dict`, with its outcome."""
+    """A completed exchange, with its outcome, that is not applied yet because of a delay, in the form in which a
+    `state_dict` stores it."""
 
-    due: int  # the inner step after which the exchange is applied
+    due: int  # the time of the schedule at which the exchange is applied, in ticks (see `Schedule`)
     applied: bool  # True if the exchange will be applied, False if it was rejected
     invalid: bool  # True if this worker's update was non-finite, or too large to compress
     reports: list[Report]  # each worker's report of its first invalid value, by rank; empty if all values were valid
@@ -41,7 +43,7 @@ class SavedExchange:
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if the exchange was rejected
     frozen: list[str]  # names of the parameters that were frozen at `begin` on this worker
     agrees: bool  # True if the same parameters are frozen on all workers
-    times: list[int]  # nanoseconds of the workers' inner steps, by rank; 0: unknown
+    times: list[int]  # each worker's time of an inner step in nanoseconds, by rank; 0: unknown
 
 
 @dataclass
@@ -50,23 +52,26 @@ class LocalRound:
 
     part: "Fragment"
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
-    due: int  # the inner step after which the round is applied
+    due: int  # the tick (see `Schedule`), or with elastic workers the step, after which the round is applied
     exchanged: Round | None  # the exchange and its error memory; None: the round is closed, or from a saved state
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
-    # Weight of this worker's update v in the mean. If it is 0, the worker receives the mean but keeps its own update.
+    # Factor W w_i / sum_j w_j of this worker's update v in the mean over the W workers, for weights w. If it is 0, the
+    # worker receives the mean, but keeps its own update.
     share: float = 1.0
-    later: bool = False  # True if `due` is later than the step after which the round begins
-    flush: Compressor | None = None  # compressor of a flush, which adds no noise; None: an ordinary round
+    later: bool = False  # True if the exchange has a delay: `due` is later than the beginning
+    flush: Compressor | None = None  # compressor of a flush (an exchange of all pending updates); None: no flush
     frozen: list[str] = field(default_factory=list)  # names of the parameters frozen at `begin` on this worker
-    agrees: bool = True  # True if all workers have frozen the same parameters, which the exchange then does not change
+    agrees: bool = True  # True if the same parameters are frozen on all workers; their anchor then does not change
     residuals: dict[str, Tensor] = field(default_factory=dict)  # residuals 0 - C(0) of frozen parameters, by name
-    # Copies of the parameters at `begin`, from which later changes are measured; empty: there are no later changes.
+    # Copies of the parameters at `begin`, one per parameter. When the round is applied, the changes of the parameters
+    # relative to these copies are kept. Empty: no changes are kept.
     before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
-    # The mean of C(v) over workers; float[n] if a delay or an option requires a vector. None: not averaged yet.
+    # The mean update over workers, i.e. the mean of their C(v). It is a vector, float[n], if a delay or an option
+    # requires a vector, and otherwise an `Averaged`, which has the messages. None: not averaged yet.
     mean: Averaged | Tensor | None = None
     reports: list[Report] = field(default_factory=list)  # by rank, each worker's first invalid value; empty: all valid
-    norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
+    norm: Tensor | None = None  # norm of this worker's own update in v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: the ranks are logged
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
@@ -84,15 +89,16 @@ class LocalRound:
         """Begin a round: compute the vector to send, v = decay e + (start - x) + noise. Here e is the error memory, x
         are the parameters, and `start` is the point at which they continued after the last exchange.
 
-        v is replaced by zeros if it is invalid on any shard of this worker. It is 0 for frozen parameters, which keep
-        their error memory.
+        If v is invalid (non-finite, or too large to compress) on a process of this worker, v is replaced by zeros on
+        all of its processes. At frozen parameters v is 0, and their error memory does not change.
 
         Args:
             part: the fragment (parameters exchanged together). The new round is stored in its field `current`.
-            due: the inner step after which the round is applied.
+            due: the time of the schedule at which the round is applied, in ticks (see `Schedule`).
             weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its
                 local update, and averages no chunk for the other workers in a two-way exchange.
-            later: True if the round is applied at a later step; the changes of the parameters until then are kept.
+            later: True if the round is applied at a later step. The changes that the parameters make until then are
+                kept.
             flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which
                 the parameters are those of the anchor; None in other rounds.
         """
@@ -104,7 +110,7 @@ class LocalRound:
             each.begin_exchange()
         frozen = part.frozen_next
         part.anchor.subtract_owed()
-        # Compute v, and copy the parameters if they may change before the round is applied.
+        # Compute v. Copy the parameters if inner steps may change them before the round is applied.
         share = share_of(weights, part.feedback.channel.group.rank)
         kept = [] if share else part.anchor.copy_starts()
         exchanged = part.feedback.round(t)
@@ -120,8 +126,9 @@ class LocalRound:
         """Exchange v, multiplied by this worker's weight `share` and compressed, and set the error memory to the
         residual; collective. A worker with `share` 0 sends zeros, and its error memory does not change.
 
-        This method may run in another thread. If `norms` is given, v is clipped (see `factors_of`): `norms`,
-        float32[W], contains the norm of each worker's v, and `standings`, int64[W], contains its `Standing`.
+        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`
+        is given, v is clipped (see `factors_of`). Then `norms`, float32[W], has the norm of each worker's v, and
+        `standings`, int64[W], has each worker's `Standing`.
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None
@@ -142,8 +149,8 @@ class LocalRound:
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
-        # Gather reports here if the host waits for collectives anyway. If the main thread gathered them later, in
-        # `close`, its collective could overtake another fragment's exchange in the background.
+        # Gather the reports of invalid values here if the host waits for collectives anyway. If the main thread
+        # gathered them later, in `close`, that collective could overtake another fragment's exchange in the background.
         if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
 
@@ -159,9 +166,9 @@ class LocalRound:
     def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
-        At the coordinates that the worker owns, i.e. averages for all workers, in a two-way exchange, v also includes
-        decay e. There e is the residual of a mean, so it belongs to the updates of all workers and is subtracted.
-        `scale` is the factor by which `v` was scaled.
+        In a two-way exchange, at the coordinates that the worker owns, i.e. averages for all workers, v also includes
+        decay e. At these coordinates e is the residual of a mean, which belongs to the updates of all workers. So scale
+        decay e is subtracted there, where `scale` is the factor by which `v` was scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -173,8 +180,8 @@ class LocalRound:
         return v
 
     def _lengthen(self) -> None:
-        """Lengthen the mean update of each tensor whose updates differ between workers (see `OuterAgreement`). Call
-        this only if the round is applied."""
+        """Lengthen the mean update of each tensor whose updates differ between workers, in place (see
+        `OuterAgreement`). Call this only if the round is applied."""
         assert self.exchanged is not None
         assert isinstance(self.mean, Tensor)
         part, measured = self.part, self.exchanged.measured
@@ -188,8 +195,8 @@ class LocalRound:
         return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
 
     def _vector(self, g: Averaged) -> Tensor:
-        """Return the mean update over workers as one vector, float[n]. With exchange="senders", each coordinate is
-        averaged only over the workers that sent it."""
+        """Return the mean update over workers, whose terms `g` has, as one vector, float[n]. With exchange="senders",
+        each coordinate is averaged only over the workers that sent it."""
         n, total = self.part.compressed_d, g.write_to(self.part.zeros().flat)
         if self.part.options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
@@ -200,8 +207,8 @@ class LocalRound:
         return total
 
     def gather_reports(self) -> None:
-        """Gather the reports of all workers if the exchange is invalid on one of them; collective. A report names the
-        first invalid parameter or message."""
+        """Gather the reports of all workers in `reports` if the update or a message of at least one worker is invalid;
+        collective. A report names the first invalid parameter or message of its worker."""
         assert self.exchanged is not None
         # `verdict.fraction` is the fraction of workers whose v is invalid, or NaN if a message is invalid.
         if self.exchanged.verdict.fraction != 0 and not self.reports:
@@ -210,8 +217,9 @@ class LocalRound:
             self.reports = list(map(Report.read, texts))
 
     def close(self) -> bool:
-        """Wait for the exchange, and commit or roll back the error memory; idempotent. Returns True if the round is
-        applied, False if it is rejected. Raises errors of an exchange in the background."""
+        """Wait for the exchange, and commit or roll back the error memory. Returns True if the round is applied, and
+        False if it is rejected. Raises the errors of the exchange if it ran in the background. Further calls only
+        return the result."""
         part = self.part
         if self.applied is None:
             assert self.exchanged is not None
@@ -219,8 +227,8 @@ class LocalRound:
             self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            # An invalid message may reach only one process of this worker, so the
-            # processes agree whether the round is applied.
+            # An invalid message may reach only one process of this worker. So the processes reject the round if one of
+            # them does.
             self.applied = not part.shards.any(not self._read(), self.invalid.device)
             self.gather_reports()
             self._exclude_frozen()
@@ -231,8 +239,8 @@ class LocalRound:
         return self.applied
 
     def _read(self) -> bool:
-        """Read the outcome of a completed exchange (`Verdict`), and the factors by which updates were clipped, to the
-        host. Returns True if the round is applied."""
+        """Copy the outcome of a completed exchange (`Verdict`) from the device to the host and, if updates are clipped,
+        the clipping factors too. Returns True if the round is applied."""
         assert self.exchanged is not None
         verdict = self.exchanged.verdict
         if self.factors is None:
@@ -242,11 +250,11 @@ class LocalRound:
         return verdict.settle(*numbers)
 
     def _exclude_frozen(self) -> None:
-        """Exclude the frozen parameters from a completed exchange.
+        """Exclude the parameters that are frozen on this worker from a completed exchange.
 
-        If they are frozen on all workers, their mean update is set to 0, so that the anchor (the parameters last agreed
-        on) keeps their values. Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the
-        error memory.
+        If the same parameters are frozen on all workers, their mean update is set to 0, so that the anchor (the
+        parameters last agreed on) keeps their values. Otherwise the mean update includes C(0), which this worker has
+        sent for the frozen parameters, so the residual 0 - C(0) is added to their error memory.
         """
         part = self.part
         if not self.frozen:
@@ -267,7 +275,8 @@ class LocalRound:
         assert exchanged is not None
         exchanged.close(apply=commit)
         if commit:
-            # The vector v, which was sent, included the part `owed` of the local update, except for frozen parameters.
+            # The vector v, which was sent, included `owed` (see `Anchor.owed`), except for frozen parameters. So clear
+            # `owed`.
             part.anchor.clear_owed(self.frozen)
         else:
             for each in part.trained:
@@ -280,7 +289,8 @@ class LocalRound:
     @property
     def leaves_rest(self) -> bool:
         """True if this round is a flush, i.e. an exchange of all pending updates, that has not sent all of the update
-        v. The parameters are then moved to the anchor (on which all workers last agreed) instead of the start point."""
+        v. After such a flush the parameters are moved to the anchor (on which all workers last agreed), and not to the
+        start point."""
         if self.flush is None or not self.share:
             return False
         return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
@@ -295,8 +305,8 @@ class LocalRound:
 
     @classmethod
     def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
-        """Make a round, which counts as closed, from a saved state. Call after the number of rounds of `part` is
-        loaded."""
+        """Make a round of the fragment `part` from its saved form. The round counts as closed. Call after the
+        fragment's number of rounds is loaded."""
         mean = part.zeros() if saved.applied else None
         for name, view in part.by_name(mean.flat).items() if mean is not None else ():
             view.copy_(saved.mean[name])

@@ -15,10 +15,11 @@ from packsaddle.local.records import Baseline
 
 
 def _rules(*, by_steps: bool) -> list[Rule]:
-    """Return the rules of the saved state of local updates. They say which entries are identical on all workers, and
-    how entries that differ between workers are converted to another number of workers.
+    """Return the rules of the saved state of local updates. A rule says if an entry is identical on all workers and, if
+    it is not, how the entries of all workers are converted to another number of workers.
 
-    `by_steps` is True if workers may make different numbers of steps, so that "steps" is not shared.
+    `by_steps` is True if workers may make different numbers of steps, so that the entry "steps" differs between
+    workers.
     """
     part = ("fragments", ANY)
     error = (*part, "error", ANY)
@@ -27,7 +28,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         Rule((*part, "owed", ANY), "error", like=error),
         Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
-        # These flags are not restored, since the next round checks the parameters again.
+        # With another number of workers these flags become False, since the next round checks the parameters again.
         Rule((*part, "exchange", "invalid"), "constant", value=False),
         Rule((*part, "invalid"), "constant", value=False),
         Rule(("reset",), "constant", value=False),

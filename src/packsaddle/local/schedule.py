@@ -14,37 +14,38 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The inner steps after which each fragment (part of the model) is exchanged. A schedule is immutable. Steps are
-    counted from 1.
+    """The schedule of exchanges: after which inner steps each fragment (part of the model) is exchanged. A schedule is
+    immutable. Steps are counted from 1.
 
     Time is counted in ticks, so that it is identical on workers that make different numbers of inner steps. A round has
     `every` ticks. A worker makes `pace` inner steps in a round, and spreads them evenly over the ticks. An exchange of
-    fragment i begins at each tick n with (n + offsets[i]) % every = 0, and ends `delay` ticks later. It begins or ends
-    after the first inner step that reaches the tick.
+    fragment i begins at each tick n with (n + offsets[i]) % every = 0, and ends `delay` ticks later. On each worker, an
+    exchange begins or ends after the first inner step that reaches the tick.
 
-    Workers that join and leave have a round every `period` steps. They exchange one fragment in each round, in
-    rotation.
+    Workers that join and leave during training do not use ticks: they have a round every `period` steps. They exchange
+    one fragment in each round, in rotation.
     """
 
     every: int
     delay: int
     offsets: tuple[int, ...]  # offset of each fragment in a round, in ticks, below `every`
-    pace: int | None = None  # inner steps of this worker in a round; None: `every`, so each step is a tick
-    since: int = 0  # the inner step from which `pace` is valid
-    origin: int = 0  # the tick that this worker had reached after inner step `since`
+    pace: int | None = None  # inner steps of this worker in a round; None: `every`, so a step advances by one tick
+    since: int = 0  # number of inner steps after which `pace` is valid
+    origin: int = 0  # the tick that this worker has reached after `since` inner steps
 
     def tick(self, step: int) -> int:
         """Return the time after this worker's inner step number `step`, in ticks, of which a round has `every`."""
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
     def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
-        """Return this schedule with `pace` inner steps of this worker in a round, from inner step number `step` on. In
-        the first `idle` of these steps, the schedule does not advance."""
+        """Return a copy of this schedule in which this worker makes `pace` inner steps in a round after inner step
+        number `step`. In the first `idle` steps after that, the copy does not advance."""
         return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
-        """Return the beginnings and ends of exchanges that are due after this worker's inner step number `step`, in
-        order. Without a delay, each exchange ends before the next one begins."""
+        """Return the beginnings and ends of exchanges that are due after this worker's inner step number `step`, in the
+        order in which they must run. Without a delay, each exchange ends before the next one begins. With a delay,
+        exchanges that end at a tick come before those that begin at it."""
         before = max(0, self.tick(step - 1))
         return [event for tick in range(before + 1, self.tick(step) + 1) for event in self._at(tick)]
 
@@ -76,7 +77,7 @@ class Schedule:
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return for each of `parts` fragments (parts of the model that are exchanged separately) how many steps before the
-    end of a round of `every` steps its exchange begins. The exchanges of consecutive fragments are about every / parts
-    steps apart."""
+    """Return an offset for each of `parts` fragments (parts of the model that are exchanged separately): the number of
+    steps before the end of a round of `every` steps at which the fragment's exchange begins. The exchanges of
+    consecutive fragments are about every / parts steps apart."""
     return [i * every // parts for i in range(parts)]

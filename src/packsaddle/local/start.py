@@ -1,8 +1,9 @@
-"""The start and the end of local training: equal parameters at the start, a check of the first step, a warning if the
-last steps were not exchanged.
+"""The start and the end of local training: equal parameters at the start, a check after the first step, and a warning
+at the end if the last steps were not exchanged.
 
-The check detects two faults that raise no other error: workers that start at different parameters, whose mean is
-meaningless, and a second exchange of the gradients, which costs all the bytes that local updates save.
+The check after the first step detects two faults that raise no other error. One is that workers start at different
+parameters, whose mean is meaningless. The other is that something else, such as DistributedDataParallel, exchanges the
+gradients, which costs all the bytes that local updates save.
 """
 
 import logging
@@ -26,12 +27,12 @@ from packsaddle.numerics.devices import widened
 
 T = TypeVar("T")
 _log = logging.getLogger("packsaddle")
-_PROOF = 16  # gradients with fewer distinct values than this may be equal on all workers by chance
+_PROOF = 16  # gradients with fewer different values may be equal on all workers by chance
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's persistent buffers by name. Other buffers, such as caches, may have different shapes on
-    different workers."""
+    """Return a model's persistent buffers, i.e. those in its `state_dict`, by name. Other buffers, such as caches, are
+    omitted, since their shapes may differ between workers."""
     passing = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -41,8 +42,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def untrained_tensors(parameters: Mapping[str, Tensor], model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return the tensors that are not trained, as pairs (name, tensor). They are the frozen parameters of the
-    optimizers (`parameters`), and the frozen parameters and persistent buffers of the model."""
+    """Return the tensors that are not trained, as pairs (name, tensor). They are the frozen parameters among
+    `parameters`, the parameters of the optimizers by name, and the frozen parameters and persistent buffers of `model`,
+    if it is not None."""
     named = list(parameters.items())
     if model is not None:
         known = {id(p) for _, p in named}
@@ -53,8 +55,8 @@ def untrained_tensors(parameters: Mapping[str, Tensor], model: nn.Module | None)
 
 @torch.no_grad()
 def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Set tensors to rank 0's values, in place; collective.
-    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast."""
+    """Set tensors to rank 0's values, in place; collective. Fingerprints of 8 bytes per tensor are gathered first, as
+    tensors on `device`, and only the tensors whose fingerprints differ between workers are broadcast."""
     if channel.group.size == 1:
         return
     parts = [local_part(p) for p in tensors]
@@ -73,12 +75,15 @@ def check_first_step(
     do: Callable[[Callable[[], object]], None],
     digest: Callable[[Tensor], Tensor],
 ) -> None:
-    """Check that workers started at the same parameters, and that nothing else exchanges gradients.
+    """Check after the first step that workers started at the same parameters, and that nothing else exchanges
+    gradients.
 
-    Collective with several workers. `anchors` are the values at which this worker started, `parameters` have the
-    gradients of its first step, `do` runs a collective, and `digest` sums integers over the processes of a worker.
-    Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer
-    than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
+    Collective with several workers, and a no-op with one worker. `anchors` has the values of the parameters at which
+    this worker started, one vector for each fragment (part of the model). `parameters` have the gradients of this
+    worker's first step. `do` runs the collective that is passed to it as a function, and `digest` sums integers over
+    the processes of a worker. Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all
+    workers. Gradients with fewer than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0
+    then warns instead.
     """
     if channel.group.size == 1:
         return
@@ -99,7 +104,7 @@ def check_first_step(
         )
     if any(grad != prints[0][1] for _, grad in prints):
         return
-    # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
+    # Gradients that are 0, or that have few different values, may be equal on all workers without an exchange.
     nonzero: list[Any] = [widened(g[g.isfinite() & (g != 0)]) for g in gradients]
     together: Any = torch.cat([values.unique() for values in nonzero]) if nonzero else torch.empty(0)
     values = int(digest(torch.tensor([len(together.unique())], device=anchors[0].device)))
@@ -122,8 +127,8 @@ class StateDictWarning:
     one worker.
 
     `owner` is the `LocalUpdates` of the model. The hook is removed when `owner` is garbage-collected. `differs(owner)`
-    returns True if the parameters differ from the anchor. The hook does not warn within `own_state`, in which
-    checkpoints read each worker's parameters. In a copy of the model the hook is a no-op.
+    returns True if the parameters differ from the anchor. The hook does not warn within the context `own_state`, in
+    which packsaddle's checkpoints read each worker's parameters. A copy of the model has a no-op in place of the hook.
     """
 
     def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
@@ -148,11 +153,13 @@ class StateDictWarning:
 
 
 def _no_op(*_: object) -> None:
-    """Do nothing. A copy of the model has this function in place of the hook that warns (`StateDictWarning`)."""
+    """No-op: a copy of the model has this function in place of the hook that warns (`StateDictWarning`), since the copy
+    belongs to no `LocalUpdates`."""
 
 
 class UnsentSteps:
-    """Logs a warning if a training ends while this worker has steps that no other worker has received.
+    """Logs a warning if training ends while the local update of this worker's last steps was not sent to the other
+    workers.
 
     The training ends when `owner` is garbage-collected or the interpreter exits. The warning is logged if there were
     steps since the last `flush`, checkpoint or use of the anchor (the parameters on which all workers last agreed), and
@@ -164,7 +171,7 @@ class UnsentSteps:
         self._steps = self._exchanged = 0
         self._is_pending, self._is_left = False, is_left
         if owner is not None:
-            weakref.finalize(owner, self._warn)  # also at interpreter exit
+            weakref.finalize(owner, self._warn)  # also calls `_warn` at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
         """Record that this worker has made inner step number `steps`. `exchanged` is True if a round followed it."""
@@ -172,8 +179,8 @@ class UnsentSteps:
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:
-        """Cancel the warning about unsent steps. Call when all workers have the same model, or when the anchor (the
-        parameters last agreed on) was read or saved."""
+        """Cancel the warning about the unsent steps so far. Call when all workers have the same model, or when the
+        anchor (the parameters last agreed on) is read or saved."""
         self._is_pending = False
 
     def _warn(self) -> None:

@@ -7,9 +7,9 @@ class Trained:
     """A parameter, with a record of when it was frozen (requires_grad=False). A parameter counts as frozen in an
     exchange if it is frozen now, and was frozen at all steps of its optimizer since the last exchange.
 
-    The current `requires_grad` is not sufficient. With several optimizers, an exchange may run in a step of an
-    optimizer that does not train this parameter. Scripts for GANs freeze such parameters during that step
-    (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
+    The current `requires_grad` is not sufficient. With several optimizers, an exchange may run at the end of a step of
+    an optimizer that does not train this parameter. Scripts for GANs freeze the parameters of other optimizers during a
+    step (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
     """
 
     def __init__(self, parameter: Tensor) -> None:
@@ -39,8 +39,8 @@ class Trained:
             self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
-        """Count the steps before the current exchange as steps before the next exchange. Call if the current exchange
-        is rejected, or does not include this worker."""
+        """Count the steps that led to the current exchange among the steps that lead to the next exchange. Call if the
+        current exchange is rejected, or does not include this worker."""
         if self._before:
             self._since = True
 

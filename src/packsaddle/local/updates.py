@@ -1,19 +1,19 @@
 """LocalUpdates: workers train separately with any optimizer, and exchange compressed local updates at intervals.
 
-Start with `LocalUpdates._attempted`, which runs after each inner step. After every `every` inner steps a `LocalRound`
-computes
+To read the code, start with `LocalUpdates._attempted`, which runs after each inner step. After every `every` inner
+steps a `LocalRound` computes
 
     v = decay e + (s - x) + xi              x: this worker's parameters, which started at s; xi: shared noise
     e <- v - C(v)                           e: the error memory, the part of v that the compressor C did not send
     a <- outer step along mean_i C(v_i)     a: the anchor, the parameters last agreed on, identical on all workers
     x <- s = a - e                          s = a without `keep_unsent`; with a `delay` x keeps its progress meanwhile
 
-With every=1, x <- a, inner SGD and no outer optimizer, this is the paper's Algorithm 1. The design is that of DiLoCo
-(Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
-Algorithm 1).
+With every=1, keep_unsent=False, SGD as inner optimizer and no outer optimizer, this is Algorithm 1 of "Escaping Saddle
+Points with Compressed SGD". The design is that of DiLoCo (Douillard et al. 2023) and its streaming form (2025), with
+the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm 1).
 
-Three objects determine when a round runs (`Schedule`), with which workers (`FixedWorkers` or `ElasticWorkers`), and
-what follows it (`Reactions`).
+`Schedule` determines when a round runs, `FixedWorkers` or `ElasticWorkers` runs it with the other workers, and
+`Reactions` calls the functions that follow it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +60,8 @@ from packsaddle.numerics.seeds import as_seed
 
 
 class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
-    """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
+    """Local training with any torch optimizers: each worker steps separately, and every few steps the workers'
+    parameter changes are compressed and averaged.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates
@@ -77,58 +78,63 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     True
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step a round
-    exchanges the parameters' changes since the last one. Do not exchange gradients as well: no DistributedDataParallel
-    between workers (if a framework wraps the model in it, see `keep_gradients_local`). Between rounds each worker has
-    its own parameters. The anchor is the parameters last agreed on by all workers: evaluate and save it (`at_anchor`,
-    `state_dict_of`), and call `flush` at the end.
+    exchanges the changes of the parameters since the last round. Do not exchange gradients as well: no
+    DistributedDataParallel between workers (if a framework wraps the model in it, see `keep_gradients_local`). Between
+    rounds each worker has its own parameters. The anchor is the parameters last agreed on by all workers: evaluate and
+    save it (`at_anchor`, `state_dict_of`), and call `flush` at the end.
 
     Args:
         optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
-            torch optimizers of floating-point parameters on one device. A step counts when all of them have stepped.
-            Parameters may be DTensors of FSDP2 and tensor parallelism: each process exchanges its shard (see
-            `Workers.group`).
+            torch optimizers of floating-point parameters on one device. An inner step counts when all of the optimizers
+            have stepped. Parameters may be DTensors of FSDP2 and tensor parallelism; then each process exchanges its
+            shards with the processes that have the same shards on other workers (see `Workers.group`).
         compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
             settings of the exchange.
-        every: H, inner steps between two exchanges of a fragment.
+        every: H, the number of inner steps from one exchange of a fragment (a part of the model) to the next.
         workers: the process group of the workers, or a `Workers` with more settings; a DeviceMesh, if workers are sites
-            of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. By default,
-            torch's default group, or this process alone if there is none.
+            of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. By default the
+            workers are torch's default group or, if there is none, this process alone.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
             parameter that is in none of the optimizers. Saved states use its parameter names, so a run that resumes
             needs `model` if it was given before. If None, another optimizer of the same module raises RuntimeError once
             it steps, unless the module was made before `import packsaddle`, copied or unpickled.
         outer: the step of the anchor. The outer optimizer, `OuterSGD()` or a function of the anchor's tensors that
-            returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` lengthens the
-            mean update where workers disagree. By default the mean update is subtracted.
+            returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` multiplies the
+            mean update of each tensor by a factor that is larger the more the workers' updates differ. By default the
+            mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
-            workers' mean update after a round (see `local.moments`). It sends nothing. The default is 0.5 if an
-            optimizer is Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
+            workers' mean update after a round (see `local.moments`). It sends no additional bytes. The default is 0.5
+            if an optimizer is Adam or a variant of Adam, none is Muon, and `outer` has no momentum. Otherwise the
+            default is 0.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
-        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds, or None for no check.
+        escape: the saddle escape check of the anchor, as an `Escape` whose intervals count rounds, or None for no
+            check.
         keep_unsent: after a round continue at a - e, where a is the anchor and e this worker's error memory, as in CSER
-            (Xie et al. 2020). It trains better than False, with which workers continue at a, as in Algorithm 1 and
-            DiLoCo.
+            (Xie et al. 2020). With False workers continue at a, as in Algorithm 1 and DiLoCo, which had higher losses
+            in our measurements.
         offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
         seed: seed of all shared randomness; identical on all workers.
-        scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
+        scaler: the GradScaler that steps the optimizer. Without it, the steps that the scaler skips on this worker are
+            not counted, and workers' step counts may differ.
         warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
             anchor. Set it to False in a script in which each worker saves its own parameters.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager, the first step or `join` waits for the other workers instead, and a worker
-    that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they differ
-    between workers, and RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group.
+    that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, and ValueError for
+    arguments that differ between workers but must be equal. Raises RuntimeError if a launcher has set WORLD_SIZE above
+    1 and there is no process group.
 
     A round in which a worker's update is not finite is rejected on all workers, and recorded in `skips`. That worker
     continues from the last round, with the non-finite entries of its optimizers' states cleared. NonFiniteError is
     raised after more than `max_skipped` consecutive rejected rounds, or if an optimizer cannot be reset.
 
-    Steps raise RuntimeError if workers make different calls or exchange after unequal numbers of steps. The first step
-    raises it if gradients are identical on all workers, and so were exchanged already. Within torch's `Join([local])` a
-    worker that has ended joins the others' rounds. If training ends with steps after the last round, and without
-    `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
+    Steps raise RuntimeError if workers make different calls, or exchange after unequal numbers of steps. The first step
+    raises RuntimeError if gradients are identical on all workers, which shows that they were exchanged already. Within
+    torch's `Join([local])` a worker that has ended joins the others' rounds. Rank 0 logs a warning if training ends
+    with steps after the last round that were followed by no call of `flush` or `state_dict` and no use of the anchor.
     """
 
     @suggests(
@@ -155,7 +161,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         model: torch.nn.Module | None = None,
         warn_own_state: bool = True,
     ) -> None:
-        # Check the arguments.
+        # Check the arguments, and convert them to options.
         if isinstance(compressor, Optimizer):
             raise TypeError("several optimizers must be given as a list: LocalUpdates([muon, adamw])")
         self.optimizers = as_optimizers(optimizer)
@@ -174,7 +180,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         )
         options.compression.at(0)
 
-        # Collect the trained parameters, and the other tensors of the model.
+        # Collect the trained parameters, and the model's tensors that are not trained.
         named = named_parameters(self.optimizers, model)
         parameters = {name: p for name, p in named.items() if p.requires_grad}
         check_parameters(parameters)
@@ -230,7 +236,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
-    # Inner steps, and the rounds that follow them.
+    # Methods that run at each inner step.
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
@@ -256,7 +262,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         Returns True if collectives were run; always False if workers join and leave. `has_ended` is True if this worker
         no longer trains.
         """
-        # Repeat the work of `_before_step`, which is not called for a step that a scaler skips. Then count the step.
+        # Run the checks of `_before_step` here too, since `_before_step` is not called for a step that a scaler skips.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
         self._set_anchor_before_first_step()
@@ -264,7 +270,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._enter()
         self.steps += 1
         self._reactions.outcomes.check_step()
-        # Clear the warning about a missing `flush` first: if a collective fails below, `flush` would fail too.
+        # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
+        # fail too.
         self._watches.unsent.clear()
         ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
         self._watches.unsent.record(self.steps, exchanged=self.exchanging)
@@ -272,22 +279,23 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     def _enter(self) -> bool:
         """If workers join and leave during training, join the run unless this worker has joined already. Returns True
-        if it joined now, so that its parameters may be those of the other workers."""
+        if this worker joined now, in which case its parameters may have been replaced by those of the other workers."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps)
         return entered
 
     @torch.no_grad()
     def _set_anchor_before_first_step(self) -> None:
-        """Set the anchor, from which local updates are measured, to the parameters if no step was made yet. Weights may
-        have been loaded after construction."""
+        """Set the anchor (from which local updates are measured) to the current parameters if this worker has made no
+        step and has not joined a run. This includes weights that were loaded after construction."""
         if self.steps == 0 and not self._has_begun and not self._workers.has_joined:
             self._whole.set_from_parameters()
             if self._reactions.escape is not None:
                 self._reactions.escape.check.begin()
 
     def _check_between_steps(self, call: str) -> None:
-        """Raise RuntimeError within `at_anchor`, or if one optimizer has made the current step and another has not."""
+        """Raise RuntimeError within `at_anchor`, or if one of several optimizers has made the current step and another
+        has not. `call` is the name of the caller, for the message."""
         self._whole.check_closed(call)
         if missing := self._attempts.missing():
             hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
@@ -296,8 +304,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     # Methods to skip a round, to join and to leave.
 
     def sit_out(self) -> None:
-        """Count the inner steps up to the next exchange without training, then run that exchange; collective. Raises
-        RuntimeError if workers join and leave (see `Elastic`)."""
+        """Skip training until the next exchange: count the inner steps up to that exchange, then run the exchange;
+        collective. Raises RuntimeError if workers join and leave (see `Elastic`)."""
         self._check_between_steps("sit_out()")
         self._workers.check_fixed("sit_out")
         self._attempted()
@@ -309,8 +317,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """Wait for the other workers' next round, and load their averaged parameters. Call it before training, if
         workers join and leave (see `Elastic`).
 
-        Without this call the first step joins, and discards its gradient, which was computed at other parameters. A
-        worker that returns loads its error memory from its file. Raises RuntimeError for a fixed set of workers.
+        Without this call the worker joins at its first step, and discards the gradients of this step, which were
+        computed at other parameters. A worker that returns loads its error memory from its file. Raises RuntimeError
+        for a fixed set of workers.
         """
         self._whole.check_closed("join()")
         self._set_anchor_before_first_step()
@@ -319,12 +328,12 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's pending updates, and leave the run. Call it if workers join and leave (see
-        `Elastic`), before the process ends early.
+        """Save or send this worker's pending updates, and leave the run. Call it before the process ends, if workers
+        join and leave (see `Elastic`) and the other workers continue.
 
         The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError for a fixed set of
-        workers.
+        one more round. Returns True if the updates are saved or sent. If both fail, the updates are lost; the method
+        then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("leave()")
         return self._workers.leave()
@@ -333,9 +342,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for exchanges that run in the background, so that `ledger` includes their bytes. Their results are still
-        applied at the steps at which they are due. If a worker has several processes (a site), this method, like every
-        other one that waits for exchanges, is collective over them."""
+        """Wait until the exchanges that run in the background have ended, so that `ledger` includes their bytes. The
+        results of these exchanges are not applied here, but at the steps at which they are due. If a worker has several
+        processes (a site), this method is collective over these processes, like every other method that waits for
+        exchanges."""
         self._whole.wait()
 
     @torch.no_grad()
@@ -343,9 +353,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """Return the mean over workers of their pending updates (see `pending`), weighted by `Workers.weight` if it is
         set, float[d]; collective.
 
-        Without an outer optimizer, the anchor (the parameters last agreed on) minus error() moves as in training
-        without compression. d is the number of elements in this process's shards. Raises RuntimeError if workers join
-        and leave (see `Elastic`): use `pending`.
+        Without an outer optimizer, the anchor (the parameters last agreed on) minus error() changes as the parameters
+        do in training without compression. d is the number of elements in this process's shards. Raises RuntimeError if
+        workers join and leave (see `Elastic`): use `pending`.
         """
         self._workers.check_fixed("error")
         return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
@@ -355,8 +365,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """Return this worker's updates that are still to be subtracted from the anchor, i.e. from the parameters on
         which all workers last agreed: float[d], in the optimizer's order.
 
-        They are the error memory, the local update since the last exchange, and the update in a running exchange, for
-        which this method waits.
+        The updates are the error memory, the local update since the last exchange, and the update in a running
+        exchange. This method waits for running exchanges.
         """
         return self._whole.joined(self._unapplied("pending()"))
 
@@ -368,9 +378,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
 
-        Names are those in the optimizers if these have names, as by AdamW(model.named_parameters()); otherwise those in
-        `model`, if it was given, or else "parameter 0", .... The tensors are at least float32 and have the shapes of
-        this process's shards.
+        If the optimizers have names of parameters, as after AdamW(model.named_parameters()), these names are used.
+        Otherwise the names are those in `model`, if it was given, or else "parameter 0", "parameter 1" and so on. The
+        tensors are at least float32 and have the shapes of this process's shards.
         """
         self._set_anchor_before_first_step()
         self._watches.unsent.clear()
@@ -382,11 +392,11 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Set the parameters to the anchor, on which all workers last agreed, within a context: to evaluate, certify or
-        save one model for all workers.
+        """Context manager that sets the parameters to the anchor, on which all workers last agreed, and restores this
+        worker's parameters at its end. Use it to evaluate, certify or save one model for all workers.
 
-        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. It is
-        also a decorator, `@local.at_anchor()`, of an evaluation function.
+        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. The
+        context manager is also a decorator, as in `@local.at_anchor()` above an evaluation function.
         """
         self._set_anchor_before_first_step()
         self._watches.unsent.clear()
@@ -396,8 +406,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def state_dict_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Return a copy of the model's `state_dict` with the anchor's parameters, on which all workers last agreed.
 
-        It is one model for all workers, to save on rank 0, while `model.state_dict()` has this worker's own parameters.
-        Tensors that `LocalUpdates` does not exchange, such as buffers, are this worker's. Not collective.
+        The result is one model for all workers, which may be saved on rank 0. In contrast, `model.state_dict()` has
+        this worker's own parameters. Tensors that `LocalUpdates` does not exchange, such as buffers, have this worker's
+        values. Not collective.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -414,31 +425,33 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def flush(self, compressor: Compressor | None = None) -> bool:
-        """Exchange pending updates, so that all workers have the same parameters; collective.
+        """Exchange all pending updates, after which all workers have the same parameters; collective.
 
         Call at the end of training. Running exchanges are applied first. Then pending updates of the whole model are
         exchanged without noise, and their mean is subtracted from the anchor (the parameters last agreed on); an outer
         optimizer is not used. The part of the updates that compression does not send stays in the error memories for
-        later rounds. Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round
-        of all present workers, including workers that continue training.
+        later rounds. Returns True if all exchanges were applied. With a torchft Manager, a flush is an uncompressed
+        round of all present workers, including workers that continue training.
 
         Args:
-            compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,
-                if rounds send no more than that by exchange "auto" (the default) or "two-way" without `back`;
-                otherwise the exchange is uncompressed. Identity() sends all updates uncompressed, so error memories are
-                0 afterwards (except for the excess of clipped updates, see `Workers`); use it before you freeze
-                parameters.
+            compressor: the compressor of this exchange. The default is Rounded("int4"), which sends an eighth of the
+                uncompressed bytes, if two conditions hold: the compressor of the last round sends no more bytes than
+                Rounded("int4"), and `Compression` has the exchange "auto" (its default) or "two-way" and no `back`.
+                Otherwise the exchange is uncompressed. With Identity() all updates are sent uncompressed, so error
+                memories are 0 afterwards, except for the rest of clipped updates (see `Workers.clip`). Use Identity()
+                before you freeze parameters.
 
         Parameters that were frozen at all steps since the last exchange keep their values and error memories. Raises
-        TypeError or ValueError for an unsuitable compressor, also if workers pass different ones, and RuntimeError for
-        a compressor with a manager.
+        TypeError if `compressor` is not a Compressor, and ValueError if it does not suit the model's size or differs
+        between workers. Raises RuntimeError for a compressor with a torchft Manager.
         """
         self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
         applied = self._workers.flush(compressor, self.steps)
-        self.steps = max(self.steps, self._workers.steps)  # elastic workers may have joined
+        # A worker that has joined within this call continues at the step count of the worker that sent its state.
+        self.steps = max(self.steps, self._workers.steps)
         return applied
 
     @torch.no_grad()
@@ -450,9 +463,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         a module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
         schedule-free optimizer. Tensors that are not floating point are set to worker 0's.
 
-        Raises TypeError for objects that are not tensors. Raises ValueError, naming the first difference, if workers
-        pass different shapes or dtypes. Raises RuntimeError if workers join and leave, i.e. if a torchft manager is
-        used.
+        Raises TypeError for objects that are not tensors. Raises ValueError if workers pass tensors of different shapes
+        or dtypes; the message names the first tensor that differs. Raises RuntimeError if workers join and leave, i.e.
+        if a torchft manager is used.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -468,15 +481,15 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             tensors = [*tensors.parameters(), *tensors.buffers()]
         self._workers.average(tensors, self.steps)
 
-    # State.
+    # Methods for the saved state.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; collective if an exchange is in progress.
+        """Return this worker's state as a dict of tensors and plain types; collective if an exchange is in progress.
 
         It contains the anchor (the parameters on which all workers last agreed), the error memory, running exchanges,
-        the outer optimizer's state and the counts. Parameters and inner optimizers' states differ between workers, and
-        must be saved separately, on every worker. Raises RuntimeError if one optimizer has made the current step and
-        another has not.
+        the outer optimizer's state and the counts. The parameters and the inner optimizers' states, which differ
+        between workers, are not included: save them too, on every worker. Raises RuntimeError if one optimizer has made
+        the current step and another has not.
         """
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
@@ -486,7 +499,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
+        """Restore `state`, a result of `state_dict` on this worker. Raises ValueError, with nothing changed, if `state`
+        does not fit this object's options and parameters."""
         self._whole.check_closed("load_state_dict()")
         self.saved_state.validate(state)
         for part in self._fragments:
@@ -500,12 +514,14 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError on all workers unless all of them make this `call`, such as "saves a checkpoint".
-        Collective; the bytes of this check are not counted in `ledger`. No-op if workers join and leave."""
+        """Raise RuntimeError on all workers unless all of them are about to make this `call`, such as "saves a
+        checkpoint". Collective; the bytes of this check are not counted in `ledger`. No-op if workers join and
+        leave."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        # A state of an earlier format has no entry "share". `State.split` raises an error for it later.
+        # A state of an earlier format has no entry "share". Do not raise here, since `State.split` raises a clear error
+        # for such a state.
         return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:

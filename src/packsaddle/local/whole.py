@@ -17,7 +17,7 @@ class WholeAnchor:
 
     def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
         self._fragments, self._names = fragments, list(names)
-        # Each parameter's `Trained`, which records whether it is frozen, by the id of the parameter.
+        # The `Trained` of each parameter, which records when the parameter was frozen, by the id of the parameter.
         self.trained = {id(each.parameter): each for part in fragments for each in part.trained}
         self._open = 0  # number of open `at_anchor` contexts, which may be nested
 
@@ -31,8 +31,8 @@ class WholeAnchor:
         return [each.parameter for each in self.trained.values()]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. They are
-        parameters for an outer optimizer, which makes its steps on the anchor."""
+        """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. The tensors are
+        nn.Parameters, so that an outer optimizer can make its steps on them."""
         leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
         return {name: leaves[name] for name in self._names}
 
@@ -75,14 +75,14 @@ class WholeAnchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def wait(self) -> None:
-        """Wait for exchanges that run in the background. Their results are still applied at the steps at which they are
-        due."""
+        """Wait until the exchanges that run in the background have ended. Their results are not applied here, but at
+        the steps at which they are due."""
         for part in self._fragments:
             if part.current is not None:
                 part.current.close()
 
     def unapplied(self) -> list[Tensor]:
-        """Wait for exchanges that run in the background, and return this worker's updates that the anchor does not
-        include yet, one vector for each fragment (part of the model)."""
+        """Wait until the exchanges that run in the background have ended, and return this worker's updates that the
+        anchor does not include yet: one vector, float[n], for each fragment (part of the model)."""
         self.wait()
         return [part.unapplied() for part in self._fragments]

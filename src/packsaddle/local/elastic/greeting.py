@@ -1,4 +1,5 @@
-"""The start of a round: each worker sends a `Hello` about itself, and all workers check that these messages match."""
+"""The start of a round: each worker sends a `Hello` about itself, and all workers check that they have the same
+arguments, anchors and compressors."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,13 +19,14 @@ _log = logging.getLogger("packsaddle")
 
 
 class Greeting:
-    """Exchanges the workers' `Hello` messages, which describe the workers, and compares the workers by them: their
-    arguments, anchors (parameters last agreed on) and compressed messages.
+    """Exchanges the workers' `Hello` messages. From the hashes in these messages, it checks that the workers'
+    arguments, their anchors (the parameters last agreed on) and the kind of their compressed messages are equal.
 
     Args:
         own: this worker's membership.
         pending: this worker's pending updates.
-        quorum: forms the set of workers. A worker whose anchor differs from that of most workers then receives a state.
+        quorum: forms the set of workers. A worker whose anchor differs from the anchor of most workers receives another
+            worker's state at the next quorum.
         channel: the communicator of the workers.
     """
 
@@ -34,7 +36,7 @@ class Greeting:
         # otherwise the device of the anchor.
         device = own.fragments[0].anchor.flat.device
         self.device = torch.device("cpu") if channel.group.stages(device) else device
-        # A function that returns the arguments that must be equal on all workers, as text.
+        # A function that returns, as text, the arguments of this worker that must be equal on all workers.
         self.arguments: Callable[[], str] = str
         self._arguments_hash = 0  # hash of the text of `arguments` when the worker joined
 
@@ -43,8 +45,8 @@ class Greeting:
         rank.
 
         Args:
-            dense: this worker requests a round that sends all pending updates.
-            seconds: this process's seconds per inner step; 0: unknown.
+            dense: True if this worker requests a round in which all workers send all pending updates.
+            seconds: this process's mean time of an inner step, in seconds; 0: unknown.
         """
         if not self._own.has_joined:
             self._arguments_hash = hash_of(self.arguments())
@@ -59,9 +61,9 @@ class Greeting:
         own, account, every = self._own, self._own.account, self._own.due.options.compression.compare_every
         compared = every > 0 and own.rounds % every == 0
         # A worker that has not joined has weight 0: it only receives the mean. A worker that has not stepped since its
-        # last round has weight 0 too. But it may have an error memory, or unsent updates of fragments that were not in
-        # that round. If all pending updates are sent, it counts with `idle_weight`, its last weight. If it has no
-        # pending updates, its zeros are averaged with the updates of other workers.
+        # last round has weight 0 too, although it may have an error memory, or unsent updates of fragments that were
+        # not in that round. In a round that sends all pending updates, such a worker has its last weight instead
+        # (`idle_weight`), also if it has no pending updates and sends zeros.
         has_more = len(own.fragments) > 1 and not account.since and self._pending.exist()
         checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in own.fragments]).sum()) if compared else 0
         anchor, nanoseconds, memories, more, missing = own.site.totals(
@@ -88,24 +90,27 @@ class Greeting:
         )
 
     def _message(self) -> str:
-        """Return a text that describes this worker's message in the next compressed round: version, compressor, number
-        of coordinates d, and round. It must be equal on all workers."""
+        """Return a text that describes the message that this worker sends in the next compressed round. It contains
+        packsaddle's version, the compressor, the number of coordinates d and the number of the round, and must be equal
+        on all workers."""
         part = self._own.due
         compressor = part.options.compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages match on all workers. The value that most workers have is the
-        right one; in a tie, the first is.
+        """Check that arguments, anchors and messages match on all workers. The right value is the one that most workers
+        have or, in a tie, the one of the lowest rank.
 
         Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker whose arguments or
         messages are not the right ones, and on all workers if their anchors differ in their first round. In a later
-        round, a worker whose anchor is not the right one raises RoundFailedError, and then loads the right anchor.
+        round all workers raise RoundFailedError if anchors differ. A worker whose anchor is not the right one then
+        loads another worker's state at the next quorum.
         """
         if len({h.arguments for h in hellos}) > 1:
             text = self.arguments()
             self._compare("be given the same arguments", text, hellos)
-            # The arguments are equal now: frozen parameters have changed on all workers after some of them had joined.
+            # No error was raised, so the current arguments are equal. The hashes are those at joining, and frozen
+            # parameters have changed since some workers joined. So replace the hash.
             self._arguments_hash = hash_of(text)
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
@@ -122,8 +127,9 @@ class Greeting:
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, text: str, hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' texts differ. `text` is this worker's text, and the error names a worker and
-        the first line in which its text differs from the most frequent one.
+        """Raise an error if the workers' texts differ. `text` is this worker's text, and `must` says in the message
+        what workers must do. The error names a worker whose text is not the most frequent one, and the first line in
+        which the two texts differ.
 
         Raises ConfigError on a worker whose text is not the most frequent one,
         and RoundFailedError on the other workers.

@@ -1,5 +1,5 @@
-"""One worker's membership in a run whose workers join and leave: its name and counts, and the records of all
-workers."""
+"""One worker's membership in a run whose workers join and leave: the worker's name, its counts of steps and rounds, and
+the records of all workers."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from packsaddle.local.schedule import Schedule
 
 
 class Membership:
-    """This worker's name, counts and model, and the `Roster` of the run. `ElasticWorkers` and its parts share it.
+    """This worker's name, its counts of steps and rounds, the fragments of its model, and the records of all workers
+    (`Roster`). `ElasticWorkers` is a subclass, and the objects that run parts of its rounds have a reference to it.
 
     Args:
         settings: the settings of this worker.
@@ -33,11 +34,11 @@ class Membership:
         self.has_joined = False
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
-        self.roster = Roster()  # identical on all workers after a round
+        self.roster = Roster()  # records of all workers, identical on all workers after a round
 
     @property
     def rounds(self) -> int:
-        """The number of applied exchanges of all fragments."""
+        """The number of applied exchanges, summed over the fragments (parts of the model)."""
         return sum(part.rounds for part in self.fragments)
 
     @property
@@ -53,7 +54,7 @@ class Membership:
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of error memories that workers lost."""
+        """The sum of the norms of lost error memories, including those that absent workers have not saved in files."""
         return self.roster.gone + self.roster.absent(keeps=False)
 
     @property
@@ -62,13 +63,14 @@ class Membership:
         return self.roster.absent(keeps=True)
 
     def weight(self) -> float:
-        """Return the weight that this worker's update would have in a round now; collective over its processes. If the
-        weight is set by a function, its values on the processes are summed."""
+        """Return the weight that this worker's update would have in a round now; collective over the processes of this
+        worker. If `Elastic.weight` is a function, the values that it returns on these processes are summed."""
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self.site.gather(float(rule())))) if callable(rule) else rule)
 
     def fields(self) -> list[Value]:
-        """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
+        """Return the fields of the saved state that belong to membership: this worker's name and its counts
+        (`Account`), and the records of all workers (`Roster`)."""
         path, share = ("membership",), Value(("share",), float, lambda: 1.0, skip)
         own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
         return [share, *own, *self.roster.fields((*path, "roster"))]

@@ -1,10 +1,11 @@
 """The file that stores a worker's error memory while the worker is absent.
 
-A memory may be used only once: updates that were sent after the file was written must not be sent again. So the file
-names its worker, the run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records
-that all workers share (`Roster`). In a round the file is written before other workers may commit the round, with the
-memories for both outcomes, so that a worker that is killed at that time loses no update. The file is written
-atomically, and read with weights_only=True.
+An error memory may be loaded only once: updates that were sent after the file was written must not be sent again. So
+the file contains the ids of its worker and of the run, and the number of the worker's last attempt at a round that was
+committed with its update. `OwnFile.claim` compares them with the records that all workers share (`Roster`). In a round
+the file is written before other workers may commit the round. It then contains two error memories, one for each
+outcome, so that a worker that is killed before it knows the outcome loses no update. The file is written atomically,
+and read with weights_only=True.
 """
 
 import logging
@@ -31,16 +32,17 @@ _log = logging.getLogger("packsaddle")
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """A worker's error memory on disk: its unsent updates, by parameter."""
+    """The contents of a worker's memory file: its unsent updates by parameter, and the attempt at a round after which
+    they were unsent."""
 
     run: int  # id of the run, a hash of the names of the workers in its first round
     worker: int  # id of the worker
-    attempt: int  # the worker's last attempt at a round that the anchor includes
+    attempt: int  # number of the worker's last attempt at a round that was committed with its update
     # Unsent updates by parameter name, floating-point tensors with the shapes of the parameters.
     error: Mapping[str, Tensor]
-    next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
-    # The updates that are still unsent if the round in progress is committed, by parameter name; empty if there is
-    # none.
+    next_attempt: int = 0  # number of the worker's attempt at the round in progress; 0: no round in progress
+    # The updates that are still unsent if the round in progress is committed, by parameter name. Empty: no round in
+    # progress.
     next_error: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -84,7 +86,8 @@ class OwnFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The worker's attempts at rounds after which its error memory is the one in the file.
+        # Numbers of the worker's attempts at rounds: the file has the error memory after the first, and after the
+        # second if that is committed.
         self._attempts: tuple[int, ...] = ()
         self._claimed = False
         lock, number = path.with_name(f"{path.name}.lock"), None
@@ -104,17 +107,19 @@ class OwnFile:
         self.close = weakref.finalize(self, _unlock, number, lock, os.getpid())
 
     def holds(self, attempt: int) -> bool:
-        """Return True if the file has the worker's error memory as it was after this attempt at a round."""
+        """Return True if the file contains the worker's error memory as it was after the worker's attempt with the
+        number `attempt` at a round."""
         return attempt in self._attempts and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the error memory with which this worker continues, or None, and the norm of a lost memory, or 0.
-        Enables `save`.
+        """Load the file, and return two results: the contents with which this worker continues, or None if there is no
+        file of this run, and the norm of a lost error memory, or 0. From then on `save` writes to the file.
 
-        The returned memory is the one in the file. If the file's worker has sent updates since the file was written,
-        the memory is zero instead, and the worker's later memory is lost. An outdated or unreadable file, or a file of
-        another run, is renamed, with a warning. Raises ConfigError if the file's worker was in the last round: the file
-        is then a copy, or locks do not work.
+        If the file's worker has sent updates since the file was written, the returned error memory is zero, and the
+        error memory that the worker had later is lost. If that worker is no longer in `roster`, the first result is
+        None. An outdated or unreadable file, or a file of another run, is renamed, with a warning. `shapes` has the
+        shapes of the parameters by name. Raises ConfigError if the file's worker was in the last round: the file is
+        then a copy, or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True
@@ -128,8 +133,8 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used only once. If the anchor includes a later attempt of
-        # the file's worker, the memory was sent.
+        # Select the memory for the outcome of the round that was in progress. If the records have a later attempt of
+        # the file's worker, its memory was sent since, and must not be used again.
         if found.next_attempt and taken == found.next_attempt:
             found = replace(found, attempt=taken, error=found.next_error)
         if taken == found.attempt:
@@ -138,14 +143,14 @@ class OwnFile:
         self._set_aside(
             f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
         )
-        if member is None:  # the worker was removed from the roster, and its memory was counted as lost
+        if member is None:  # removed from the roster, which counted the worker's memory as lost then
             return None, 0.0
         nothing = {name: torch.zeros_like(error) for name, error in found.error.items()}
         return replace(found, attempt=taken, error=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
-        """Return the error memory in the file if it was written in this run. Otherwise rename the file, if there is
-        one, and return None."""
+        """Return the contents of the file if it was written in the run with the id `run`. Otherwise rename the file, if
+        there is one, log a warning, and return None."""
         if not self.path.exists():
             return None
         try:
@@ -162,8 +167,8 @@ class OwnFile:
         _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
-        """Write an error memory to the file. Returns False if nothing was written, because `claim` was not called or
-        because of an error, which is logged."""
+        """Write `memory` to the file. Returns True if it was written. Returns False if `claim` was not called before,
+        or if writing failed, which is logged."""
         if not self._claimed:
             return False
         try:
@@ -175,7 +180,8 @@ class OwnFile:
         return True
 
     def remove(self) -> None:
-        """Delete the file, after its error memory has been sent to the other workers."""
+        """Delete the file. Call after the error memory in the file has been sent to the other workers. No-op if `claim`
+        was not called."""
         if self._claimed:
             with suppress(OSError):  # if the file cannot be deleted, a later `claim` detects that it is outdated
                 self.path.unlink(missing_ok=True)

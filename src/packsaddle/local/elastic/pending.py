@@ -1,7 +1,9 @@
-"""This worker's pending updates: in its error memories and parameters, in its memory file, and in an exchange in doubt.
+"""This worker's pending updates, which the anchor does not include: they are in its error memories and parameters, in
+its memory file, and in an exchange in doubt.
 
-An exchange is in doubt while the other workers may have committed it, and this worker cannot know. That is the time
-from this worker's confirmation to the vote or, if the confirmation failed, to the next quorum.
+An exchange is in doubt while another worker may have committed it and this worker cannot determine that. It is in doubt
+from the start of this worker's confirmation until the vote or, if the confirmation fails, until the next quorum (see
+`workers`).
 """
 
 import logging
@@ -22,7 +24,8 @@ _log = logging.getLogger("packsaddle")
 
 
 class PendingUpdates:
-    """The updates of this worker that the anchor does not include, and their copy in the memory file.
+    """The updates of this worker that the anchor (the parameters last agreed on) does not include, and their copy in
+    the memory file.
 
     Args:
         own: this worker's membership, with its fragments.
@@ -32,32 +35,34 @@ class PendingUpdates:
     def __init__(self, own: Membership, path: Path | None) -> None:
         self._own, self._fragments = own, own.fragments
         self.file = None if path is None else OwnFile(path)
-        self.in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
+        self.in_doubt: Sequence[Fragment] = ()  # fragments whose exchanges are in doubt; empty: none
 
     # Methods for the exchanges of the round in progress.
 
     def close_exchanges(self) -> bool:
         """Commit the exchanges in doubt; return True if all of them are applied, and False if one is rejected."""
         parts, self.in_doubt = self.in_doubt, ()
-        # Close every exchange first, since `all` would stop at the first rejected one.
+        # Close every exchange before calling `all`, since `all` with a generator would stop at the first rejected
+        # exchange.
         applied = [part.current.close() for part in parts if part.current is not None]
         return all(applied)
 
     def roll_back(self) -> None:
-        """Roll back the exchanges of the round in progress."""
+        """Roll back the exchanges of the round in progress, if there is one. No exchange is in doubt then."""
         self.in_doubt = ()
         for part in self._fragments:
             part.roll_back()
 
     def norm_after(self) -> float:
-        """Return the norm that this worker's error memory will have if the current round is committed."""
+        """Return the norm that this worker's error memory, over all fragments, will have if the current round is
+        committed. If there is no current round, it is the norm of the current error memory."""
         pairs = [(part, part.current) for part in self._fragments]
         errors = [r.exchanged.v if r and r.exchanged and r.share else f.feedback.memory.vector for f, r in pairs]
         return math.sqrt(sum(map(energy, errors)))
 
     def exist(self) -> bool:
-        """Return True if this worker has updates that a round would send. Updates of frozen parameters are not sent, so
-        they do not count."""
+        """Return True if this worker has joined, and has updates that a round would send. Updates of frozen parameters
+        are not sent, so they do not count."""
         pending = [part.unapplied() for part in self._fragments]
         for part, vector in zip(self._fragments, pending, strict=True):
             for name, view in part.by_name(vector).items():
@@ -68,19 +73,20 @@ class PendingUpdates:
 
     @property
     def are_kept(self) -> bool:
-        """True if this worker's file contains its error memory after its last round."""
+        """True if this worker's file contains its error memory as it was after the last round that was committed with
+        its update."""
         return self.file is not None and self.file.holds(self._own.account.included)
 
     def save(self, exchanged: Sequence[Fragment] = ()) -> bool:
-        """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
-        fails.
+        """Write the pending updates to this worker's memory file. Returns True if the file contains them, and False if
+        there is no file or if writing fails.
 
-        `exchanged` are the fragments of the round in progress. If there are any, the updates that will be pending once
-        the round is committed are written too.
+        `exchanged` are the fragments of the round in progress; empty: there is none. In a round, the updates that will
+        be pending if the round is committed are written too.
         """
         if self.file is None:
             return False
-        if self.in_doubt:  # nothing has changed since the file was written
+        if self.in_doubt:  # the file was written before the confirmation, with the updates for both outcomes
             return self.are_kept
         own, now = self._own, [part.unapplied() for part in self._fragments]
         memory = MemoryFile(own.roster.run, own.worker, own.account.included, by_parameter(self._fragments, now))
@@ -91,12 +97,14 @@ class PendingUpdates:
         return self.file.save(memory)
 
     def claim(self) -> None:
-        """Continue as the worker to which the memory file belongs: use its name, attempts and error memory, and move
-        the parameters to its start point. Updates in the file that were sent after it was written are not loaded. No-op
-        without a file.
+        """Continue as the worker to which the memory file belongs: use the name, the number of attempts and the error
+        memory of that worker, and move the parameters to the start point of this error memory. If the updates in the
+        file were sent after it was written, they are not loaded. If the file does not exist or is of another run, the
+        worker keeps its name, and writes the file. No-op if no memory file is set.
 
-        The processes of a site have a file each. A process without an up-to-date file has lost its memory, unless each
-        process has the whole model: then all continue with the memory of the first process that has it.
+        Each process of a site has a file. A process whose file is missing or outdated has lost its error memory, unless
+        each process has the whole model. In that case all processes continue with the error memory of the first process
+        whose file is up to date.
         """
         if self.file is None:
             return
@@ -128,16 +136,16 @@ class PendingUpdates:
             where, norm = self.file.path, own.account.norm
             _log.info("worker %x continues with its memory in %s, of norm %.3g", own.worker, where, norm)
         if not self.are_kept:
-            # Save before the next round, in which this worker reports that its file is up to date.
+            # Write the file now, since this worker reports in the next round if its file is up to date.
             self.save()
 
     def remove_file(self) -> None:
-        """Delete the file, whose updates have been sent."""
+        """Delete the memory file, if there is one. Call after its updates have been sent."""
         if self.file is not None:
             self.file.remove()
 
     def end(self) -> None:
-        """Roll back the round in progress, and unlock the file."""
+        """Roll back the round in progress, if there is one, and unlock the memory file, if there is one."""
         self.roll_back()
         if self.file is not None:
             self.file.close()

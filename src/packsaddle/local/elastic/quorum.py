@@ -1,5 +1,5 @@
-"""The torchft Manager's part of a round: the Manager determines the set of workers, and collects their errors and their
-votes."""
+"""The torchft Manager's part of a round: the Manager determines the set of workers (the quorum), and collects the
+workers' errors and votes."""
 
 from contextlib import suppress
 from datetime import timedelta
@@ -12,8 +12,8 @@ from packsaddle.local.elastic.site import Site
 
 
 class RoundFailedError(RuntimeError):
-    """An attempt at a round was not committed; `ElasticWorkers.round` repeats the round. The message is empty if the
-    workers voted against it."""
+    """Raised if an attempt at a round was not committed; `ElasticWorkers.round` then repeats the round. The message is
+    empty if this worker's attempt succeeded, but the vote of all workers was against the round."""
 
 
 class Quorum:
@@ -29,11 +29,11 @@ class Quorum:
         self._manager, self._group, self._site, self._sigterm = group.manager, group, site, sigterm
 
     def form(self, *, is_last: bool) -> None:
-        """Wait until torchft has determined the set of workers. A worker that is behind receives another worker's state
-        within this call. If this worker leaves after the round (`is_last`), it waits at most until the end of its grace
-        period.
+        """Wait until torchft has determined the set of workers. If this worker is behind the other workers, it receives
+        the state of another worker within this call. If this worker leaves after the round (`is_last`), the call waits
+        at most until the end of the grace period.
 
-        Raises RoundFailedError if there is no quorum.
+        Raises RoundFailedError if torchft has formed no quorum in time, or has raised another error.
         """
         timeout = timedelta(seconds=self._sigterm.left) if is_last else None
         try:
@@ -43,18 +43,21 @@ class Quorum:
             self.abort()
             raise
         except Exception as error:  # torchft raises errors of several types
-            # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
+            # Clear the future of the failed quorum, since torchft 0.2.0 would raise its error again at every later
+            # quorum.
             self._manager._quorum_future = None
             raise RoundFailedError(str(error)) from error
 
     def check(self) -> None:
-        """Raise RuntimeError if torchft has reported an error since the quorum."""
+        """Raise RuntimeError if torchft has reported an error since the quorum was formed; collective over the
+        processes of this worker."""
         with self._site.fails_together():
             if (failure := self._manager.errored()) is not None:
                 raise RuntimeError(str(failure))
 
     def report(self, error: Exception) -> None:
-        """Report an error, so that this worker votes against the round, and no other worker waits for it."""
+        """Report an error of this worker to torchft, so that this worker votes against the round. Also close the
+        connections, so that no other worker waits for this one."""
         self._manager.report_error(error)
         self.abort()
 
@@ -64,8 +67,9 @@ class Quorum:
             self._group.abort()
 
     def vote(self, reason: str | None) -> None:
-        """Vote on the round. Raises RoundFailedError if it is not committed, with the reason if this worker's attempt
-        has failed."""
+        """Vote on the round with all workers. Raises RoundFailedError if the round is not committed. `reason` is the
+        error of this worker's attempt, which becomes the message of the RoundFailedError; None: the attempt
+        succeeded."""
         if not self._manager.should_commit():
             raise RoundFailedError("" if reason is None else reason or str(self._manager.errored()))
 

@@ -1,4 +1,5 @@
-"""The state that a worker sends to a worker that is behind, and the loading of a received state."""
+"""The state that a worker sends to a worker that is behind, i.e. that misses committed rounds, and the loading of a
+received state."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,15 @@ _log = logging.getLogger("packsaddle")
 
 
 class Recovery:
-    """Sends and loads the state of a worker. It is registered with the Manager, which calls it at a quorum.
+    """Sends this worker's state to workers that are behind, and loads the state of another worker if this worker is
+    behind. Its methods are registered with torchft's Manager, which calls them at a quorum.
 
     Args:
         own: this worker's membership.
-        pending: this worker's pending updates, which loading keeps.
-        quorum: the quorum, at which a worker receives the state again if it was discarded.
-        sigterm: the handler of SIGTERM, which must not interrupt the loading.
-        inner: the optimizers of the parameters.
+        pending: this worker's pending updates, which are kept when a state is loaded.
+        quorum: the quorum. If a received state is discarded, the worker receives a state again at the next quorum.
+        sigterm: the handler of SIGTERM, which must not interrupt the loading of a state.
+        inner: the inner optimizers, i.e. those of the parameters.
         outer: the outer optimizer of the anchor, or None.
     """
 
@@ -51,7 +53,8 @@ class Recovery:
 
     def _shared(self) -> dict[str, Any]:
         """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
-        the records of all workers (`Roster`), and the states of the outer and inner optimizers."""
+        the records of all workers (`Roster`), the number of steps, the state of the outer optimizer and, with
+        `Elastic.share_optimizer_state`, the states of the inner optimizers."""
         own = self._own
         inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
         return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
@@ -62,8 +65,9 @@ class Recovery:
         return [*found, *outer, *self._own.roster.fields(("roster",))]
 
     def _receive(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead. If this worker is a site, i.e. consists of several processes, only
-        keep the state: it is loaded once every process of the site has received a state."""
+        """Receive `state`, the state of a worker that is ahead of this one. It is loaded immediately, unless this
+        worker is a site, i.e. has several processes. In a site the state is stored, and loaded once every process of
+        the site has received a state."""
         if self._own.site.size > 1:
             self._received = state
         else:
@@ -72,9 +76,9 @@ class Recovery:
     def load_received(self) -> None:
         """Load the received state, if there is one.
 
-        The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
-        differ. So all processes use the number of steps that process 0 received, or the whole state that it received if
-        each process has the whole model.
+        The processes of a site may have received states from different workers, which differ in their numbers of steps
+        and in the states of their inner optimizers. So all processes use the number of steps that process 0 has
+        received. If each process has the whole model, all processes use the whole state that process 0 has received.
         """
         if (state := self._received) is not None:
             self._received = None
@@ -83,7 +87,8 @@ class Recovery:
             self._load({**state, **site.send(shared, 0)})
 
     def discard_received(self) -> None:
-        """Discard the received state, if there is one, since other processes of this site may have received none."""
+        """Discard the received state, if there is one, since other processes of this site may have received none. This
+        worker receives a state again at the next quorum."""
         if self._received is not None:
             self._received = None
             self._quorum.mark_as_behind()
@@ -92,15 +97,16 @@ class Recovery:
     def _load(self, state: Mapping[str, Any]) -> None:
         """Load the state of a worker that is ahead of this one.
 
-        Unsent local updates are kept: the parameters move with the anchor. A worker that has never been in a round, or
-        was restored to a state from before its last round, starts at the anchor.
+        Unsent local updates are kept: the parameters move by as much as the anchor. In three cases the parameters are
+        set to the start point instead: if the worker has never been in a round, if it was restored to a state from
+        before its last round, or if the received anchor includes its local updates.
         """
         self._sigterm.hold()  # SIGTERM must not interrupt the loading
         self._check(state)
         own, account, is_new = self._own, self._own.account, not self._own.roster.past
         was = [(part, part.anchor.copy_starts()) for part in own.fragments]
-        # Commit the exchange in doubt if the other workers' anchor includes this worker's last attempt at a round.
-        # Otherwise roll it back.
+        # Commit the exchanges in doubt if the other workers have committed this worker's last attempt at a round.
+        # Otherwise roll these exchanges back.
         included = state["roster"]["included"].get(own.worker, 0)
         sent, taken = set[Fragment](), False
         if self._pending.in_doubt and included == account.attempts:
@@ -109,7 +115,8 @@ class Recovery:
         else:
             self._pending.roll_back()
         is_stale = self._compare_attempts(included)
-        # Move x with the anchor: x <- start + (x - before), or x <- start if the anchor includes x - before.
+        # Move the parameters x with the anchor: x <- start + (x - before). If the anchor includes the local update, or
+        # if there is none to keep, x <- start.
         self._state.load(state)
         for part, before in was:
             part.current = None
@@ -125,18 +132,18 @@ class Recovery:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ConfigError, with nothing changed, if the received state does not match this worker's arguments, or if
         this worker would lose rounds by loading it. Rounds would be lost if the state is from another run, or has fewer
-        rounds of this run. In that case the pending updates are first saved to the memory file.
+        rounds of this run. If rounds would be lost, the pending updates are first saved to the memory file.
 
         A state of another run may arrive because torchft lets new workers begin a run of their own if the existing
         workers do not answer in time.
         """
         try:
             self._state.validate(state)
-        except ValueError as error:  # the arguments, which would explain the error, are only compared later
+        except ValueError as error:  # a difference of arguments is the likely cause; they are compared only after this
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
         mine, theirs = self._own.rounds, sum(part["rounds"] for part in state["fragments"])
         own_run, run = self._own.roster.run, state["roster"]["run"]
-        # This worker may have one more round than the other workers, which they have rolled back. If that round was
+        # This worker may have committed one round that the other workers have rolled back. If that round was
         # uncompressed, it counts as one exchange for each fragment.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
             self._pending.save()
@@ -148,12 +155,13 @@ class Recovery:
             )
 
     def _compare_attempts(self, included: int) -> bool:
-        """Compare two attempts at rounds by this worker: the last one whose updates its own parameters include, and
-        `included`, the last one whose updates the other workers' parameters include.
+        """Compare the numbers of two attempts at rounds by this worker. One is the last attempt at a round that was
+        committed with its update, as this worker has recorded it. The other, `included`, is the same attempt as the
+        other workers have recorded it.
 
         Returns True if `included` is later, as after a restore from a checkpoint. The updates in this worker's error
-        memory have then been sent already, so the memory is cleared. If `included` is earlier, the updates that this
-        worker has sent since are lost.
+        memory were then sent before, so the memory is cleared. Returns False otherwise. If `included` is earlier, the
+        updates that this worker has sent since `included` are recorded as lost.
         """
         own, account = self._own, self._own.account
         if included > account.included:
@@ -172,9 +180,11 @@ class Recovery:
         return False
 
     def _begin_at(self, state: Mapping[str, Any]) -> None:
-        """Continue, as a new worker, at the sender's number of steps, with the state of its inner optimizers."""
+        """Set a new worker's number of steps to that in `state`, the received state, and load the states of the
+        sender's inner optimizers, if `state` contains them."""
         self._own.steps = state["steps"]
-        # With empty optimizer moments, the first steps would be too large.
+        # Load the optimizers' states, since the first steps with the empty moments of a new optimizer would be too
+        # large.
         if state["inner"] is not None and self._own.settings.share_optimizer_state:
             try:
                 load_states(self._inner, state["inner"])

@@ -21,8 +21,8 @@ from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
-_REMEMBERED = 256  # maximum number of workers in the roster, unless a round has more
-_PAST = 64  # maximum number of history hashes, one per round
+_REMEMBERED = 256  # maximum number of workers in the roster; if a round has more workers, their number
+_PAST = 64  # number of last rounds of which the roster has the value of `history`
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,24 @@ class Hello:
 
     worker: int  # the worker's random name
     arguments: int  # hash of the arguments that must be equal on all workers
-    message: int  # hash of version, compressor, d and round of the worker's compressed message
+    message: int  # hash of a text that describes the worker's compressed message, see `Greeting`
     history: int  # hash of all rounds that the worker's anchor includes
     anchor: int  # fingerprint of the worker's anchor; 0: not compared in this round
-    run: int  # random name of the run; 0: none yet
-    attempt: int  # number of the worker's attempts at rounds
-    steps: int  # the worker's inner steps since the last round that includes its update
+    run: int  # id of the run (see `Roster.run`); 0: no round has been committed
+    attempt: int  # number of the worker's attempts at rounds, including this one
+    steps: int  # the worker's inner steps since the last applied round that included its update
     dense: int  # 1: the worker requests a round that sends all pending updates
-    keeps: int  # 1: the worker's file contains its error memory after its last round
-    has_pending: int  # 1: with `weight` 0, the worker still has updates to send in a round with dense = 1
+    keeps: int  # 1: the worker's memory file contains its error memory after its last round
+    has_pending: int  # 1: the worker has updates to send in a round with dense = 1, also if `weight` is 0
     frozen: int  # hash of the names of the worker's frozen parameters
     weight: float  # the worker's weight in the mean; 0: the worker only receives the mean
-    idle_weight: float  # the worker's weight in a round with dense = 1, if `weight` is 0
+    idle_weight: float  # the worker's weight in a round in which a worker has dense = 1, if `weight` is 0
     seconds: float  # seconds per inner step of the worker; 0: unknown
-    lost: float  # norm of error memories that the worker found to be lost
+    lost: float  # norm of lost error memory that the worker has not reported in an earlier round
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return this message as int64[16]; floats are stored as their bit patterns."""
+        """Return this message as int64[16] on `device`: one element per field, in the order of the fields. Floats are
+        stored as the bit patterns of float64."""
         *whole, a, b, c, d = astuple(self)
         reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
@@ -60,7 +61,7 @@ class Hello:
 
 
 def most(values: Sequence[Any]) -> Any:
-    """Return the most frequent value; in a tie, the first."""
+    """Return the most frequent of `values` or, in a tie, the one that comes first in `values`."""
     return Counter(values).most_common(1)[0][0]
 
 
@@ -74,17 +75,18 @@ class Member:
 
 
 class Roster:
-    """Records of a run whose workers join and leave, identical on all workers: the run's id, a hash of its rounds, its
-    number of inner steps, and its workers."""
+    """Records of a run whose workers join and leave, identical on all workers after a round: the run's id, a hash of
+    its rounds, its number of inner steps, and a record of each worker."""
 
     def __init__(self) -> None:
         self.run = 0  # id of the run; 0: no round has been committed
-        self.position = 0  # number of inner steps of all workers that the anchor includes
+        self.position = 0  # number of inner steps, of all workers, whose updates the anchor includes
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
-        self.past: list[int] = []  # value of `history` after each of the last rounds
-        self.taken: dict[int, int] = {}  # last attempt of each worker at a round that the anchor includes
-        self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
+        self.past: list[int] = []  # value of `history` after each of the last committed rounds, oldest first
+        # By id of the worker, the number of its last attempt at a round that was committed with its update.
+        self.taken: dict[int, int] = {}
+        self.members: dict[int, Member] = {}  # record of each worker, by id, in the order of the workers' last rounds
 
     def absent(self, *, keeps: bool) -> float:
         """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum is over the
@@ -93,9 +95,11 @@ class Roster:
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round. `hellos`, `weights` and `norms` have an entry for each worker, by rank. `taken` is
-        True if the round was applied, and False if it was rejected."""
-        # The first committed round sets the id of the run, a hash of its workers' names, which later rounds keep.
+        """Record a committed round. `hellos`, `weights` and `norms` have one entry per worker, by rank: its message,
+        its weight in the mean, and the norm of its error memory after the round. `taken` is True if the round was
+        applied, and False if it was rejected."""
+        # The first committed round sets the id of the run, a hash of the names of that round's workers. Later rounds do
+        # not change the id.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
         # The anchor does not include an update with weight 0. So do not record its worker's attempt in `taken`, and do
@@ -108,7 +112,8 @@ class Roster:
         # Hash the round into the history, so that anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
         self.past = [*self.past, self.history][-_PAST:]
-        # Move the workers of this round to the end of `members`, so that the first one has been absent longest.
+        # Move the workers of this round to the end of `members`, so that the first entry is the worker that has been
+        # absent longest.
         for worker, member in self.members.items():
             if worker not in names:
                 self.members[worker] = Member(member.norm, member.keeps, False)
@@ -135,20 +140,20 @@ class Account:
     """One worker's counts of its attempts at rounds and its inner steps, its
     weights, and the norms of its error memory."""
 
-    attempts: int = 0  # number of attempts at rounds
-    included: int = 0  # the worker's last attempt that the anchor includes
-    since: int = 0  # inner steps since the worker's last attempt that the anchor includes
-    ahead: int = 0  # inner steps since the last round
-    counted: float = 0.0  # sum of the weights of earlier rounds, to subtract from the total of the weight function
-    last_weight: float = 1.0  # weight in the last round that included the worker's update
+    attempts: int = 0  # number of the worker's attempts at rounds, committed or not
+    included: int = 0  # number of its last attempt at a round that was committed with its update
+    since: int = 0  # inner steps since the last applied round that included the worker's update
+    ahead: int = 0  # inner steps since the last round, applied or rejected
+    counted: float = 0.0  # sum of the worker's weights so far, to subtract from the weight function's total
+    last_weight: float = 1.0  # weight in the last applied round that included the worker's update
     norm: float = 0.0  # norm of the error memory after the last round
-    sent: float = 0.0  # norm of the worker's message in its last round
-    found_lost: float = 0.0  # norm of lost error memory, not yet reported to the other workers
+    sent: float = 0.0  # norm of the worker's decoded message in the last round that was committed with its update
+    found_lost: float = 0.0  # norm of lost error memory that is not yet reported to the other workers
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return the weight that this worker has in a round now (see `Elastic.weight`). It is 0 if the worker has not
-        stepped since the last round that included its update. Raises ConfigError if the weight function's total is not
-        finite or decreases."""
+        """Return the weight that this worker has in a round now. `rule` is `Elastic.weight`. The weight is 0 if the
+        worker has not stepped since the last round that included its update. Raises ConfigError if the weight
+        function's total is not finite or decreases."""
         if not self.since:
             return 0.0
         if rule is None:
@@ -159,6 +164,6 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps after a round that included these steps. `weight` is the weight that the
-        worker's update had in the round."""
+        """Restart the count of inner steps, `since`. Call after an applied round that included these steps. `weight` is
+        the weight that the worker's update had in the round, or 0."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

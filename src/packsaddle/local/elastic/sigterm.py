@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_MOMENT = 3.0  # seconds until an unfinished exit is forced
+_MOMENT = 3.0  # seconds after which a process that has not ended yet is ended forcibly
 _LONGEST = 1e9  # maximum duration of a timer, in seconds
 
 
 class LeavingError(BaseException):
-    """Raised after SIGTERM, within a wait for other workers, if this worker may leave or its grace period is over.
-    It is not a subclass of Exception, so that error handlers in the wait do not catch it."""
+    """Raised within a wait for other workers after SIGTERM, if this worker may leave the run immediately or the grace
+    period is over. It is not a subclass of Exception, so that error handlers in the wait do not catch it."""
 
 
 class Sigterm:
-    """Handles SIGTERM. The signal ends a wait for other workers immediately if `may_leave()` returns True, and
-    otherwise after `grace` seconds. `asked` is True once the signal was received."""
+    """Handles SIGTERM. The signal interrupts a wait for other workers: immediately if `may_leave()` returns True, and
+    otherwise `grace` seconds after the signal. Outside a wait it only sets `asked` to True, and the worker leaves after
+    its next inner step."""
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
         self.asked = False
@@ -41,8 +42,9 @@ class Sigterm:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context manager for a wait for other workers. Within it, SIGTERM raises LeavingError, also if the signal was
-        received before the wait."""
+        """Context manager for a wait for other workers, within which SIGTERM raises LeavingError: immediately if the
+        worker may leave, and otherwise at the end of the grace period. This is also so if the signal was received
+        before the wait."""
         self._waiting = True
         try:
             if self.asked:
@@ -52,11 +54,12 @@ class Sigterm:
             self._waiting = False
 
     def hold(self) -> None:
-        """Protect the rest of the `waiting` block from interruption by SIGTERM."""
+        """Within `waiting`, prevent SIGTERM from interrupting the rest of the context's block."""
         self._waiting = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: interrupt a wait, now or after the grace period. A second signal kills the process."""
+        """Handle SIGTERM: interrupt a wait for other workers, now if the worker may leave, and otherwise after the
+        grace period. A second SIGTERM ends the process as if there were no handler."""
         if self.asked:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +69,7 @@ class Sigterm:
         signal.setitimer(signal.ITIMER_REAL, min(max(self.left, 1e-3), _LONGEST))
 
     def _late(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGALRM, which is sent at the end of the grace period: interrupt a wait."""
+        """Handle SIGALRM, which a timer sends at the end of the grace period: interrupt a wait for other workers."""
         self._until = 0.0
         self._interrupt_wait()
 

@@ -1,5 +1,5 @@
-"""A site: the processes that together are one worker. They must agree on everything that decides whether a round is
-committed."""
+"""A site: the processes that together are one worker. All decisions about a round, such as whether it is committed,
+must be identical on the processes of a site."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,8 +18,8 @@ class Site(ObjectCollectives):
 
     Args:
         within: the group of the processes; None: the worker is one process.
-        fragments: the parts of the model that are exchanged separately. Each process has a shard of them, or all of
-            them.
+        fragments: the parts of the model that are exchanged separately. Each process has a shard of every parameter, or
+            the whole model.
     """
 
     def __init__(self, within: Group | None, fragments: Sequence[Fragment]) -> None:
@@ -32,7 +32,8 @@ class Site(ObjectCollectives):
         self.has_replicas = within is not None and splits == {False}
 
     def totals(self, *numbers: int) -> list[int]:
-        """Return `numbers`, each summed over the processes of this worker, modulo 2^64."""
+        """Return each of the `numbers` summed over the processes of this worker; collective over them. The sums are
+        int64, modulo 2^64."""
         if self.size == 1:
             return list(map(int, numbers))
         totals = torch.tensor(numbers, dtype=torch.int64)
@@ -40,7 +41,7 @@ class Site(ObjectCollectives):
         return totals.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Return True if `flag` is True on at least one of this worker's processes."""
+        """Return True if `flag` is True on at least one of this worker's processes; collective over them."""
         return self.totals(flag)[0] > 0
 
     def fails_together(self) -> AbstractContextManager[None]:

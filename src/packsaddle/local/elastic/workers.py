@@ -8,18 +8,18 @@ The workers of torchft's quorum exchange their updates v of one fragment (parame
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
-A worker whose confirmation fails cannot determine whether another worker has committed the round. It keeps the exchange
-until the next quorum. If the other workers are ahead then, the state that they send records this worker's last attempt
-that their anchor includes. It determines whether this worker commits the exchange or rolls it back. So no update is
-applied twice, and none is lost.
+A worker whose confirmation fails cannot determine whether another worker has committed the round. So the worker keeps
+the exchange until the next quorum. If the other workers are ahead then, they send their state, which records this
+worker's last attempt at a round that they committed with its update. From this record the worker determines whether to
+commit the exchange or to roll it back. So no update is applied twice, and none is lost.
 
-A worker only receives (w_i = 0) in its first round, and in rounds before which it has not stepped, unless all pending
-updates are sent.
+In its first round a worker has weight w_i = 0: it receives the mean, and sends no update. It also has weight 0 in a
+round if it has not stepped since its last round, unless all pending updates are sent in that round.
 
 A worker may be a site of several processes. Each process runs these steps with its peers in the other sites, and after
-each step the processes of a site agree whether the step failed on one of them (`fail_together`). The vote of torchft
-includes all processes. Everything that decides about a round must be equal on the processes of a site, so their names,
-weights, hashes, times and signals are combined.
+each step the processes of a site agree whether the step failed on one of them (`Site.fails_together`). All processes of
+all sites vote. All values that decide about a round must be equal on the processes of a site. So the processes combine
+their names, weights, hashes, step times and received signals.
 """
 
 import logging
@@ -68,7 +68,7 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a round, in which all workers have exchanged their updates, but not committed them yet."""
+    """One attempt at a round, in which the workers have exchanged their updates, but have not voted yet."""
 
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
     weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
@@ -90,7 +90,7 @@ class ElasticWorkers(Membership):
             None.
     """
 
-    lockstep: Lockstep | None = None  # elastic workers do not make their calls in lockstep
+    lockstep: Lockstep | None = None  # None, since elastic workers may make different calls
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class ElasticWorkers(Membership):
         self.channel, self._group, self._outer = channel, group, outer
 
         self._exchanged = False  # True if a round followed the last inner step
-        self.paces = [schedule.period]  # inner steps of this worker from one round to the next
+        self.paces = [schedule.period]  # one number: the inner steps of this worker from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
-        self._energy = 0.0  # ||v||^2 in the uncommitted round, where v is local update plus error memory
-        self._handed = False  # True after SIGTERM if the error memory is in its file, or is zero
-        # True if this worker leaves and its error memory is not in its file, so that it sends all pending updates
+        self._energy = 0.0  # ||v||^2 in the uncommitted round, where v is the vector to send, over all fragments
+        self._handed = False  # True after SIGTERM if the pending updates are in the memory file, or are zero
+        # True if this worker is leaving and its pending updates are not in its memory file, so that it sends them
         # uncompressed in the next round.
         self._sends_all = False
 
@@ -134,8 +134,9 @@ class ElasticWorkers(Membership):
         parameters: Mapping[str, Tensor],
         untrained: Sequence[tuple[str, Tensor]],
     ) -> None:
-        """Set the reactions to the end of a round, and the values that are compared when this worker joins: the
-        arguments `same`, and checksums of the frozen parameters."""
+        """Set the reactions to the end of a round, and the values that are compared with the other workers' when this
+        worker joins. These values are the arguments `same`, and checksums of the frozen parameters among the
+        `untrained` tensors. Collective over the processes of this worker."""
         self._reactions = reactions
         frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
 
@@ -148,7 +149,7 @@ class ElasticWorkers(Membership):
         keeps = {"memory_file": self._pending.file is not None}
         check_agreement(Communicator(self.site.group, Ledger()), {**same, **keeps}, torch.device("cpu"), of="process")
 
-    # Rounds.
+    # Methods that join the run, and run rounds.
 
     def enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case the other
@@ -159,13 +160,13 @@ class ElasticWorkers(Membership):
         return True
 
     def join(self) -> None:
-        """Run a round without an update, in which the other workers' state is loaded; then load the memory file. No-op
-        if this worker has joined."""
+        """Run a round in which this worker sends no update, and loads another worker's state if it is behind. Then load
+        the memory file. No-op if this worker has joined."""
         if self.has_joined:
             return
         self.round(uncompressed=False)
-        # Count the inner steps since the last round. They are above 0 only if
-        # this worker was restored from a checkpoint.
+        # Set the number of inner steps since the last round. It is above 0 only if this worker was restored from a
+        # checkpoint.
         self.account.ahead = self.account.since
         self._pending.claim()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self.rounds, self.workers - 1)
@@ -173,7 +174,7 @@ class ElasticWorkers(Membership):
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
 
-        Always returns False, since a worker that has ended its training leaves and runs no more collectives.
+        Always returns False. The result tells torch's `Join` if collectives ran, and elastic workers do not use `Join`.
         """
         self.steps, self._exchanged = steps, False
         self.account.since += 1
@@ -185,7 +186,8 @@ class ElasticWorkers(Membership):
         return False
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
-        """Run an uncompressed round of all present workers. Raises RuntimeError if a compressor is given."""
+        """Run an uncompressed round of all present workers, in which all pending updates are sent. Returns True if all
+        of its exchanges were applied. Raises RuntimeError if a compressor is given."""
         if compressor is not None:
             raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
         # Join first: a worker that has not stepped may have a memory file with updates to send.
@@ -195,10 +197,12 @@ class ElasticWorkers(Membership):
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
-        With `uncompressed`, all pending updates are sent. Raises PeerLostError if no round is committed in `patience`
-        seconds, and ConfigError if this worker's arguments differ from those of the other workers.
+        If `uncompressed` is True, all workers send all of their pending updates, uncompressed. Raises PeerLostError if
+        no attempt at the round is committed within `patience` seconds (by default `Elastic.patience`), and ConfigError
+        if this worker's arguments differ from those of the other workers.
         """
-        # Measure the time of an inner step, from which `_commit` chooses the steps of the next round.
+        # Compute the mean time of an inner step since the last round, from which `_commit` chooses the number of steps
+        # until the next round.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
         ahead = self.account.ahead
@@ -209,8 +213,8 @@ class ElasticWorkers(Membership):
                 applied = self._once(uncompressed, seconds)
                 break
             except LeavingError:
-                # The grace period is over. Other processes of the site may not be in this wait, so a collective with
-                # them would hang.
+                # In a site this error means that the grace period is over. Other processes of the site may not be in
+                # this wait, and a collective with them would hang. So end this process without a collective.
                 if self.site.size > 1:
                     end_process(0 if self._pending.save() else 1)
                 self._exit()
@@ -225,33 +229,36 @@ class ElasticWorkers(Membership):
             if self.site.any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
-        # A worker that had to send its memory before leaving leaves now.
+        # Reset the count of steps. A worker that had to send its pending updates before leaving leaves now.
         self._resumed, self.account.ahead, self._exchanged = time.monotonic(), 0, True
         if self.site.any(self._sigterm.asked) and self._sends_all:
             self._exit()
         return applied
 
     def _once(self, dense: bool, seconds: float) -> bool:
-        """Attempt a round; return True if it was applied, False if it was rejected. Raises RoundFailedError if it was
-        not committed."""
+        """Attempt a round once: quorum, exchange and vote. Returns True if all exchanges of the round were applied, and
+        False if one was rejected. Raises RoundFailedError if the round was not committed. `dense` and `seconds` are
+        those of `Greeting.exchange`."""
         try:
             self._quorum.form(is_last=self._sends_all)
         except RoundFailedError:
             self._recovery.discard_received()
             raise
-        # After an error, abort the group so that no worker waits for this one in a collective; the commit then fails.
+        # After an error, close the connections, so that no worker waits for this one in a collective. The vote is then
+        # against the round.
         attempt, reason = None, ""
         try:
             self._quorum.check()
             self._recovery.load_received()
-            # Roll back the last round, unless `load_received` has committed it because other workers were ahead.
+            # Roll back an exchange in doubt, unless `load_received` has committed it because the other workers had
+            # committed it.
             self._pending.roll_back()
             attempt = self._try(dense, seconds)
         except (ConfigError, PeerLostError):
             self._quorum.abort()
             raise
         except (RuntimeError, AssertionError) as error:
-            # torch's backends raise these errors, also if there is no process group.
+            # Collectives of torch raise errors of these types, also if the process group no longer exists.
             reason = str(error)
             self._quorum.report(error)
             self._recovery.discard_received()
@@ -267,14 +274,16 @@ class ElasticWorkers(Membership):
         return self._commit(attempt)
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange the updates of one round with the workers that torchft has determined for it. Returns the attempt at
-        the round, on which the workers have not voted yet."""
+        """Exchange the updates of one round with the workers of the quorum: the steps hello, exchange and confirm of
+        the module's docstring. Returns the attempt at the round, on which the workers have not voted yet. `dense` and
+        `seconds` are those of `Greeting.exchange`."""
         self._group.renew()
         self.channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
         # Hello: compare arguments before the first collective whose size depends on them.
         hellos = self._greeting.exchange(dense=dense or self._sends_all, seconds=seconds)
-        # Exchange: send one fragment, in rotation. If `dense`, send all fragments. If all weights are 0, send none.
+        # Exchange: send one fragment, in rotation, or all fragments if a worker has requested that (`dense`). If all
+        # weights are 0, send none.
         dense = any(hello.dense for hello in hellos)
         weights, parts = [0.0] * len(hellos), list[Fragment]()
         if any(h.weight or (dense and h.idle_weight and h.has_pending) for h in hellos):
@@ -290,7 +299,8 @@ class ElasticWorkers(Membership):
             self._energy += energy(r.exchanged.v)
             with self.site.fails_together():
                 self._exchange(r, hellos, weights)
-        # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
+        # Confirm: this gather completes only if all workers have exchanged their updates. From here on, other workers
+        # may commit.
         self._pending.save(parts)
         device = self._greeting.device
         norm = torch.tensor([self._pending.norm_after()], dtype=wide(device), device=device)
@@ -300,9 +310,11 @@ class ElasticWorkers(Membership):
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
     def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
-        """Exchange the messages of a round with the other workers, and gather the reports of invalid messages."""
+        """Exchange the messages of the round `r` of one fragment with the other workers, and gather the reports of
+        invalid values. `hellos` and `weights` have one entry per worker, by rank."""
         norms = standings = None
-        # Gather the norms of v separately: v depends on the Hello messages, so these cannot contain its norm.
+        # Gather the norms of the workers' updates v, for clipping. The Hello messages cannot contain them, since v is
+        # computed after the Hello messages.
         if r.norm is not None:
             norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
             norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
@@ -312,7 +324,8 @@ class ElasticWorkers(Membership):
         r.gather_reports()
 
     def _commit(self, attempt: Attempt) -> bool:
-        """Commit a round after the vote; return True if all its exchanges are applied."""
+        """Commit the round after the vote, and apply its means to the anchor. Returns True if all of its exchanges are
+        applied, and False if one is rejected."""
         taken = self._pending.close_exchanges()
         names = {hello.worker for hello in attempt.hellos}
         for worker, member in self.roster.members.items() if self._group.rank == 0 and self._group.leads else ():
@@ -323,7 +336,8 @@ class ElasticWorkers(Membership):
                     *(worker, self.rounds, member.norm, fate),
                 )
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
-        # Update this worker's counts. The norm of its message follows from ||sent||^2 = ||v||^2 - ||e||^2.
+        # Update this worker's counts. The norm of its decoded message is computed as ||sent||^2 = ||v||^2 - ||e||^2,
+        # where e is the new error memory.
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
         own = self.account
         own.found_lost -= mine.lost
@@ -334,7 +348,8 @@ class ElasticWorkers(Membership):
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
                 own.start_count(mine.weight)
-        # Let a slower worker make fewer steps before the next round, and a faster one more, so that none waits.
+        # Choose this worker's number of steps before the next round: fewer for a slower worker and more for a faster
+        # one, so that no worker waits for another.
         if self.settings.weight is not None and mine.seconds:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
             steps = paces(list(times.values()), len(times) * self._schedule.period)
@@ -346,10 +361,11 @@ class ElasticWorkers(Membership):
             applied &= bool(r.applied)
             is_saved &= bool(r.applied) and r.flush is None and r.agrees
             reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
-        # Save the memory, unless `_try` has already written it as it is now.
+        # Save the pending updates, unless the file that `_try` has written already contains them as they are now.
         if not (is_saved and self._pending.are_kept):
             self._pending.save()
-        # Stop if most other workers could not decode this worker's message; they continue without it.
+        # Stop if most of the other workers received an invalid message from this worker. They continue without this
+        # worker.
         if 2 * reports > self._group.size - 1:
             raise GuardError(
                 f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
@@ -360,7 +376,8 @@ class ElasticWorkers(Membership):
     # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
 
     def check_fixed(self, call: str) -> None:
-        """Raise RuntimeError for a call that only a fixed set of workers supports."""
+        """Raise RuntimeError, since `call`, a key of `_FIXED` such as "average", is supported only with a fixed set of
+        workers."""
         raise RuntimeError(_FIXED[call])
 
     def mean(self, vectors: Sequence[Tensor], steps: int) -> NoReturn:
@@ -390,8 +407,9 @@ class ElasticWorkers(Membership):
     # Methods for leaving the run.
 
     def _may_leave(self) -> bool:
-        """Save the error memory to its file after SIGTERM; return False if the memory must be sent in the next round
-        instead, or if the processes of a site must leave together."""
+        """Save the pending updates to the memory file after SIGTERM. Returns True if the worker may leave now: if they
+        are saved, or if there are none. Returns False if they must be sent in the next round, or if the worker is a
+        site, whose processes must leave together."""
         if self.site.size > 1:
             self._pending.save()
         elif not self._sends_all:
@@ -400,10 +418,11 @@ class ElasticWorkers(Membership):
         return self._handed
 
     def leave(self) -> bool:
-        """Leave the run, after saving the error memory to its file, or sending it in one more round that must be
-        committed within `grace` seconds.
+        """Leave the run, after saving the pending updates to the memory file or, if that fails, sending them in one
+        more round, which must be committed within `Elastic.grace` seconds.
 
-        Returns False, with an error in the log, if updates are lost. Collective over the processes of a site.
+        Returns True if the updates are saved or sent. If updates are lost, the method logs an error and returns False.
+        Collective over the processes of a site.
         """
         handed = self._handed or not self.site.any(not self._pending.save()) or self._send_all()
         self._pending.end()
@@ -411,7 +430,8 @@ class ElasticWorkers(Membership):
         return handed
 
     def _send_all(self) -> bool:
-        """Send all pending updates in one more round, uncompressed; return False if they are lost."""
+        """Send all pending updates in one more round, uncompressed. Returns True if the round was applied or there were
+        none to send, and False if it could not be committed within the grace period."""
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
         while self.site.any(self._pending.exist()) and not self.site.any((left := until - time.monotonic()) <= 0):
@@ -424,7 +444,7 @@ class ElasticWorkers(Membership):
         if not self._pending.exist():
             self._pending.remove_file()
             return True
-        # Count the error memory as lost unless it is in the file.
+        # Count the error memory as lost unless the file contains it.
         own, kept = self.account, self._pending.are_kept
         self.roster.gone += 0.0 if kept else own.norm
         memory = "waits in its file" if kept else "is lost"
