@@ -18,6 +18,7 @@ ALLOWED = {
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.compressors.selection": "lab/bench/pieces.py measures this internal function",
     "packsaddle.numerics.seeds": "examples/reference.py draws the random numbers of CompressedSGD",
+    "packsaddle.comm.devices": "lab/bench/gpu.py lists the accelerators",
     "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "lab/paper/progress.py prints what a terminal must not obey",
     "packsaddle.cli.progress": "lab/paper/progress.py says the time left as a plan does",
