@@ -190,9 +190,11 @@ class LocalUpdatesCallback(_Attached):
         saved. It is needed during validation, when the model has the anchor's parameters (on which all workers last
         agreed) and Lightning may save a checkpoint. No-op outside validation."""
         self._evaluation.close()
-        yield
-        if self._evaluating:
-            self._evaluation.enter_context(self.together())
+        try:
+            yield
+        finally:
+            if self._evaluating:
+                self._evaluation.enter_context(self.together())
 
 
 def folder_of(checkpoint: str | Path) -> Path:
