@@ -1,8 +1,13 @@
 """Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4 of the paper).
 
-The verdict is never stronger than its evidence: a Rayleigh quotient below the threshold proves a saddle; the absence of
-negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided". Without
-epsilon there is no verdict on stationarity: a negative Rayleigh quotient proves that the point is not a minimum.
+The verdict is never stronger than its evidence:
+
+- A Rayleigh quotient of the Hessian below the threshold -sqrt(rho epsilon) proves a saddle.
+- The absence of eigenvalues below the threshold is claimed with a failure probability (see `lanczos`).
+- If the evidence suffices for neither, the verdict is "undecided".
+
+If no epsilon is given, there is no verdict on stationarity. A negative Rayleigh quotient then proves that the point is
+not a minimum.
 """
 
 import math
@@ -37,28 +42,35 @@ def certify(
     tensor_parallel: Any = None,
     progress: Callable[[Bounds], None] = lambda bounds: None,
 ) -> Certificate:
-    """Certify the model's current parameters; collective, with each worker's own batches.
+    """Compute a certificate for the model's current parameters; collective. The loss is the mean over the batches of
+    all workers.
 
     Args:
         model: a network, evaluated in eval mode. Only trainable parameters count. If it is sharded over the workers
             by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
-        epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon).
-            Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue. The search then
-            continues until the residual of the escape direction v (the approximate eigenvector of that eigenvalue) is
-            at most a tenth of the eigenvalue. Set epsilon to compare points.
+        epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon). If
+            epsilon is None, there is no verdict on stationarity, but only on the sign of the smallest eigenvalue. The
+            search then continues until the residual of the escape direction v (the approximate eigenvector of that
+            eigenvalue) is at most a tenth of the eigenvalue's magnitude. Set epsilon to compare points.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along v as
             ||H(x + h v) v - H(x - h v) v|| / (2 h).
-        search: the limits of the search, its precision, and the method of Hessian-vector products.
-        sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
-            examples, the certificate has a standard error of the gradient, from the variation between batches.
+        search: the limits and tolerances of the search, and the method of its Hessian-vector products.
+        sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds the number of
+            examples in these batches, the certificate has a standard error of the gradient, from the variation between
+            batches.
         process_group: the group of the workers; by default torch's default group, or this process alone.
-        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches, if it is used.
-        progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
+        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches; None: not used.
+        progress: called with the current bounds (`curvature.search.Bounds`) after each Hessian-vector product of the
+            search.
 
-    Stops once the verdict is decided, unless `search` requires more. Raises ValueError for invalid arguments, for
-    losses that vary between evaluations (dropout, augmentation), and with "double-backward" if its products are wrong.
+    The search stops once the verdict is decided, unless `search` sets a `tolerance` or a `sharpness` that needs more
+    products.
+
+    Raises ValueError for invalid arguments, and for losses that vary between evaluations (augmentation, shuffling).
+    Raises NotFiniteError if the loss or a derivative is not finite. With hvp="double-backward", raises
+    DoubleBackwardError if products by double backward are wrong.
     """
     begin = time.perf_counter()
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
