@@ -80,7 +80,8 @@ def certify(
     if not is_sharded(model):
         batches = with_examples(batches)
     with certifying(model, process_group) as channel:
-        # Evaluate loss and gradient at the point, and choose the method of Hessian-vector products.
+        # Evaluate the loss and its gradient at the current parameters, and choose the method of Hessian-vector
+        # products.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)
         if sample_of is not None and sample_of < curvature.examples:
@@ -93,14 +94,18 @@ def certify(
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None
-        if sample_of is not None:  # correct the standard error for drawing without replacement
+        if sample_of is not None:  # correct the standard error, since the examples were drawn without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Prove a saddle by a direction found on a subset of the examples. If that fails, search on all examples.
-            Return the search over all examples, the search on the subset or None if it did not find a saddle's
-            direction, and the losses along the direction or None if it has no negative curvature."""
+            """Search for negative curvature: first on a subset of the examples, and then, if that proves nothing, on
+            all examples.
+
+            Returns three objects: the search over all examples, the search on the subset, and the losses along the
+            direction v that was found. The second is None if the subset gave no direction that proves negative
+            curvature on all examples. The third is None if the verdict does not rest on negative curvature.
+            """
             full, pilot_search = CurvatureSearch(products, *settings), None
             if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(full, batches, of)
@@ -109,7 +114,8 @@ def certify(
                 full.run()
             return full, pilot_search, full.walk(pilot_search) if full.verdict.rests_on_negative_curvature else None
 
-        # Decide if the smallest eigenvalue, lambda_min, is below -sqrt(rho epsilon), or without epsilon below 0.
+        # Decide if the smallest eigenvalue, lambda_min, is below its threshold: -sqrt(rho epsilon), or 0 if no epsilon
+        # is given.
         full, pilot_search, walk = with_products(chosen, search.hvp, decide)
         products, sharpest = full.products, (pilot_search or full).sharpest
     distance, lowest, bend = walk or (None, None, None)
@@ -155,17 +161,20 @@ def certify(
 
 
 class CertifyEvery:
-    """A counter of training steps that certifies the model's parameters every `every` steps; collective.
+    """A counter of training steps that certifies the model's parameters once in `every` steps. Each call of `step` is
+    collective.
 
     Args:
-        model, loss_fn, batches: see `certify`. `batches` must yield this worker's batches, the same in every iteration.
-        every: steps between two certificates.
+        model, loss_fn, batches: see `certify`. `batches` must yield the same batches, those of this worker, in every
+            iteration.
+        every: the number of training steps between two certificates, at least 1.
         at: a function that returns a context in which all workers have equal parameters, such as
             `LocalUpdates.at_anchor`; by default the current parameters are certified.
         on_certificate: called with each certificate, on every worker.
-        options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
+        options: further arguments of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
-    `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
+    The attribute `certificates` is a list of pairs (step, certificate). The constructor raises ValueError for `every`
+    below 1. The method `step` raises the errors of `certify`.
 
     >>> import torch
     >>> from packsaddle.curvature import CertifyEvery
