@@ -105,64 +105,48 @@ class Certificate:
     the smallest and the largest eigenvalue of H. The escape direction v is the unit vector with the smallest curvature
     that was found.
 
-    A pilot search uses only a part of the examples. If it finds a direction whose negative curvature is then proved on
-    all examples, lambda_min has no lower bound, and lambda_max has no bounds. The loss along v is evaluated if the
-    verdict is `SADDLE` or `NOT_A_MINIMUM`.
+    A pilot search uses only a part of the examples. It suffices if it finds a direction whose negative curvature is
+    then proved by one product over all examples. In this case lambda_min has no lower bound, lambda_max has no bounds,
+    and the Ritz values are those of the pilot search.
+
+    The loss along v is evaluated at several points x + s v if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
+    `sharpest_direction` is not available after a single Lanczos step, or if not all Lanczos vectors were stored.
+    `failure_probability` is over the random start vector of Lanczos.
     """
 
     verdict: Verdict
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     loss: float
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
-    # standard error of the gradient as an estimate for the whole data set; None: `sample_of` is None
-    grad_norm_error: float | None
-    # upper bound on lambda_min: the Rayleigh quotient v^T H v of the escape direction v, plus its error
-    lambda_min_upper: float
-    # lower bound on lambda_min, which fails with `failure_probability`; -inf: the pilot search proved the verdict
-    lambda_min_lower: float
-    # lower bound on lambda_max: the largest Ritz value minus its error; -inf: the pilot search proved the verdict
-    lambda_max_lower: float
-    # upper bound on lambda_max, which also fails with `failure_probability`; inf: the pilot search proved the verdict
-    lambda_max_upper: float
+    grad_norm_error: float | None  # standard error of the gradient, as that of the whole data set; None: no `sample_of`
+    lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
+    lambda_min_lower: float  # lower bound on lambda_min, up to `failure_probability`; -inf: the pilot search sufficed
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus its error; -inf: the pilot sufficed
+    lambda_max_upper: float  # upper bound on lambda_max, up to `failure_probability`; inf: the pilot search sufficed
     residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
-    # failure probability of `lambda_min_lower`, and of `lambda_max_upper`, over the random start vector of Lanczos
-    failure_probability: float
+    failure_probability: float  # failure probability of `lambda_min_lower`; also that of `lambda_max_upper`
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    # True if rho was measured along the escape direction, which gives a lower bound on rho
-    hessian_lipschitz_estimated: bool
-    # escape direction v, float64[d], a unit vector; for a sharded model, this worker's part of it
-    escape_direction: Tensor
-    # unit Ritz vector of the largest Ritz value, float64[d]; None: only one Lanczos step, or not all Lanczos vectors
-    # were stored
-    sharpest_direction: Tensor | None
+    hessian_lipschitz_estimated: bool  # True if rho was measured along the escape direction, as a lower bound on rho
+    escape_direction: Tensor  # escape direction v, unit vector float64[d]; in a sharded model, this worker's part of it
+    sharpest_direction: Tensor | None  # unit Ritz vector of the largest Ritz value, float64[d]; None: not available
     slope: float  # <grad f, v>, derivative of the loss along the escape direction v
-    # distance s from x along v, positive or negative, with the lowest loss f(x + s v) found; None: not evaluated
-    escape_distance: float | None
+    escape_distance: float | None  # s, positive or negative, with the lowest f(x + s v) found; None: no s was tried
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
-    # largest decrease f(x) - [f(x + s v) + f(x - s v)] / 2 over the distances s evaluated; None: not evaluated
-    escape_bend: float | None
-    # Ritz values of the Hessian, ascending: approximate eigenvalues by Lanczos, of the pilot search if it proved the
-    # verdict
-    ritz_values: tuple[float, ...]
-    # one per Ritz value: squared inner product of its Ritz vector with the random unit start vector of Lanczos
-    ritz_shares: tuple[float, ...]
-    examples: int  # number of examples in the mean loss
-    # size of the data set from which the examples were drawn; None: not given, or all its examples were used
-    sample_of: int | None
-    # number of examples in the pilot search; None: no pilot search, or it did not prove the verdict
-    pilot_examples: int | None
+    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s tried; None: none was tried
+    ritz_values: tuple[float, ...]  # Ritz values of the Hessian (eigenvalues approximated by Lanczos), ascending
+    ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
+    examples: int  # number of examples in the mean loss f
+    sample_of: int | None  # size of the data set that was sampled; None: not given, or all its examples were used
+    pilot_examples: int | None  # number of examples in the pilot search; None: no pilot search, or it did not suffice
     pilot_hvps: int  # number of Hessian-vector products over the pilot search's examples; 0 if `pilot_examples` is None
     precision: str  # dtype of the model, in which Hessian-vector products are computed, e.g. "float32"
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
-    # message of the error by which double backward failed; None: it did not fail, or was not tried
-    hvp_reason: str | None
-    # estimated error of a Hessian-vector product with a unit vector; the bounds on eigenvalues include it
-    hvp_error: float
+    hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
+    hvp_error: float  # estimated error of a Hessian-vector product with a unit vector, included in all bounds
     hvp_step: float | None  # last step h of the differences of gradients; None: double backward was used
     hvps: int  # number of Hessian-vector products over all examples
-    # number of backward passes over all examples, rounded up; a pass over a part of them counts as a fraction
-    backward_passes: int
+    backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
     bytes_sent: int  # number of bytes that this worker sent for the certificate
     seconds: float  # duration of the certification
 
@@ -310,8 +294,7 @@ class Share:
 
     drawn: int  # m, number of iterates drawn and certified
     stationary: int  # number of iterates certified as second-order stationary
-    # number of iterates certified as saddles, or as points with a gradient norm above epsilon; the rest are undecided
-    refuted: int
+    refuted: int  # number of iterates certified as saddles or with a too large gradient; the rest are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":

@@ -58,8 +58,7 @@ class Ritz:
 
     n: int  # n, the number of rows and of columns of A
     alphas: tuple[float, ...]  # k diagonal elements of the tridiagonal matrix of Lanczos
-    # k off-diagonal elements of the tridiagonal matrix of Lanczos; the last is the residual's norm after step k
-    betas: tuple[float, ...]
+    betas: tuple[float, ...]  # k off-diagonal elements of that matrix; the last is the residual's norm after step k
     thetas: tuple[float, ...]  # k Ritz values, ascending
     shares: tuple[float, ...]  # one per Ritz value: squared component of the unit start vector b along its Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min

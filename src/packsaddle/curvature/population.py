@@ -63,8 +63,7 @@ class PopulationCertificate:
     verdict: Verdict
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    # True if rho was measured on the examples along the escape direction v, which gives a lower bound on rho
-    hessian_lipschitz_estimated: bool
+    hessian_lipschitz_estimated: bool  # True if rho was measured along v on the examples, as a lower bound on rho
     threshold: float | None  # threshold for lambda_min(H), -sqrt(rho epsilon); None: no epsilon was given
     grad_norm: float  # norm of the gradient of the mean loss over the examples, ||g_n||
     grad_norm_lower: float  # lower bound on the norm of the population's gradient, ||g||
@@ -80,10 +79,8 @@ class PopulationCertificate:
     examples: int  # n, number of examples in all batches
     batches: int  # B, number of batches over all workers
     hvp: str  # method of the Hessian-vector products
-    # message of the error by which double backward failed; None: it did not fail, or was not tried
-    hvp_reason: str | None
-    # number of backward passes over all examples, rounded up; a pass over a part of them counts as a fraction
-    backward_passes: int
+    hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
+    backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
 
     @property
     def headline(self) -> str:

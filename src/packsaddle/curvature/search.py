@@ -39,8 +39,7 @@ class Bounds:
     examples: int  # number of examples in the mean loss whose Hessian is searched
     lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
     lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
-    # threshold for lambda_min, below which the point is a saddle; None: no epsilon is given, or rho is not measured yet
-    threshold: float | None
+    threshold: float | None  # threshold for lambda_min, below which x is a saddle; None: no epsilon, or rho unknown
 
     def __str__(self) -> str:
         low, high = self.lambda_min
@@ -49,7 +48,7 @@ class Bounds:
 
 
 OnBounds = Callable[[Bounds], None]
-# (s, loss f(x + s v) at distance s from x, largest f(x) - [f(x + s v) + f(x - s v)] / 2)
+# (distance s, loss f(x + s v), largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all distances)
 Walk = tuple[float, float, float]
 
 
@@ -64,8 +63,7 @@ class CurvatureSearch:
     products: Products
     grad_norm: float
     epsilon: float | None  # threshold for the gradient norm; None: the verdict is only on the sign of lambda_min
-    # rho, the Lipschitz constant of the Hessian; None: it is measured along the direction found
-    given_rho: float | None
+    given_rho: float | None  # rho, the Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search  # limits and tolerances of the search
     on_bounds: OnBounds
     rho: float = 0.0
@@ -161,12 +159,14 @@ class CurvatureSearch:
         least max(1, ||x||) / 100 where neither loss is below that at the last s. With `pilot_search`, the losses over
         its examples select at most two s, at which f is then evaluated over all examples.
 
-        Returns:
-            distance: s, or -s, of the lowest loss found.
-            loss: the lowest loss found, f(x + distance * v).
-            bend: the largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s. A slope of f alone gives 0. Let lambda <
-                0 be the curvature along v, and rho the true Lipschitz constant of the Hessian. At any s from |lambda| /
-                (2 rho) to four times that, this difference is at least |lambda|^3 / (10 rho^2).
+        Returns three numbers:
+
+        - the distance s of the lowest loss found, negative if the loss was found at x - |s| v
+        - the lowest loss found
+        - the largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s, to which a slope of f contributes nothing
+
+        Let lambda < 0 be the curvature along v, and rho the true Lipschitz constant of the Hessian. At any s from
+        |lambda| / (2 rho) to four times that, the third number is at least |lambda|^3 / (10 rho^2).
         """
         search, losses = pilot_search or self, dict[float, tuple[float, float]]()
         reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)

@@ -57,8 +57,7 @@ class SpectralDensity:
     error: tuple[float, ...]  # standard error of each number in `density`, from the variation between probe vectors
     width: float  # standard deviation of the Gaussian by which the density is smoothed
     nodes: tuple[tuple[float, ...], ...]  # Ritz values of the Hessian for each probe vector, ascending
-    # quadrature weights of the Ritz values, for each probe vector; the weights of a probe have the sum 1
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, ...], ...]  # quadrature weight of each Ritz value, for each probe vector
     d: int  # number of trainable coordinates
     examples: int  # number of examples in the mean loss
     hvp: str  # method of the Hessian-vector products

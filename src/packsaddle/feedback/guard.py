@@ -189,8 +189,7 @@ class Verdict:
     # The approximate maximum of the absolute values of the mean update: a float64[], or after `read` a number. It is
     # non-finite if the mean update is.
     magnitude: Tensor | float
-    # True if the parameters or gradients do not overflow when the mean update is applied; a bool[] or a bool
-    fits: Tensor | bool = True
+    fits: Tensor | bool = True  # False: parameters or gradients would overflow if the mean update were applied
 
     def code(self, is_unlike: Tensor | bool = False) -> Tensor:
         """Return the outcome as three numbers, float[3], which are all 0 if the exchange is applied.

@@ -24,8 +24,7 @@ class Report:
     """
 
     kind: Kind = "valid"
-    # name of the first invalid parameter for kinds "vector" and "reset"; the error for "message"; "" for "valid"
-    name: str = ""
+    name: str = ""  # first invalid parameter, for "vector" and "reset"; error, for "message"; "", for "valid"
     worker: int = -1  # rank of the sender for kind "message"; -1: another kind, or the sender is unknown
 
     @classmethod

@@ -52,16 +52,13 @@ class Applied:
     # True if the parameters or gradients did not overflow, a bool[] or a bool. If False, a target whose `defers` is
     # False is unchanged.
     fits: Tensor | bool = True
-    # the rounding error of 16-bit parameters or gradients, float[n]; None: no rounding error
-    rounding: Tensor | None = None
+    rounding: Tensor | None = None  # rounding error of 16-bit parameters or gradients, float[n]; None: no such error
 
 
 class Target(Protocol):
     """The parameters or gradients to which a mean update is applied (line 11 of Algorithm 1)."""
 
-    # True if `apply` must write the target before the verdict is known; False: it is called only if no vector was
-    # invalid
-    defers: bool
+    defers: bool  # True if `apply` writes the target before the verdict is known; False if it needs the verdict
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Apply the mean update g of an exchange to the parameters or gradients.

@@ -45,8 +45,7 @@ class Place:
     dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
     group: int = 0  # index of the optimizer's parameter group that contains the parameter
-    # object whose `requires_grad` is False while the parameter is frozen; None: the parameter is never frozen
-    trained: Trainable | None = None
+    trained: Trainable | None = None  # its `requires_grad` is False while the parameter is frozen; None: never frozen
 
     @property
     def size(self) -> int:

@@ -41,8 +41,7 @@ class Rule:
 
     path: Path
     kind: Kind
-    # for kind "error": path of other tensors; if an entry is missing, zeros of their shapes replace it; (): none
-    like: Path = ()
+    like: Path = ()  # for "error": path of other entries; if an entry is missing, zeros of their shapes replace it
     value: Any = None  # for kind "constant": the new value of an entry whose name is not in `State.identity`
 
 
@@ -54,10 +53,8 @@ class Vector:
     """
 
     path: Path
-    # shape of each tensor, by the parameter's key; None: a flat tensor of any length, which may be missing
-    shapes: Mapping[Any, torch.Size | None]
-    # returns the current tensors, by the parameter's key; a function, since a step may swap buffers
-    get: Callable[[], Mapping[Any, Tensor]]
+    shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: flat of any length, may be missing
+    get: Callable[[], Mapping[Any, Tensor]]  # returns the tensors by key; a function, since steps may swap buffers
     # Loads saved tensors, given by the parameter's key. None: they are copied into the tensors that `get` returns.
     set: Callable[[Mapping[Any, Tensor]], None] | None = None
     optional: bool = False  # True if the field may be missing: `get` then returns {}, and the saved value is None
@@ -115,8 +112,7 @@ class Value:
     hint: Any  # type of the value, as in an annotation
     get: Callable[[], Any]
     load: Callable[[Any], object]
-    # raises ValueError if the saved value has the right type, but cannot be loaded here; None: not checked
-    check: Callable[[Any], None] | None = None
+    check: Callable[[Any], None] | None = None  # raises ValueError for a value that cannot be loaded; None: no check
 
     def save(self, state: dict[str, Any]) -> None:
         _put(state, self.path, _plain(self.get()))

@@ -363,8 +363,7 @@ class GradientUpdate(Update):
     scales: Sequence[float]
     extras: Extras
     is_known_invalid: bool = False  # True if a GradScaler found an Inf or NaN in the gradients
-    # True if x is so large that weight decay may overflow; u may then be non-finite although the gradients are finite
-    x_is_large: bool = False
+    x_is_large: bool = False  # True if weight decay may overflow, so that finite gradients do not imply a finite u
 
     @property
     def norm(self) -> Tensor | None:  # type: ignore[override]

@@ -41,10 +41,8 @@ class OutstandingNoise:
     exact.
     """
 
-    # sum of the variances of all steps; the outstanding variance of a cell is `total` minus its number in `kept`
-    total: float
-    # float64[cells] (float32 on MPS): for each cell, the value of `total` when the cell was last sent, or 0
-    kept: Tensor
+    total: float  # sum of the variances of all steps; a cell's outstanding variance is `total` minus its `kept`
+    kept: Tensor  # float64[cells] (float32 on MPS): `total` at the last send of each cell; 0: never sent
     size: int  # number of coordinates in a cell
 
     def __post_init__(self) -> None:

@@ -256,8 +256,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group during construction. Raises RuntimeError later, since the flat vector of all parameters
-        and the error memory then have their final sizes."""
+        """Add `param_group`, which is possible only during construction.
+
+        Raises RuntimeError afterwards, since the flat vector of all parameters and the error memory then have their
+        final sizes.
+        """
         if hasattr(self, "_flat"):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
