@@ -136,7 +136,7 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
             square = torch.zeros((), dtype=wide(mean[0].device), device=mean[0].device)
             for m, g in zip(mean, grads, strict=True):
                 apart = -m if g is None else g.detach() - m
-                # the sum is moved to one device, since the parameters may be on several devices
+                # Move the sum to one device, since the parameters may be on several devices.
                 square += widened(apart).square().sum().to(square.device)
                 m.add_(apart, alpha=n / (seen + n))
             if seen:

@@ -89,13 +89,14 @@ class Curvature:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        # number of elements of a vector that a worker stores, as a maximum over workers; less than d in a sharded model
+        # Number of elements of a vector that a worker stores, as a maximum over workers; less than d in a sharded
+        # model.
         self.held = self.d
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
-        # device of all flat float64 vectors, such as gradients
+        # Device of all flat float64 vectors, such as gradients.
         self.device = device_of_doubles(self.parameters[0].device)
         self.products = 0  # number of Hessian-vector products so far
-        # number of backward passes over all examples so far; a pass over a part of them counts as a fraction
+        # Number of backward passes over all examples so far; a pass over a part of them counts as a fraction.
         self.passes = 0.0
         self._sizes_of_batches: list[int] = []  # number of examples in each batch of this worker
         self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does

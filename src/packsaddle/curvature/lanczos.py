@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 Number = Tensor | float
-# maximum number of evaluations of the sum of p_j^2 in the computation of one bound; a dozen usually suffice
+# Maximum number of evaluations of the sum of p_j^2 in the computation of one bound; a dozen usually suffice.
 _EVALUATIONS = 100
 _ROUNDING = 16  # rounding error of a product A v, in units of the last place of ||A||; typical for long sums
 # Smallest valid failure probability: for smaller ones the quantile of the Beta distribution underflows.
@@ -196,7 +196,7 @@ class Lanczos:
         self._error = 0.0
         self.products = 0  # number of products A v so far, including those computed for Ritz vectors
         self._basis = [start / self._norm(start)]
-        # the last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty
+        # The last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty.
         self._pair = (torch.zeros(0), self._basis[0])
         self._alphas: list[float] = []
         self._betas: list[float] = []
@@ -224,7 +224,7 @@ class Lanczos:
                 for p in self._basis:
                     component = self._dot(w, p)
                     _minus(w, p, component, in_place=True)
-                    # for p = q the component is only the rounding error of alpha, and not an error of the product
+                    # For p = q the component is only the rounding error of alpha, and not an error of the product.
                     if sweep == 0 and p is not q:
                         components.append(component)
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])

@@ -44,10 +44,10 @@ _STATEMENTS = 5
 _FEWEST_BATCHES = 8
 _STEPS = 40  # maximum number of Lanczos steps in the search for v, and in the search for the lower bound
 _VARIANCE_STEPS = 24
-# the search for the norm of the Hessian's variance stops once its upper bound is at most this multiple of its largest
-# Ritz value
+# The search for the norm of the Hessian's variance stops once its upper bound is at most this multiple of its largest
+# Ritz value.
 _CLOSE = 1.5
-# approximate maximum number of Hessian-vector products in one call of `certify_population`
+# Approximate maximum number of Hessian-vector products in one call of `certify_population`
 MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS
 
 
@@ -256,7 +256,7 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     error, i.e. the number of batches minus 1.
     """
     curvature = products.curvature
-    # sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v and n_b is the number of examples
+    # Sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v and n_b is the number of examples.
     sums = torch.zeros(3, dtype=torch.float64)
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))

@@ -31,12 +31,12 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-# ratio of two steps h of differences of gradients, whose products then differ almost only by rounding
+# Ratio of two steps h of differences of gradients, whose products then differ almost only by rounding.
 _NEARBY = 17 / 16
 _ROUNDS = 6  # maximum number of steps h to try for one Hessian-vector product
 _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
 _FARTHEST = 64.0  # largest ratio of two step sizes h that are tried consecutively
-# relative error of a Hessian-vector product above which its step h is too long for the errors to predict a better h
+# Relative error of a Hessian-vector product above which its step h is too long for the errors to predict a better h.
 _FAR = 0.1
 _SHORTEN = 1 / 16  # largest ratio of the next step h to the last one, if the last one is far too long
 # If the norm of a Hessian-vector product falls below this fraction of its norm with a longer step h, then the shorter
@@ -53,10 +53,10 @@ _CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8
 # Distance from x, to each side along a unit vector v, over which the change of H v is measured. It gives an estimate of
 # the Hessian's Lipschitz constant.
 _RHO_DISTANCE = 1e-2
-# products by two methods count as different if their distance exceeds this multiple of the sum of their errors
+# Products by two methods count as different if their distance exceeds this multiple of the sum of their errors.
 _DOUBT = 2
-# products by two methods can be compared if `_DOUBT` times the sum of their errors is at most this fraction of the
-# largest product's norm
+# Products by two methods can be compared if `_DOUBT` times the sum of their errors is at most this fraction of the
+# largest product's norm.
 _SURE = 0.01
 _ROUNDING = 16  # error of a Hessian-vector product by double backward, in units of its last place
 # A loss counts as random if a repeated Hessian-vector product differs from the first one by more than this multiple of
@@ -86,9 +86,9 @@ class Products(ABC):
     """
 
     name: str
-    # message of the error by which double backward failed; None: it did not fail, or was not tried
+    # Message of the error by which double backward failed; None: it did not fail, or was not tried.
     reason: str | None = None
-    # unit roundoff of the Hessian-vector products; the resulting rounding error is not included in `error`
+    # Unit roundoff of the Hessian-vector products; the resulting rounding error is not included in `error`
     precision: float
     error: float = 0.0
     unproven = False  # True if `checked` must verify the product along the direction that decides a verdict
@@ -280,7 +280,7 @@ class Differences(Products):
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of the step h of the differences
         self._rounding = 0.0  # norm of the rounding error of one gradient, measured; 0: not measured yet
-        # smallest norm of the rounding error of one gradient that was measured; inf: none yet
+        # Smallest norm of the rounding error of one gradient that was measured; inf: none yet.
         self._quietest = math.inf
         self._count, self._next_check = 0, 1
         self._dithers = 0  # number of seeds that `of_batch` has used for stochastic rounding

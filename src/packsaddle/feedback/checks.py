@@ -57,7 +57,7 @@ class Contraction:
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # contraction mu_t at the last measurement; None: nothing was measured yet
-        # contraction of each tensor at the last measurement, by name; 1 for a tensor whose v is 0
+        # Contraction of each tensor at the last measurement, by name; 1 for a tensor whose v is 0.
         self.by_tensor: Mapping[str, float] = {}
         # Squared norms of this step: for each vector v that was measured, first that of v, then that of its residual.
         # Each is a float64[1], or with a slice a float64[tensors] that has one squared norm per tensor.

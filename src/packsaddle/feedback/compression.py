@@ -11,7 +11,7 @@ from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
-# a function of the index of a step or round, which returns the compressor of that step or round
+# A function of the index of a step or round, which returns the compressor of that step or round.
 CompressorSchedule = Callable[[int], Compressor]
 _A_COMPRESSOR = "a packsaddle Compressor such as RandomK(0.01)"
 _OR_A_SCHEDULE = f"{_A_COMPRESSOR}, or a function of the step that returns one"
@@ -152,5 +152,5 @@ class Compression(Option):
         return found
 
 
-# type of the argument `compressor` of hooks and local updates
+# Type of the argument `compressor` of hooks and local updates.
 AnyCompression = Compressor | CompressorSchedule | Compression

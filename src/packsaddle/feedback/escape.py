@@ -184,8 +184,8 @@ class EscapeCheck:
         if not candidate < start_loss:
             return candidate, start_loss, None
         y = self._corrected(here, pending) if y is None else y
-        # y may be non-finite although f(x_t) is finite, since e_t may have a NaN. y is identical on all workers, so all
-        # make the same decision.
+        # The point y_t may be non-finite although f(x_t) is finite, since e_t may have a NaN. y_t is identical on all
+        # workers, so all make the same decision.
         if not torch.isfinite(y).all():
             return candidate, start_loss, None
         x.copy_(y)

@@ -28,10 +28,10 @@ from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
-# name in a report if the gradients are valid, but their sum with the error memory is invalid
+# Name in a report if the gradients are valid, but their sum with the error memory is invalid.
 THE_SUM = "the sum of the error memory and the gradient"
 ROOT = "the root module"  # name of the root module in messages; FSDP's own name for it is ""
-# name in a report if each parameter's local update is valid, but all together are invalid
+# Name in a report if each parameter's local update is valid, but all together are invalid.
 THE_UPDATE = "all parameters together"
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"

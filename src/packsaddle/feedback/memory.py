@@ -218,7 +218,7 @@ class InPlaceMemory(ErrorMemory):
 
     def __init__(self, of: Slice) -> None:
         super().__init__(of)
-        # the uncommitted update that was added to the memory; None: none was added, or v is in a temporary vector
+        # The uncommitted update that was added to the memory; None: none was added, or v is in a temporary vector.
         self._added: Update | None = None
 
     def correct(self, update: Update) -> Tensor:

@@ -50,7 +50,7 @@ class Ramp:
     def squares(self, steps: int) -> float:
         """Return the sum, over the first `steps` steps, of the squared standard deviation of the noise."""
         before, width = min(self.start, steps), self.stop - self.start
-        # number of steps in the linear part; these have the indices k = 0, ..., n - 1 below
+        # Number of steps in the linear part; these have the indices k = 0, ..., n - 1 below.
         n = min(self.stop, steps) - before
         fall = (self.final - self.std) / max(1, width)
         falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6

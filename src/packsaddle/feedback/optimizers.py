@@ -163,7 +163,7 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        # optimizers that have attempted the current step; empty: no optimizer has begun it
+        # Optimizers that have attempted the current step; empty: no optimizer has begun it.
         self._stepped = list[Optimizer]()
         outside: Any = torch.compiler.disable
         self.scaler, self._in_scaler = scaler, False  # `_in_scaler` is True during a call of the scaler's `step`

@@ -98,9 +98,9 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        # the compressor for the vector of all parameters; None: none was set yet
+        # The compressor for the vector of all parameters; None: none was set yet.
         self.compressor: Compressor | None = None
-        # the compressor of this slice, with the slice's part of the budget by size; None: none was set yet
+        # The compressor of this slice, with the slice's part of the budget by size; None: none was set yet.
         self._by_size: Compressor | None = None
         self._choice: Choice | None = None
 
@@ -220,7 +220,7 @@ class Round:
         self._memory, self._aggregator = feedback.memory, feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
         self.absorbed, self._is_open = False, True
-        # the part of the uncompressed coordinates that clipping removed, float[m]; None: nothing was removed
+        # The part of the uncompressed coordinates that clipping removed, float[m]; None: nothing was removed.
         self._unsent: Tensor | None = None
 
     def correct(self, update: Update) -> Tensor:

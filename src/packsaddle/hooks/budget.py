@@ -18,7 +18,7 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-# approximate number of coordinates of a model to sample; of smaller models all coordinates are sampled
+# Approximate number of coordinates of a model to sample; of smaller models all coordinates are sampled.
 _SAMPLE = 1 << 17
 
 
@@ -48,10 +48,10 @@ class Allocation:
         self.d = d
         # The stride is odd, so that all columns of a matrix are sampled even if its width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        # samples of the last applied step, by the names of the slice's parameters
+        # Samples of the last applied step, by the names of the slice's parameters.
         self._last: Mapping[Names, _Sample] = {}
         self._next: dict[Names, _Sample] = {}
-        # compressor for the whole model in this step; None: no step has begun
+        # Compressor for the whole model in this step; None: no step has begun.
         self._compressor: Compressor | None = None
         self._allotted: Mapping[Names, Compressor] = {}
 

@@ -100,7 +100,7 @@ class FSDPHook(GradientHook, Exchanging):
         self._model = model
         # The index of this worker's shard, and the number of shards of the model.
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())
-        # binary digits of each module's index, int64[b], by the module's name; replicas compare them
+        # Binary digits of each module's index, int64[b], by the module's name; replicas compare them.
         self._bits: dict[str, Tensor] = {}
         # The modules exchanged in this backward pass: names, and the id that autograd has given to the pass.
         self._seen: dict[str, int] = {}

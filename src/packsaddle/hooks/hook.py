@@ -167,14 +167,14 @@ class GradientHook(Records, ABC):
         # ready.
         self._slices: dict[Any, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # size in bytes of each parameter's or module's gradient, by name
-        # error memories, by name, of parameters or modules that are in no slice of `_slices`
+        # Error memories, by name, of parameters or modules that are in no slice of `_slices`
         self._loose: dict[str, Tensor] = {}
         # State of the running backward pass, or of the last one.
         self._noise: GaussianNoise | None = None  # noise xi of the next exchange; None: no noise
         self._scale = 1.0  # factor by which a GradScaler has multiplied the gradients; 1: no scaler
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange in the pass
-        # copy of `_codes` to the host, which may still be in progress; None: the pass has not ended
+        # Copy of `_codes` to the host, which may still be in progress; None: the pass has not ended.
         self._outcome: Readback | None = None
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients are NaNs, since a pass was rejected
@@ -361,7 +361,7 @@ class GradientHook(Records, ABC):
             elif self._outcome and not unlike:
                 self._rejected = list(self._protected)
                 others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
-                # the next line uses only the first invalid report
+                # Only the first invalid report is used.
                 reports = (report for r in self._pass if (report := r.full_report()))
                 skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):

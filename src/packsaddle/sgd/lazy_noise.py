@@ -107,7 +107,7 @@ class Perturber:
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # index t of the step of the last draw
-        # the lazy noise that is not applied yet; None: noise is not lazy
+        # The lazy noise that is not applied yet; None: noise is not lazy.
         self.outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # standard deviation of the lazy noise of the current step, times the learning rate; 0: none
         # `grid` is (number of cells, coordinates in a cell) if all workers send the same cells in each step, and

@@ -41,7 +41,7 @@ class EstimateMemory(ErrorMemory):
         super().__init__(flat)
         self._flat = flat
         self.mean = torch.zeros_like(self.vector)
-        # the vector to send, i.e. the update minus the estimate; after `absorb` its residual
+        # The vector to send, i.e. the update minus the estimate; after `absorb` its residual.
         self._lacking = flat.zeros()
         self._rates = rates
         self._bound: float | None = None  # upper bound on the largest absolute value of `mean`; None: not measured yet

@@ -49,7 +49,7 @@ from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # type of the loss, which the user's closure returns
-# entries that this optimizer adds to each parameter group of a saved state
+# Entries that this optimizer adds to each parameter group of a saved state.
 _NUMBERS = ("step", "started", "start_step")
 # Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
 _DROPPED: dict[str, Any] = {
@@ -564,7 +564,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """
         state = self._by_index(state_dict)
         self.saved_state.validate(state)
-        # torch would convert the state to the dtype of the parameters, so pass only the groups to torch.
+        # Torch would convert the state to the dtype of the parameters, so pass only the groups to torch.
         ours = ("format", *_NUMBERS, *self._identity())
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
