@@ -105,9 +105,9 @@ class Certificate:
     the smallest and the largest eigenvalue of H. The escape direction v is the unit vector with the smallest curvature
     that was found.
 
-    A pilot search uses only a part of the examples. It suffices if it finds a direction whose negative curvature is
-    then proved by one product over all examples. In this case lambda_min has no lower bound, lambda_max has no bounds,
-    and the Ritz values are those of the pilot search.
+    A pilot search uses only a part of the examples. It decides the verdict if it finds a direction whose negative
+    curvature is then proved by one product over all examples. In this case lambda_min has no lower bound, lambda_max
+    has no bounds, and the Ritz values are those of the pilot search.
 
     The loss along v is evaluated at several points x + s v if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     `sharpest_direction` is not available after a single Lanczos step, or if not all Lanczos vectors were stored.
@@ -120,9 +120,9 @@ class Certificate:
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
     grad_norm_error: float | None  # standard error of the gradient, as that of the whole data set; None: no `sample_of`
     lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
-    lambda_min_lower: float  # lower bound on lambda_min, up to `failure_probability`; -inf: the pilot search sufficed
-    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus its error; -inf: the pilot sufficed
-    lambda_max_upper: float  # upper bound on lambda_max, up to `failure_probability`; inf: the pilot search sufficed
+    lambda_min_lower: float  # lower bound on lambda_min, fails with `failure_probability`; -inf: pilot search decided
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf: pilot search decided
+    lambda_max_upper: float  # upper bound on lambda_max, fails with `failure_probability`; inf: pilot search decided
     residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
     failure_probability: float  # failure probability of `lambda_min_lower`; also that of `lambda_max_upper`
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
@@ -138,7 +138,7 @@ class Certificate:
     ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
     examples: int  # number of examples in the mean loss f
     sample_of: int | None  # size of the data set that was sampled; None: not given, or all its examples were used
-    pilot_examples: int | None  # number of examples in the pilot search; None: no pilot search, or it did not suffice
+    pilot_examples: int | None  # number of examples in the pilot search; None: no pilot search, or it did not decide
     pilot_hvps: int  # number of Hessian-vector products over the pilot search's examples; 0 if `pilot_examples` is None
     precision: str  # dtype of the model, in which Hessian-vector products are computed, e.g. "float32"
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"

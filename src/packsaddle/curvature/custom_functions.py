@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-_GENERATED = ("torch._library.", "torch._functorch.")  # modules in which torch wraps custom functions of users
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules of torch that have wrappers of users' custom functions
 
 
 def custom_functions(loss: Tensor) -> set[str]:

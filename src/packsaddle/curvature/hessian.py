@@ -83,7 +83,7 @@ class Curvature:
     """
 
     has_double_backward = True
-    _alike = 1  # number of workers that process the same batch
+    _alike = 1  # number of workers that process the same batch, as with tensor parallelism
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
@@ -100,7 +100,7 @@ class Curvature:
         self.passes = 0.0
         self._sizes_of_batches: list[int] = []  # number of examples in each batch of this worker
         self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
-        self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
+        self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
 
         # Evaluate the sum of losses, sum_b n_b loss_b, twice: the values differ if loss or batches are random.
         watch = _Precision()
@@ -166,8 +166,11 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError if `loss_fn`
-        returns something else."""
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled.
+
+        Raises ValueError if `loss_fn` does not return a tensor of one number, or if gradients are enabled and the
+        tensor has no graph.
+        """
         loss: Any = self._loss_fn(self._model, batch)
         # With tensor parallelism the loss is a DTensor.
         loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss

@@ -58,7 +58,7 @@ class Ritz:
 
     n: int  # n, the number of rows and of columns of A
     alphas: tuple[float, ...]  # k diagonal elements of the tridiagonal matrix of Lanczos
-    betas: tuple[float, ...]  # k off-diagonal elements of that matrix; the last is the residual's norm after step k
+    betas: tuple[float, ...]  # off-diagonal elements of the tridiagonal matrix; the last: norm of the residual vector
     thetas: tuple[float, ...]  # k Ritz values, ascending
     shares: tuple[float, ...]  # one per Ritz value: squared component of the unit start vector b along its Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
@@ -209,7 +209,8 @@ class Lanczos:
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:
-        """Do one Lanczos step, with one product, and return the result so far. Raises RuntimeError if `exhausted`."""
+        """Do one Lanczos step, with one product A v, and return the result of all steps so far. Raises RuntimeError if
+        `exhausted`."""
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
 

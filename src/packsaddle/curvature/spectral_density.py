@@ -66,7 +66,7 @@ class SpectralDensity:
 
     @property
     def trace(self) -> Estimate:
-        """The estimated trace of the Hessian."""
+        """The estimated trace of the Hessian, with its standard error."""
         pairs = zip(self.nodes, self.weights, strict=True)
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 

@@ -91,7 +91,7 @@ class Reset:
     """
 
     step: int  # index t of the step at which the check ran, and at which the next segment starts
-    reason: Literal["interval", "radius"]  # the limit that was exceeded, on the segment's length or on its distance
+    reason: Literal["interval", "radius"]  # exceeded limit: the segment's length, or the distance from its start
     distance: float | None  # distance ||x_t' - y_t||, with several workers an estimate; None: not measured in this step
     candidate: float  # loss at the current point: f(x_t) with compare="x", f(y_t) with compare="y"
     start_loss: float  # loss f(x_t') at the start point

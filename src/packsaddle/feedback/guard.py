@@ -41,9 +41,9 @@ _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call 
 class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    The skipped steps changed neither error memories nor parameters. Only with a hook and an optimizer that it does not
-    protect, parameters may have changed, by NaN gradients. Local updates also raise this error if the inner optimizer
-    of a worker cannot be reset.
+    The skipped steps changed neither error memories nor parameters. In one case parameters may have changed: a hook
+    without a protected optimizer cannot prevent the optimizer from applying NaN gradients. Local updates also raise
+    this error if the inner optimizer of a worker cannot be reset.
     """
 
 

@@ -24,7 +24,7 @@ class Report:
     """
 
     kind: Kind = "valid"
-    name: str = ""  # first invalid parameter, for "vector" and "reset"; error, for "message"; "", for "valid"
+    name: str = ""  # first invalid parameter (kinds "vector" and "reset") or error (kind "message"); "" if valid
     worker: int = -1  # rank of the sender for kind "message"; -1: another kind, or the sender is unknown
 
     @classmethod

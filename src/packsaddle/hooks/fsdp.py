@@ -314,7 +314,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules)
-    # Options must match on all replicas of the shard, which start from the same parameters.
+    # Options must match on all replicas of the shard.
     same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
     same["arithmetic"] = arithmetic(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}

@@ -88,7 +88,7 @@ class Gradient:
 
         `scales` has the scale of each parameter group. `extras` has the weight decay and the noise in u.
         """
-        if out is base:  # in place
+        if out is base:
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
         else:
