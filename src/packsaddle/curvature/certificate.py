@@ -118,7 +118,7 @@ class Certificate:
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     loss: float
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
-    grad_norm_error: float | None  # standard error of the gradient, as that of the whole data set; None: no `sample_of`
+    grad_norm_error: float | None  # sampling error of the gradient, as a standard error; None: `sample_of` is None
     lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
     lambda_min_lower: float  # lower bound on lambda_min, fails with `failure_probability`; -inf: pilot search decided
     lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf: pilot search decided

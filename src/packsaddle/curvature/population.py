@@ -47,7 +47,7 @@ _VARIANCE_STEPS = 24
 # The search for the norm of the Hessian's variance stops once its upper bound is at most this multiple of its largest
 # Ritz value.
 _CLOSE = 1.5
-# Approximate maximum number of Hessian-vector products in one call of `certify_population`
+# Approximate maximum number of Hessian-vector products in one call of `certify_population`.
 MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS
 
 
@@ -89,7 +89,7 @@ class PopulationCertificate:
         return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields except `escape_direction`, and the headline, as a dict of plain types for JSON. Non-finite
+        """Return a dict of plain types for JSON: the headline, and all fields except `escape_direction`. Non-finite
         floats become None."""
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"}
         return for_json(values | {"verdict": str(self.verdict), "headline": self.headline})

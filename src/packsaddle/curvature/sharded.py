@@ -122,8 +122,8 @@ class ShardedCurvature(Curvature):
                         self._doubles(_local_gradient(p, t).reshape(-1))
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
-                    # FSDP returns the average over the workers that process different batches. Multiply it by the
-                    # number of these workers to get the sum.
+                    # FSDP returns the average gradient of the workers that process different batches. Multiply it by
+                    # the number of these workers to get the sum.
                     yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
         finally:
             for p, grad in zip(parameters, before, strict=True):

@@ -156,7 +156,7 @@ class EscapeCheck:
         moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=wide(moved.device)))
-        # Use a new hash in each segment, since x depends on the results of earlier sketches.
+        # Use a new hash function for the sketches of each segment, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.start_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 

@@ -66,7 +66,7 @@ class Slice:
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
         self.names = [place.name for place in self.places]
-        # stable: equal keys keep their order
+        # sorted() keeps the order of elements with equal keys
         order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)
         self._in_order = [self.places[i] for i in order]
         self.compressed_d = sum(place.size for place in self.places if not place.dense)
@@ -184,7 +184,8 @@ class FlatParameters(Slice):
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
         # Place the compressed tensors first in x, and the uncompressed ones after them.
         dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
-        for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # stable: equal keys keep their order
+        # sorted() keeps the order of elements with equal keys
+        for i in sorted(range(len(dense)), key=lambda i: dense[i]):
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
             start += p.numel()
@@ -257,7 +258,7 @@ def places(
         part: returns the part of p that the vector contains, such as this process's shard; by default p itself.
     """
     found, start = [], 0
-    # stable: equal keys keep their order
+    # sorted() keeps the order of elements with equal keys
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
         start += found[-1].size

@@ -74,7 +74,7 @@ class Gradient:
         self._flat = flat
         # Candidates for the largest coordinates of base + scale * u, the last result of `add` or `add_if_finite`.
         self.candidates = Candidates(flat.compressed_d)
-        self.norm: Tensor | None = None  # upper bound on the norm of that last result; None: unknown
+        self.norm: Tensor | None = None  # upper bound on the norm of base + scale * u, as computed last; None: unknown
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -110,8 +110,8 @@ class Gradient:
         If the sum of `out` and the scaled gradients is not finite, `out` gets its old values again, up to rounding, and
         the result is False. `scales` has the scale of each parameter group.
         """
-        # Collect candidates for the largest coordinates only if nothing changes `out` after the sums below. Noise,
-        # weight decay and frozen parameters would change it.
+        # Collect candidates for the largest coordinates of `out` only if nothing changes `out` after the sums below.
+        # Noise, weight decay and frozen parameters would change it.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
         squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
