@@ -1,8 +1,13 @@
 """Second-order information: Hessian-vector products, Lanczos, certificates of stationarity.
 
-Start with `certify`. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
-(Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
-(Lanczos steps, first on a part of the examples, until the verdict, such as "saddle", is decided).
+Start with `certify`, which uses these modules:
+
+- `hessian` computes losses, gradients and Hessian-vector products over the batches of all workers; `sharded` does so
+  for sharded models.
+- `products` chooses how Hessian-vector products are computed: by double backward or by differences of gradients.
+- `lanczos` bounds the extreme eigenvalues of the Hessian.
+- `search` does Lanczos steps until a verdict on the point, such as "saddle", is decided. It first searches a part of
+  the examples.
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

@@ -1,10 +1,13 @@
 """Certificates of second-order stationarity, and bounds on the fraction of a run's iterates that are stationary.
 
-`certify` returns a certificate. Without epsilon, the threshold for the gradient norm, its verdict is on the curvature
-alone: every point is stationary for an epsilon that is large enough.
+A point is epsilon-second-order stationary if its gradient norm is at most epsilon and its smallest Hessian eigenvalue
+is at least -sqrt(rho epsilon), where rho is the Lipschitz constant of the Hessian (Definition 2.4 of the paper).
+`certify` returns a certificate. If no epsilon is given, the verdict is only on the curvature, since every point is
+stationary for a sufficiently large epsilon.
 
-Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order stationary, not that x_T is. If
-so, m iterates drawn independently and uniformly are all non-stationary with probability at most 2^-m.
+Theorems 3.1 and 3.2 promise that at least half of the iterates x_0 ... x_T are epsilon-second-order stationary. They do
+not promise that the last iterate x_T is. If at least half are stationary, m iterates drawn independently and uniformly
+are all non-stationary with probability at most 2^-m.
 """
 
 import math
@@ -22,8 +25,12 @@ _WITHOUT_EPSILON = "no verdict on stationarity without epsilon (--epsilon), the 
 
 
 class Verdict(StrEnum):
-    """The verdict of a certificate on a point, from its gradient norm and smallest Hessian eigenvalue. Without epsilon
-    only the sign of the eigenvalue decides (`NOT_A_MINIMUM`, `NO_NEGATIVE_CURVATURE` or `UNDECIDED`)."""
+    """The verdict of a certificate on a point.
+
+    It follows from the gradient norm, whose threshold is epsilon, and from the smallest Hessian eigenvalue. If no
+    epsilon is given, the verdict follows from the sign of the eigenvalue alone. It is then `NOT_A_MINIMUM`,
+    `NO_NEGATIVE_CURVATURE` or `UNDECIDED`.
+    """
 
     SECOND_ORDER_STATIONARY = "second-order stationary"
     SADDLE = "saddle"
@@ -39,8 +46,12 @@ class Verdict(StrEnum):
 
 
 def threshold_of(epsilon: float | None, rho: float) -> float | None:
-    """Return the threshold -sqrt(rho epsilon), or None if `epsilon` is None. A point is a saddle if its smallest
-    Hessian eigenvalue is below the threshold; rho is the Lipschitz constant of the Hessian."""
+    """Return -sqrt(rho epsilon), the threshold for the smallest Hessian eigenvalue. A point is a saddle if this
+    eigenvalue is below the threshold.
+
+    `epsilon` is the threshold for the gradient norm, and rho is the Lipschitz constant of the Hessian. Returns None if
+    `epsilon` is None.
+    """
     return None if epsilon is None else -math.sqrt(rho * epsilon)
 
 
@@ -66,8 +77,12 @@ def judge(least: float, most: float, epsilon: float | None, rho: float, lower: f
 
 
 def headline_of(verdict: Verdict, epsilon: float | None, lower: float, upper: float) -> str:
-    """Return the verdict as text. If epsilon is None, the text includes bounds on lambda_min, the smallest Hessian
-    eigenvalue: the bound that proves the verdict, `lower` or `upper`, or both if the point is undecided."""
+    """Return a verdict as one line of text.
+
+    If `epsilon` is None, the text includes bounds on lambda_min, the smallest Hessian eigenvalue. A proof of negative
+    curvature cites the upper bound `upper`, and its absence the lower bound `lower`. The text of an undecided verdict
+    cites both.
+    """
     if verdict is Verdict.NOT_A_MINIMUM:
         return f"{verdict}: lambda_min is at most {upper:.3e}"
     if verdict is Verdict.NO_NEGATIVE_CURVATURE:
@@ -84,66 +99,82 @@ def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The verdict on one point and its evidence. H is the Hessian of the mean loss over the examples, in eval mode.
+    """The verdict on one point, and its evidence.
 
-    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, no bounds on the other
-    eigenvalues are computed. The loss along v is evaluated if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
+    f is the mean loss over the examples, in eval mode, and H its Hessian at the point x. lambda_min and lambda_max are
+    the smallest and the largest eigenvalue of H. The escape direction v is the unit vector with the smallest curvature
+    that was found.
+
+    A pilot search uses only a part of the examples. It decides the verdict if it finds a direction whose negative
+    curvature is then proved by one product over all examples. In this case lambda_min has no lower bound, lambda_max
+    has no bounds, and the Ritz values are those of the pilot search.
+
+    The loss along v is evaluated at several points x + s v if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
+    `sharpest_direction` is not available after a single Lanczos step, or if not all Lanczos vectors were stored.
+    `failure_probability` is over the random start vector of Lanczos.
     """
 
     verdict: Verdict
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     loss: float
-    grad_norm: float  # ||grad f||
-    grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample
-    lambda_min_upper: float  # upper bound on lambda_min: the Rayleigh quotient of the escape direction, plus rounding
-    lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
-    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value minus rounding; -inf if a pilot found v
-    lambda_max_upper: float  # upper bound on lambda_max, with a separate failure probability; inf if a pilot found v
-    residual: float  # ||H v - lambda v|| for the escape direction v
-    failure_probability: float  # failure probability of each bound that depends on the random start
-    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None without epsilon
+    grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
+    grad_norm_error: float | None  # sampling error of the gradient, as a standard error; None: `sample_of` is None
+    lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
+    lambda_min_lower: float  # lower bound on lambda_min, fails with `failure_probability`; -inf: pilot search decided
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf: pilot search decided
+    lambda_max_upper: float  # upper bound on lambda_max, fails with `failure_probability`; inf: pilot search decided
+    residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
+    failure_probability: float  # failure probability of `lambda_min_lower`; also that of `lambda_max_upper`
+    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    hessian_lipschitz_estimated: bool  # True if rho was measured along v, which underestimates rho
-    escape_direction: Tensor  # unit vector v, float64[d]; for a sharded model, this worker's part of it
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, from the pilot search if any; None: not stored
-    slope: float  # <grad f, v>, derivative of the loss along v
-    escape_distance: float | None  # distance s, of either sign, with the lowest f(x + s v) found; None: not evaluated
+    hessian_lipschitz_estimated: bool  # True if rho was measured along the escape direction, as a lower bound on rho
+    escape_direction: Tensor  # escape direction v, unit vector float64[d]; in a sharded model, this worker's part of it
+    sharpest_direction: Tensor | None  # unit Ritz vector of the largest Ritz value, float64[d]; None: not available
+    slope: float  # <grad f, v>, derivative of the loss along the escape direction v
+    escape_distance: float | None  # s, positive or negative, with the lowest f(x + s v) found; None: no s was tried
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
-    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s evaluated
-    ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
-    ritz_shares: tuple[float, ...]  # squared inner product of the random unit start with each Ritz vector
-    examples: int  # number of examples in the mean loss
-    sample_of: int | None  # size of the data set from which the examples were drawn; None: they are not a sample
-    pilot_examples: int | None  # examples in the pilot search that found v and the Ritz values; None: no pilot
-    pilot_hvps: int  # Hessian-vector products over the pilot's examples
-    precision: str  # dtype of the Hessian-vector products; the recurrences of Lanczos are in float64
+    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s tried; None: none was tried
+    ritz_values: tuple[float, ...]  # Ritz values of the Hessian (eigenvalues approximated by Lanczos), ascending
+    ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
+    examples: int  # number of examples in the mean loss f
+    sample_of: int | None  # size of the data set that was sampled; None: not given, or all its examples were used
+    pilot_examples: int | None  # number of examples in the pilot search; None: no pilot search, or it did not decide
+    pilot_hvps: int  # number of Hessian-vector products over the pilot search's examples; 0 if `pilot_examples` is None
+    precision: str  # dtype of the model, in which Hessian-vector products are computed, e.g. "float32"
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
-    hvp_reason: str | None  # error message of double backward; None: no error, or not tried
-    hvp_error: float  # error of a Hessian-vector product with a unit vector; the bounds on eigenvalues include it
-    hvp_step: float | None  # last step h of the finite differences; None: double backward was used
-    hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # number of backward passes over all examples; a pass over part of them counts as a fraction
-    bytes_sent: int  # bytes sent by this worker
-    seconds: float  # time for the whole certificate
+    hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
+    hvp_error: float  # estimated error of a Hessian-vector product with a unit vector, included in all bounds
+    hvp_step: float | None  # last step h of the differences of gradients; None: double backward was used
+    hvps: int  # number of Hessian-vector products over all examples
+    backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
+    bytes_sent: int  # number of bytes that this worker sent for the certificate
+    seconds: float  # duration of the certification
 
     @property
     def smallest_epsilon(self) -> float:
-        """The smallest epsilon for which this point would be certified as second-order stationary, for the same rho
-        (Lipschitz constant of the Hessian)."""
+        """The smallest epsilon for which the bounds in this certificate prove second-order stationarity.
+
+        rho, the Lipschitz constant of the Hessian, is assumed to be `hessian_lipschitz`. The value is inf if there is
+        no lower bound on lambda_min.
+        """
         below = max(0.0, -self.lambda_min_lower)
         return max(self.grad_norm, below * below / self.hessian_lipschitz)
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The rho (Lipschitz constant of the Hessian) below which the point is a saddle, lambda_min_upper^2 / epsilon.
-        It is None if there is no epsilon or no negative curvature."""
+        """The limit lambda_min_upper^2 / epsilon for rho, the Lipschitz constant of the Hessian. The point is a saddle
+        if rho is below the limit.
+
+        The limit is None if no epsilon was given, or if no negative curvature was found.
+        """
         return None if self.epsilon is None or self.lambda_min_upper >= 0 else self.lambda_min_upper**2 / self.epsilon
 
     def escape_steps(self, lr: float) -> float | None:
         """Return the number of SGD steps in which the distance from this point along `escape_direction` grows tenfold.
 
-        It is ln(10) / ln(1 + lr |lambda|), lambda = lambda_min_upper. With momentum m, pass lr / (1 - m). Returns
-        None if lr is 0 or no negative curvature was found. Raises ValueError if lr is negative or not finite.
+        The number is ln(10) / ln(1 + lr |lambda|), where lambda is `lambda_min_upper`, and `lr` is the learning rate.
+        For SGD with momentum m, pass the learning rate divided by 1 - m. Returns None if lr is 0 or no negative
+        curvature was found. Raises ValueError if lr is negative or not finite.
         """
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be finite and not negative, got {lr}")
@@ -157,12 +188,18 @@ class Certificate:
 
     @property
     def loss_name(self) -> str:
-        """A description of the certified loss function."""
+        """A description of the certified loss, with the number of examples: "the mean loss over 512 examples, in
+        evaluation mode"."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
-        """Return all fields except directions as plain types for JSON, and `escape_steps` for the step size `lr`."""
+        """Return the certificate as a dict of plain types for JSON.
+
+        It has all fields except `escape_direction` and `sharpest_direction`, and the properties `smallest_epsilon`,
+        `saddle_below_rho`, `headline` and `loss_name`. It also has `lr`, and `escape_steps` for this learning rate,
+        which is None if lr is None.
+        """
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
@@ -193,7 +230,8 @@ class Certificate:
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        # The search stops after one Hessian-vector product if the gradient norm alone decides the verdict.
+        # If the gradient norm alone decides the verdict, the search stops after one Hessian-vector product, and gives
+        # no useful bounds.
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:
             return ["no search for negative curvature: the gradient decides"]
         if self.pilot_examples is None:
@@ -256,35 +294,41 @@ class Share:
 
     drawn: int  # m, number of iterates drawn and certified
     stationary: int  # number of iterates certified as second-order stationary
-    refuted: int  # number of iterates that are saddles or have too large gradients; all others are undecided
+    refuted: int  # number of iterates certified as saddles or with a too large gradient; the rest are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
-        """Count the verdicts of m certificates."""
+        """Return the counts of stationary, refuted and undecided iterates, from the verdicts of m certificates."""
         stationary = sum(v is Verdict.SECOND_ORDER_STATIONARY for v in verdicts)
         refuted = sum(v in (Verdict.SADDLE, Verdict.GRADIENT_TOO_LARGE) for v in verdicts)
         return cls(len(verdicts), stationary, refuted)
 
     @property
     def all_fail(self) -> float:
-        """2^-m for the m iterates drawn. It is an upper bound on the probability that none of them is stationary, if at
-        least half of the run's iterates are."""
+        """2^-m for the m iterates drawn.
+
+        If at least half of the run's iterates are second-order stationary, this is an upper bound on the probability
+        that none of the m iterates is.
+        """
         return 0.5**self.drawn
 
     @property
     def surprise(self) -> float:
-        """A p-value for the claim of the theorems that at least half of the iterates are second-order stationary. It is
-        an upper bound on the probability of at most this many stationary draws, where undecided draws count as
-        stationary."""
+        """A p-value for the claim of Theorems 3.1 and 3.2, by which at least half of the run's iterates are
+        second-order stationary.
+
+        If the claim holds, the number of stationary iterates among the m drawn is at most m - `refuted` with at most
+        this probability. Undecided iterates count as stationary.
+        """
         from scipy.special import bdtr  # imported here because it is slow to import
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """Return a lower bound, with this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
-        one-sided).
+        """Return a lower bound on the fraction of the run's iterates that are second-order stationary.
 
-        The failure probabilities of the certificates are not included.
+        The bound holds with probability `confidence` over the draw (Clopper-Pearson, one-sided). The failure
+        probabilities of the certificates are not included.
         """
         if self.stationary == 0:
             return 0.0

@@ -1,8 +1,13 @@
 """Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4 of the paper).
 
-The verdict is never stronger than its evidence: a Rayleigh quotient below the threshold proves a saddle; the absence of
-negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided". Without
-epsilon there is no verdict on stationarity: a negative Rayleigh quotient proves that the point is not a minimum.
+The verdict is never stronger than its evidence:
+
+- A Rayleigh quotient of the Hessian below the threshold -sqrt(rho epsilon) proves a saddle.
+- The absence of eigenvalues below the threshold is claimed with a failure probability (see `lanczos`).
+- If the evidence suffices for neither, the verdict is "undecided".
+
+If no epsilon is given, there is no verdict on stationarity. A negative Rayleigh quotient then proves that the point is
+not a minimum.
 """
 
 import math
@@ -37,28 +42,35 @@ def certify(
     tensor_parallel: Any = None,
     progress: Callable[[Bounds], None] = lambda bounds: None,
 ) -> Certificate:
-    """Certify the model's current parameters; collective, with each worker's own batches.
+    """Compute a certificate for the model's current parameters; collective. The loss is the mean over the batches of
+    all workers.
 
     Args:
         model: a network, evaluated in eval mode. Only trainable parameters count. If it is sharded over the workers
             by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
-        epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon).
-            Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue. The search then
-            continues until the residual of the escape direction v (the approximate eigenvector of that eigenvalue) is
-            at most a tenth of the eigenvalue. Set epsilon to compare points.
+        epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon). If
+            epsilon is None, there is no verdict on stationarity, but only on the sign of the smallest eigenvalue. The
+            search then continues until the residual of the escape direction v (the approximate eigenvector of that
+            eigenvalue) is at most a tenth of the eigenvalue's magnitude. Set epsilon to compare points.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along v as
             ||H(x + h v) v - H(x - h v) v|| / (2 h).
-        search: the limits of the search, its precision, and the method of Hessian-vector products.
-        sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
-            examples, the certificate has a standard error of the gradient, from the variation between batches.
+        search: the limits and tolerances of the search, and the method of its Hessian-vector products.
+        sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds the number of
+            examples in these batches, the certificate has a standard error of the gradient, from the variation between
+            batches.
         process_group: the group of the workers; by default torch's default group, or this process alone.
-        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches, if it is used.
-        progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
+        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches; None: not used.
+        progress: called with the current bounds (`curvature.search.Bounds`) after each Hessian-vector product of the
+            search.
 
-    Stops once the verdict is decided, unless `search` requires more. Raises ValueError for invalid arguments, for
-    losses that vary between evaluations (dropout, augmentation), and with "double-backward" if its products are wrong.
+    The search stops once the verdict is decided, unless `search` sets a `tolerance` or a `sharpness` that needs more
+    products.
+
+    Raises ValueError for invalid arguments, and for losses that vary between evaluations (augmentation, shuffling).
+    Raises NotFiniteError if the loss or a derivative is not finite. With hvp="double-backward", raises
+    DoubleBackwardError if products by double backward are wrong.
     """
     begin = time.perf_counter()
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
@@ -68,7 +80,8 @@ def certify(
     if not is_sharded(model):
         batches = with_examples(batches)
     with certifying(model, process_group) as channel:
-        # Evaluate loss and gradient at the point, and choose the method of Hessian-vector products.
+        # Evaluate the loss and its gradient at the current parameters, and choose the method of Hessian-vector
+        # products.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)
         if sample_of is not None and sample_of < curvature.examples:
@@ -81,14 +94,18 @@ def certify(
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None
-        if sample_of is not None:  # correct the standard error for drawing without replacement
+        if sample_of is not None:  # correct the standard error, since the examples were drawn without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Prove a saddle by a direction found on a subset of the examples. If that fails, search on all examples.
-            Return the search over all examples, the search on the subset or None if it did not find a saddle's
-            direction, and the losses along the direction or None if it has no negative curvature."""
+            """Search for negative curvature: first on a subset of the examples, and then, if that proves nothing, on
+            all examples.
+
+            Returns three objects: the search over all examples, the search on the subset, and the losses along the
+            direction v that was found. The second is None if the subset gave no direction that proves negative
+            curvature on all examples. The third is None if the verdict does not rest on negative curvature.
+            """
             full, pilot_search = CurvatureSearch(products, *settings), None
             if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(full, batches, of)
@@ -97,7 +114,8 @@ def certify(
                 full.run()
             return full, pilot_search, full.walk(pilot_search) if full.verdict.rests_on_negative_curvature else None
 
-        # Decide if the smallest eigenvalue, lambda_min, is below -sqrt(rho epsilon), or without epsilon below 0.
+        # Decide if the smallest eigenvalue, lambda_min, is below its threshold: -sqrt(rho epsilon), or 0 if no epsilon
+        # is given.
         full, pilot_search, walk = with_products(chosen, search.hvp, decide)
         products, sharpest = full.products, (pilot_search or full).sharpest
     distance, lowest, bend = walk or (None, None, None)
@@ -143,17 +161,20 @@ def certify(
 
 
 class CertifyEvery:
-    """A counter of training steps that certifies the model's parameters every `every` steps; collective.
+    """A counter of training steps that certifies the model's parameters once in `every` steps. Each call of `step` is
+    collective.
 
     Args:
-        model, loss_fn, batches: see `certify`. `batches` must yield this worker's batches, the same in every iteration.
-        every: steps between two certificates.
+        model, loss_fn, batches: see `certify`. `batches` must yield the same batches, those of this worker, in every
+            iteration.
+        every: the number of training steps between two certificates, at least 1.
         at: a function that returns a context in which all workers have equal parameters, such as
             `LocalUpdates.at_anchor`; by default the current parameters are certified.
         on_certificate: called with each certificate, on every worker.
-        options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
+        options: further arguments of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
-    `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
+    The attribute `certificates` is a list of pairs (step, certificate). The constructor raises ValueError for `every`
+    below 1. The method `step` raises the errors of `certify`.
 
     >>> import torch
     >>> from packsaddle.curvature import CertifyEvery

@@ -1,7 +1,9 @@
-"""Detection of functions with a custom backward in a loss's graph: `torch.autograd.Function`, in Python or C++.
+"""Detection of custom functions in the autograd graph of a loss: subclasses of `torch.autograd.Function`, in Python or
+C++.
 
-Their second derivatives may be silently wrong. A backward that returns a gradient computed in the forward pass, as in
-fused losses, is a constant to autograd, so double backward omits that function's Hessian.
+The second derivatives of a custom function may be wrong without an error. Fused losses, for example, compute their
+gradient in the forward pass, and their backward returns this tensor. It is a constant for autograd, so double backward
+omits the function's Hessian.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-_GENERATED = ("torch._library.", "torch._functorch.")  # modules in which torch wraps custom functions of users
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules of torch that have wrappers of users' custom functions
 
 
 def custom_functions(loss: Tensor) -> set[str]:
-    """Return the names of the functions in a loss's graph that are not from torch."""
+    """Return the names of the custom functions in the autograd graph of `loss`, i.e. of all functions that torch does
+    not define."""
     return {name for node in graph_nodes([loss]) if (name := _custom_name(node)) is not None}
 
 

@@ -1,9 +1,11 @@
-"""Mini-batch noise of gradients, to compare with artificial noise xi_t of standard deviation r per coordinate.
+"""Mini-batch noise of gradients, to compare with the artificial noise xi_t, whose coordinates have the standard
+deviation r.
 
-A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples. The mean over W workers
-divides this variance by W, but not that of xi_t, which is identical on all workers. Both kinds of noise are scaled by
-the same learning rate and pass the same error memories, so the ratio of r sqrt(d) to sqrt(E||g - grad f||^2) depends on
-neither.
+The gradient of worker i on b examples is grad f_i plus mini-batch noise of variance tr(Cov) / b, where Cov is the
+covariance of one example's gradient. The mean g over W workers divides this variance by W. It does not divide the
+variance of xi_t, which is identical on all workers. The norm of xi_t is about r sqrt(d), and the norm of the mini-batch
+noise is about sqrt(E||g - grad f||^2). The ratio of these norms does not depend on the learning rate or on error
+feedback, since both kinds of noise are scaled by the same learning rate and pass the same error memories.
 """
 
 import math
@@ -21,13 +23,16 @@ from packsaddle.numerics.devices import device_of_doubles, wide, widened
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Measured mini-batch noise: the variance of one example's gradient, and that of a step's gradient, which is the
-    mean over the batches of all workers."""
+    """Measured mini-batch noise of gradients.
 
-    per_example: float  # tr(Cov) of the gradient of one example
-    error: float  # standard error of `per_example`, from the variation between batches; inf for two batches
+    `per_example` is the variance of the gradient of one example. `variance` is the variance of a step's gradient, which
+    is the mean over the batches of all workers.
+    """
+
+    per_example: float  # variance tr(Cov) of the gradient of one example, summed over the coordinates
+    error: float  # standard error of `per_example`, from the variation between batches; inf: only two batches
     batch_size: float  # mean number of examples in a batch
-    batches: int  # number of batches compared, over all workers
+    batches: int  # number of batches that were measured, over all workers
     workers: int  # W, number of workers whose batches are averaged in a step
     d: int  # number of trainable coordinates
 
@@ -47,13 +52,17 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, the norm of mini-batch noise,
-        or inf if `std` is 0. The ratio is the same with momentum, which accumulates the noise and the gradient in the
-        same way."""
+        """Return the ratio of the norms of two kinds of noise: artificial noise of standard deviation r, and mini-batch
+        noise.
+
+        The norms are r sqrt(d) and `std`. The ratio is the same for SGD with momentum, which accumulates both kinds of
+        noise in the same way. If `std` is 0, the result is inf, or 0 if r is 0 too.
+        """
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
-        """Return the std r of artificial noise whose norm, r sqrt(d), is `times` the norm of mini-batch noise."""
+        """Return the standard deviation r of artificial noise whose norm, r sqrt(d), is the norm of mini-batch noise
+        multiplied by `times`."""
         return times * self.std / math.sqrt(self.d)
 
 
@@ -93,7 +102,8 @@ def gradient_noise(
     sums = sums.to(device_of_doubles(next(model.parameters()).device))
     group.all_reduce(sums)
     total, squares, count, seen, short = sums.tolist()
-    # `short`, the number of workers with fewer than two batches, is identical on all workers, so that all raise.
+    # `short`, the number of workers with fewer than two batches, is identical on all workers, so all of them raise the
+    # error.
     if short:
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
@@ -107,8 +117,11 @@ def gradient_noise(
 
 
 def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
-    """Return this worker's list of estimates of tr(Cov), the variance of one example's gradient. Also return the number
-    of examples in this worker's batches, and the number d of trainable coordinates."""
+    """Compute estimates of tr(Cov), the variance of one example's gradient, from this worker's batches.
+
+    Returns the list of estimates, the number of examples in this worker's batches, and the number d of trainable
+    coordinates. There is one estimate for each batch after the first.
+    """
     parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []
@@ -123,7 +136,8 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
             square = torch.zeros((), dtype=wide(mean[0].device), device=mean[0].device)
             for m, g in zip(mean, grads, strict=True):
                 apart = -m if g is None else g.detach() - m
-                square += widened(apart).square().sum().to(square.device)  # a model may be on several devices
+                # Move the sum to one device, since the parameters may be on several devices.
+                square += widened(apart).square().sum().to(square.device)
                 m.add_(apart, alpha=n / (seen + n))
             if seen:
                 found.append(n * seen / (seen + n) * float(square))

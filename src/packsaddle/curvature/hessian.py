@@ -32,15 +32,16 @@ from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-# Substrings of torch's errors for an operation whose gradient has no derivative, such as a fused kernel.
+# Parts of the messages that torch's errors have if the gradient of an operation, such as a fused kernel, has no
+# derivative.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
 UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
-_UNDIFFERENTIABLE = "torch::autograd::Error"  # name of the graph node of a function marked once_differentiable
+_UNDIFFERENTIABLE = "torch::autograd::Error"  # name of the autograd node of a function marked once_differentiable
 
 
 class NotFiniteError(ValueError):
-    """The loss or a derivative of it is infinite or NaN."""
+    """Raised if the loss, its gradient or a Hessian-vector product is infinite or NaN."""
 
 
 def fresh_generator() -> torch.Generator:
@@ -50,8 +51,11 @@ def fresh_generator() -> torch.Generator:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return a model's trainable parameters. Raises TypeError if `model` is not a torch Module, and ValueError if it
-    has no trainable parameters, or one that is not floating-point (such as a complex one)."""
+    """Return the list of a model's trainable parameters.
+
+    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError if it has no trainable parameters, or if one
+    of them is not floating-point, such as a complex parameter.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -64,32 +68,39 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Curvature:
-    """Derivatives of the mean loss at a network's current parameters, as flat float64 vectors.
+    """Computes the mean loss over all examples, and its derivatives, at a network's current parameters. Derivatives are
+    flat float64 vectors.
 
-    A vector has one element for each of the d coordinates of the trainable parameters.
+    A vector has one element for each of the d coordinates, i.e. elements of the trainable parameters.
 
     `loss_fn(model, batch)` returns the mean loss of a batch. `batches` is an iterable of this worker's batches that can
-    be iterated repeatedly; a worker may have no batches if another worker has some. Construction is collective and
-    evaluates the loss twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an
-    exhausted iterator), or if there are no examples or no trainable parameters. Raises NotFiniteError if the loss is
-    not finite.
+    be iterated repeatedly. A worker may have no batches if another worker has some.
+
+    Construction is collective and evaluates the loss twice. Raises ValueError if the two values differ on any worker,
+    as they do with data augmentation, shuffling or an exhausted iterator. Raises ValueError also if parameters differ
+    between workers, or if there are no examples or no trainable parameters. Raises NotFiniteError if the loss is not
+    finite.
     """
 
     has_double_backward = True
-    _alike = 1  # number of workers that process the same batch
+    _alike = 1  # number of workers that process the same batch, as with tensor parallelism
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        self.held = self.d  # largest number of elements of one vector that one worker stores
+        # Number of elements of a vector that a worker stores, as a maximum over workers; less than d in a sharded
+        # model.
+        self.held = self.d
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
-        self.device = device_of_doubles(self.parameters[0].device)  # device of the flat float64 vectors
-        self.products = 0  # Hessian-vector products so far
-        self.passes = 0.0  # backward passes over all examples so far; a pass over a part of them counts as a fraction
-        self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
+        # Device of all flat float64 vectors, such as gradients.
+        self.device = device_of_doubles(self.parameters[0].device)
+        self.products = 0  # number of Hessian-vector products so far
+        # Number of backward passes over all examples so far; a pass over a part of them counts as a fraction.
+        self.passes = 0.0
+        self._sizes_of_batches: list[int] = []  # number of examples in each batch of this worker
         self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
-        self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
+        self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
 
         # Evaluate the sum of losses, sum_b n_b loss_b, twice: the values differ if loss or batches are random.
         watch = _Precision()
@@ -130,8 +141,8 @@ class Curvature:
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
-        """Return the sum of the losses of this worker's examples, float64[], and the number of examples. Losses are
-        computed within the context manager `watch`."""
+        """Return the sum of the losses of this worker's examples, float64[], and the number of examples. All losses are
+        computed inside the context manager `watch`."""
         total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), []
         with evaluating(self._model):
             for batch, n in self.read():
@@ -143,7 +154,8 @@ class Curvature:
         return total, sum(sizes)
 
     def _value(self, batch: Any) -> Tensor:
-        """Return a batch's loss, detached. Gradients are enabled only if the loss needs them (a gradient penalty)."""
+        """Return a batch's loss, detached. Gradients are enabled only if the loss itself computes gradients, as a
+        gradient penalty does."""
         try:
             with torch.set_grad_enabled(self._derives):
                 return self._loss_of(batch).detach()
@@ -154,8 +166,11 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError if `loss_fn`
-        returns something else."""
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled.
+
+        Raises ValueError if `loss_fn` does not return a tensor of one number, or if gradients are enabled and the
+        tensor has no graph.
+        """
         loss: Any = self._loss_fn(self._model, batch)
         # With tensor parallelism the loss is a DTensor.
         loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
@@ -190,9 +205,9 @@ class Curvature:
     def gradient(self) -> tuple[Tensor, float]:
         """Return the gradient of the mean loss f, float64[d], and its standard error; collective.
 
-        For B batches of n_b examples and gradient g_b, the estimate of one example's variance is
-        sum_b n_b ||g_b - grad f||^2 / (B - 1), and the variance of the mean over N examples is 1 / N of it. The error
-        is inf for a single batch.
+        Batch b of the B batches has n_b examples and gradient g_b. The variance of one example's gradient is estimated
+        as sum_b n_b ||g_b - grad f||^2 / (B - 1). The variance of the mean over N examples is 1 / N of this estimate,
+        and its square root is the standard error. If there is only one batch, the standard error is inf.
         """
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
@@ -260,8 +275,8 @@ class Curvature:
 
     @sdpa_kernel(SDPBackend.MATH)
     def why_no_double_backward(self) -> str | None:
-        """Return the message of torch's error if double backward fails for the first batch of any worker, or None if it
-        succeeds on all workers; collective."""
+        """Try double backward on the first batch of each worker, and return the message of torch's error if it fails on
+        any worker; collective. Returns None if double backward succeeds on all workers."""
         reason, ones = None, [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
             for batch in islice(self._batches, 1):
@@ -283,7 +298,7 @@ class Curvature:
         return reason or "another worker's batch has no double backward"
 
     def in_double(self) -> "Curvature | None":
-        """Return a copy that computes in float64, as a `Curvature` over this worker's batches alone, or None if this
+        """Return a `Curvature` of a float64 copy of the model, over this worker's batches alone. Returns None if this
         worker has no examples. Not collective."""
         if not sum(self._sizes_of_batches):
             return None
@@ -302,8 +317,11 @@ class Curvature:
         return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return a Gaussian vector, float64[d], identical on all workers, or for a sharded model this worker's part of
-        it; collective. It is drawn from rank 0's generator, which by default is seeded by the operating system."""
+        """Return a Gaussian vector, float64[d], which is identical on all workers; collective.
+
+        It is drawn from `generator` on rank 0. If that is None, a new generator is seeded by the operating system. For
+        a sharded model each worker gets its own part of the vector.
+        """
         rng = self._shared_generator(generator)
         parts = (part_of(torch.randn(p.shape, generator=rng, dtype=torch.float64), p) for p in self.parameters)
         return torch.cat([part.reshape(-1) for part in parts]).to(self.device)
@@ -319,8 +337,8 @@ class Curvature:
         return float(self.inner(a, b))
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
-        """Return the inner product <a, b> of two vectors. It is a float64[] on the vectors' device, so that the host
-        does not wait for its value, or a float if the model is sharded."""
+        """Return the inner product <a, b> of two vectors. The result is a float64[] on the vectors' device, so that the
+        host does not wait for its value. If the model is sharded, the result is a float."""
         return a @ b
 
     def norm(self, a: Tensor) -> float:
@@ -355,8 +373,8 @@ class Curvature:
         """Context manager that moves the parameters x to x + distance * direction, for a `direction` float64[d]. On
         exit x is restored bitwise.
 
-        With a seed `dither`, 16-bit parameters are rounded stochastically, so that their expected value is exact: a
-        displacement below their resolution would otherwise be lost.
+        If a seed `dither` is given, 16-bit parameters are rounded stochastically, so that the expected value of the
+        result is exact. Without stochastic rounding, a displacement smaller than their resolution would be lost.
         """
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
         with _restored(self._tensors):
@@ -376,8 +394,10 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records in `dtypes` the dtypes shorter than float64 to which a loss casts its float64 tensors. If there are any,
-    the loss is less precise than its parameters."""
+    """Records in `dtypes` the dtypes shorter than float64 to which a loss casts its float64 tensors.
+
+    If there are any such dtypes, the loss is computed in less precision than its float64 parameters have.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -394,7 +414,7 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Round float64 numbers x stochastically to a shorter dtype, so that the expected value of the result is x, except
     if the result is subnormal."""
-    # `place` is the unit in the last place of x in the shorter dtype.
+    # `place` is the distance between neighboring numbers of the shorter dtype at x (unit in the last place).
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
     # Draw on the CPU, so that the rounding is identical on workers with different devices.
     drawn = torch.rand(x.shape, generator=rng, dtype=x.dtype).to(x.device)
@@ -403,10 +423,11 @@ def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 
 @contextmanager
 def certifying(model: nn.Module, process_group: Any) -> Iterator[Communicator]:
-    """Context manager that broadcasts rank 0's buffers, such as batch normalization statistics; collective.
+    """Context manager in which a certificate is computed; collective.
 
-    Yields a communicator of the group. On exit it restores each worker's own buffers, and the state of torch's
-    generator, from which a DataLoader draws its seeds.
+    On entry it broadcasts rank 0's buffers, such as batch normalization statistics, and it yields a communicator of the
+    process group. On exit it restores each worker's own buffers, and the state of torch's generator, from which a
+    DataLoader draws its seeds.
     """
     channel = Communicator(resolve(process_group), Ledger())
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
@@ -428,15 +449,21 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Context manager in which derivatives of a loss are computed. It sets the model to eval mode, enables gradients,
-    and applies `safe_derivatives`, which disables oneDNN if its gradients would be wrong."""
+    """Context manager in which derivatives of a loss are computed.
+
+    It sets the model to eval mode and enables gradients. It also disables oneDNN if oneDNN's gradients for this model
+    could be wrong (see `safe_derivatives`).
+    """
     with torch.enable_grad(), evaluating(model), safe_derivatives(model):
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets every module to eval mode; on exit their modes are restored."""
+    """Context manager that sets every module of a model to eval mode.
+
+    On exit each module's training flag is restored.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -448,8 +475,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reread:
-    """An iterable of the batches that `read` yields from an iterator over `batches`. It can be iterated as often as
-    `batches` can."""
+    """An iterable of a part of some batches: of those that `read` yields, when given an iterator over `batches`.
+
+    It can be iterated as often as `batches` can.
+    """
 
     batches: Iterable[Any]
     read: Callable[[Iterator[Any]], Iterator[Any]]
@@ -459,7 +488,7 @@ class Reread:
 
 
 def with_examples(batches: Iterable[Any]) -> Reread:
-    """Return the batches without the empty ones, since the mean loss of an empty batch would be NaN."""
+    """Return an iterable of the batches that are not empty, since the mean loss of an empty batch would be NaN."""
     return Reread(batches, partial(filter, batch_size))
 
 

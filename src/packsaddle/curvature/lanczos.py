@@ -1,34 +1,39 @@
-"""Two-sided bounds on extreme eigenvalues of a symmetric matrix A given by products, with a failure probability.
+"""Two-sided bounds on the extreme eigenvalues of a symmetric matrix A, which is available only through products A v.
 
 A Ritz value is always an upper bound on the smallest eigenvalue, lambda_min. For a fixed start vector there is no lower
-bound. For a start b uniform on the sphere, let q_j = p_j(A) b be the Lanczos vectors, with polynomials p_j. If v is a
-unit eigenvector of lambda_min, then <q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's
-inequality
+bound. For a random start vector b, uniform on the unit sphere, there is one that fails with a given probability. Let
+q_j = p_j(A) b be the Lanczos vectors, where the p_j are polynomials, and let v be a unit eigenvector of lambda_min.
+Then <q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's inequality
 
     <b, v>^2 sum_{j <= k} p_j(lambda_min)^2 <= 1,
 
-while <b, v>^2 has a Beta(1/2, (n - 1)/2) distribution: it is below its delta-quantile w with probability delta. Below
-the smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
+The square <b, v>^2 has a Beta(1/2, (n - 1)/2) distribution, where n is the size of A. It is below the delta-quantile w
+of this distribution with probability delta. Below the smallest Ritz value the sum over p_j(lambda)^2 grows as lambda
+falls, so with probability 1 - delta
 
     lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
 
-The Lanczos polynomials of -A from b are p_j reflected at 0, so the lower bound for -A gives an upper bound on
-lambda_max. (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last
-polynomial alone; the sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes the worst spectrum instead
-of the observed one, and is weaker.) The event that the bound fails is the same for every k, so stopping once the bound
-suffices adds no failure probability.
+The Lanczos polynomials of -A with the same start vector b are the p_j reflected at 0, so the lower bound for -A gives
+an upper bound on lambda_max. (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use
+only the last polynomial p_k; the bound from the sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes
+the worst possible spectrum instead of the observed one, and is weaker.) The bound fails only if <b, v>^2 is below w,
+which does not depend on the number of steps k. So to stop at the first k whose bound suffices does not increase the
+failure probability.
 
-Rounding of the products, as in float32, leaves noise where the process would end. Once a beta is at that level, the
-next vector is noise too, so betas are clamped to at least `Ritz.rounding`. It is measured: exact A q_k has component 0
-along q_0 ... q_{k-2} and beta_k along q_{k-1}, so deviations from these are errors of the products.
+In exact arithmetic the process ends with a beta of 0. If the products A q_k have rounding errors, as in float32, this
+beta is at the level of the errors instead, and the next Lanczos vector consists of noise. So the bounds replace every
+beta below `Ritz.rounding` with `Ritz.rounding`, which is measured. An exact product A q_k has the component 0 along
+each of q_0 to q_{k-2}, and beta_k along q_{k-1}, so deviations from these components are errors of the products.
 
-Linear products with a known error tau, as differences of gradients have, are those of a matrix within tau of A, whose
-eigenvalues are within tau of A's (Weyl). So `Ritz.rounding` is at least tau, and both bounds are widened by it. The
-lower bound also assumes that the error is independent of <b, v>, as rounding and the third derivatives of a loss are:
-an error that depends on the start could hide v.
+Products by differences of gradients have an error, whose norm tau is known. If they are linear, they are the products
+of a matrix whose distance from A is at most tau, so its eigenvalues differ from those of A by at most tau (Weyl).
+Therefore `Ritz.rounding` is at least tau, and both bounds are widened by `Ritz.rounding`. The lower bound also assumes
+that the error is independent of <b, v>, as rounding and the third derivatives of a loss are. An error that depends on b
+could hide v.
 
-Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
-for each j separately: beyond the memory limit the bound uses the largest term instead of the sum.
+If not all Lanczos vectors are stored, rounding makes them lose their orthogonality. Each q_j still has norm 1, so
+p_j(lambda_min)^2 <= 1 / w holds for each j separately. Beyond the memory limit the bound therefore uses the largest
+term of the sum instead of the sum.
 """
 
 import math
@@ -39,9 +44,10 @@ import torch
 from torch import Tensor
 
 Number = Tensor | float
-_EVALUATIONS = 100  # maximum number of evaluations of the sum of p_j^2 for one bound; usually a dozen suffice
-_ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
-# Smallest valid failure probability; the quantile of the Beta distribution underflows below it
+# Maximum number of evaluations of the sum of p_j^2 in the computation of one bound; a dozen usually suffice.
+_EVALUATIONS = 100
+_ROUNDING = 16  # rounding error of a product A v, in units of the last place of ||A||; typical for long sums
+# Smallest valid failure probability: for smaller ones the quantile of the Beta distribution underflows.
 _LEAST_PROBABILITY = 1e-100
 
 
@@ -50,15 +56,15 @@ class Ritz:
     """The result of k Lanczos steps on a symmetric n x n matrix A. The eigenvalues of A are called lambda, and the Ritz
     values theta."""
 
-    n: int  # size of A
-    alphas: tuple[float, ...]  # k diagonal entries of the tridiagonal matrix
-    betas: tuple[float, ...]  # k off-diagonal entries of the tridiagonal; the last is the residual's norm after step k
+    n: int  # n, the number of rows and of columns of A
+    alphas: tuple[float, ...]  # k diagonal elements of the tridiagonal matrix of Lanczos
+    betas: tuple[float, ...]  # off-diagonal elements of the tridiagonal matrix; the last: norm of the residual vector
     thetas: tuple[float, ...]  # k Ritz values, ascending
-    shares: tuple[float, ...]  # k squared components of the unit start vector b, one along each Ritz vector
+    shares: tuple[float, ...]  # one per Ritz value: squared component of the unit start vector b along its Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
-    rounding: float  # approximate rounding error of a product A v along one direction
+    rounding: float  # estimated error of a product A v with a unit vector v, by which both bounds are widened
     exhausted: bool  # True if the Krylov space is invariant, so that Ritz values are eigenvalues up to rounding
-    orthogonal: bool  # True if all vectors were stored and used for reorthogonalization
+    orthogonal: bool  # True if all Lanczos vectors were stored, and each new vector was orthogonalized against them
 
     @property
     def steps(self) -> int:
@@ -67,13 +73,19 @@ class Ritz:
 
     @property
     def theta_min(self) -> float:
-        """The smallest Ritz value. It is an upper bound on lambda_min, the smallest eigenvalue, if `orthogonal`. If
-        not, only the Rayleigh quotient of its Ritz vector is an upper bound."""
+        """The smallest Ritz value.
+
+        If `orthogonal` is True, it is an upper bound on lambda_min, the smallest eigenvalue, up to rounding. Otherwise
+        only the Rayleigh quotient of its Ritz vector is an upper bound.
+        """
         return self.thetas[0]
 
     @property
     def theta_max(self) -> float:
-        """The largest Ritz value. It is a lower bound on lambda_max, the largest eigenvalue, if `orthogonal`."""
+        """The largest Ritz value.
+
+        If `orthogonal` is True, it is a lower bound on lambda_max, the largest eigenvalue, up to rounding.
+        """
         return self.thetas[-1]
 
     @property
@@ -83,10 +95,11 @@ class Ritz:
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on the smallest eigenvalue, lambda_min, with `rounding` subtracted.
+        """Return a lower bound on lambda_min, the smallest eigenvalue.
 
-        With probability 1 - `failure_probability` over the random start vector, the bounds after every number of
-        Lanczos steps hold simultaneously. Raises ValueError unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the random start vector, the bounds after all numbers of Lanczos
+        steps are valid simultaneously. `rounding`, the error of the products, is subtracted from the bound. Raises
+        ValueError unless `failure_probability` is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
@@ -113,8 +126,12 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on the largest eigenvalue of A, which is -1 times the lower bound on the smallest
-        eigenvalue of -A. It fails with probability `failure_probability`, in addition to that of `lower_bound`."""
+        """Return an upper bound on lambda_max, the largest eigenvalue of A.
+
+        It is -1 times the lower bound on the smallest eigenvalue of -A. It fails with probability
+        `failure_probability`, separately from `lower_bound`: the probability that one of the two fails is at most twice
+        that.
+        """
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
@@ -141,16 +158,22 @@ class Ritz:
 
 
 class Lanczos:
-    """The Lanczos process on a symmetric matrix A, with one product in each `step`.
+    """The Lanczos process on a symmetric matrix A, with one product A v in each `step`.
 
-    `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, new for every certificate and
-    identical on all workers. `precision` is the unit roundoff of the products. `error()` returns the current estimate
-    of the error of a product with a unit vector, without this rounding. Vectors may be sharded: then `n` is their whole
-    length, and `dot` is collective. `dot` returns a number, or a float64[], for which the host waits once per step.
+    Args:
+        matvec: a function that maps v, float64[n], to A v, float64[n].
+        start: a Gaussian vector, float64[n], drawn anew for every certificate and identical on all workers.
+        max_vectors: maximum number of Lanczos vectors to store, at least 2; None: all. While all are stored, each new
+            vector is orthogonalized against them twice. The computation of a Ritz vector needs one more product for
+            each vector that was not stored.
+        precision: unit roundoff of the products.
+        error: returns the current estimate of the error of a product with a unit vector. It excludes the rounding error
+            that `precision` describes.
+        n: the size of A, if each worker has only a part of every vector; by default the length of `start`.
+        dot: the inner product of two vectors; collective if each worker has only a part of them. It returns a float, or
+            a float64[], for which the host waits once per step.
 
-    The first `max_vectors` vectors are stored, by default all. While all are stored, each new vector is orthogonalized
-    against them twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64.
-    Raises ValueError for `max_vectors` below 2.
+    Recurrences are computed in float64. Raises ValueError for `max_vectors` below 2.
     """
 
     def __init__(
@@ -169,22 +192,25 @@ class Lanczos:
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
         self._known_error, self._dot = error, dot
-        # The largest magnitude of a product's component that would be 0 in exact arithmetic, over all products so far.
+        # Largest magnitude, over all products so far, of a component of A q_k that would be 0 in exact arithmetic.
         self._error = 0.0
-        self.products = 0  # number of products so far, including those for Ritz vectors
+        self.products = 0  # number of products A v so far, including those computed for Ritz vectors
         self._basis = [start / self._norm(start)]
-        self._pair = (torch.zeros(0), self._basis[0])  # the last two Lanczos vectors
+        # The last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty.
+        self._pair = (torch.zeros(0), self._basis[0])
         self._alphas: list[float] = []
         self._betas: list[float] = []
-        self._ends = torch.ones(1, 2, dtype=torch.float64)  # coefficients of the extreme Ritz vectors in the basis
+        # float64[k, 2]: coefficients, in the basis, of the Ritz vectors of the smallest and the largest Ritz value
+        self._ends = torch.ones(1, 2, dtype=torch.float64)
 
     @property
     def exhausted(self) -> bool:
-        """True if the Krylov space is invariant, so that no further step is possible."""
+        """True if the Krylov space of the start vector is invariant under A, so that no further step is possible."""
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:
-        """Do one Lanczos step, with one product, and return the result so far. Raises RuntimeError if `exhausted`."""
+        """Do one Lanczos step, with one product A v, and return the result of all steps so far. Raises RuntimeError if
+        `exhausted`."""
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
 
@@ -199,7 +225,8 @@ class Lanczos:
                 for p in self._basis:
                     component = self._dot(w, p)
                     _minus(w, p, component, in_place=True)
-                    if sweep == 0 and p is not q:  # for p = q the component is only the rounding error of alpha
+                    # For p = q the component is only the rounding error of alpha, and not an error of the product.
+                    if sweep == 0 and p is not q:
                         components.append(component)
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])
         self._error = max([self._error, *map(abs, found)])
@@ -218,8 +245,9 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
-        # The errors of the k products form an n x k matrix, whose columns are independent and have the known norm. By
-        # Marchenko and Pastur the norm of this matrix is about 1 + sqrt(k / n) times the known norm.
+        # The errors of the k products so far form an n x k matrix. Its columns are assumed independent, each with the
+        # norm that `_known_error` returns. By Marchenko and Pastur the norm of such a matrix is about 1 + sqrt(k / n)
+        # times the norm of a column.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
         # The residual ||A v - theta_min v|| is beta |y_k|, where y_k is the last component of theta_min's eigenvector y
         # of the tridiagonal matrix.
@@ -238,8 +266,11 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do at most `most` steps, until `is_enough` returns True for the result so far, or no further step is
-        possible. Calls `progress` after each step, and returns the last result."""
+        """Do Lanczos steps, and return the result of the last one.
+
+        The steps end after `most` steps, when `is_enough` returns True for the result so far, or when the Krylov space
+        is exhausted. `progress` is called after each step with the number of steps in this call.
+        """
         for k in range(1, most + 1):
             ritz = self.step()
             progress(k)
@@ -248,7 +279,8 @@ class Lanczos:
         return ritz
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector of the smallest Ritz value, or with `largest` of the largest one, float64[n]."""
+        """Return the unit Ritz vector of the smallest Ritz value, float64[n]. If `largest` is True, return that of the
+        largest Ritz value instead."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
@@ -269,22 +301,33 @@ class Lanczos:
         return self._matvec(q)
 
     def _recur(self, product: Tensor, alpha: Number, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
-        """Return A q_j - alpha_j q_j - beta_j q_{j-1}, the next Lanczos vector before its normalization. `product` is A
-        q_j, and is not modified."""
+        """Return A q_j - alpha_j q_j - beta_j q_{j-1}, float64[n], the next Lanczos vector before its normalization.
+
+        Args:
+            product: A q_j, which is not modified.
+            alpha: alpha_j.
+            q: q_j.
+            before: q_{j-1}, which is ignored if j is 0.
+            j: the index of q; by default the number of finished steps.
+        """
         j = len(self._alphas) if j is None else j
         w = _minus(product, q, alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
 
 
 def _minus(w: Tensor, p: Tensor, by: Number, *, in_place: bool = False) -> Tensor:
-    """Return w - by * p. If `by` is a tensor on a GPU, the host does not wait for its value."""
+    """Return the vector w - by * p. If `in_place` is True, w is overwritten. If `by` is a tensor on a GPU, the host
+    does not wait for its value."""
     if isinstance(by, Tensor) and by.device.type != "cpu":
         return (w.addcmul_ if in_place else w.addcmul)(p, by, value=-1.0)
     return (w.sub_ if in_place else w.sub)(p, alpha=float(by))
 
 
 def _read(numbers: Sequence[Number]) -> list[float]:
-    """Convert numbers to floats. They are either all floats or all tensors. For tensors the host waits only once."""
+    """Return numbers as a list of floats.
+
+    They must be all floats or all tensors, float64[] each. For tensors on a GPU the host waits only once.
+    """
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     return torch.stack(tensors).tolist() if tensors else list(map(float, numbers))
 
@@ -295,5 +338,5 @@ def check_probability(failure_probability: float) -> None:
 
 
 def _rounding(n: int) -> float:
-    """Return a generous estimate of the relative rounding error of a sum of n float64 numbers."""
+    """Return an estimate, on the high side, of the relative rounding error of a sum of n float64 numbers."""
     return 8 * math.sqrt(n) * torch.finfo(torch.float64).eps

@@ -1,10 +1,11 @@
-"""Convolutions whose weight gradients are wrong with oneDNN in channels-last memory, and a workaround.
+"""Convolutions whose weight gradients are wrong if oneDNN computes them in channels-last memory, and a workaround.
 
 A convolution is affected if its kernel has size 1, its stride is above 1, and it has fewer input channels than a vector
 register holds numbers: 8 with AVX2, 16 with AVX-512. If its input or its weight is in channels-last memory, oneDNN's
 `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13). The process
 then crashes or hangs, or the gradient is silently wrong. Narrow ResNets have convolutions of this kind in their
-shortcuts. Torch with oneDNN disabled is safe, but takes 1.5 times as long for narrow ResNets as with oneDNN.
+shortcuts. If oneDNN is disabled in torch, the gradients are correct, but a narrow ResNet takes 1.5 times as long as
+with oneDNN.
 """
 
 from collections.abc import Iterator
@@ -31,9 +32,11 @@ def _is_narrow(layer: Any) -> bool:
 
 @contextmanager
 def safe_derivatives(model: nn.Module) -> Iterator[None]:
-    """Context manager that disables oneDNN if the network is on a CPU and has narrow convolutions, whose weight
-    gradients can be wrong with oneDNN. The memory format is not checked, since a network may convert its tensors in the
-    forward pass."""
+    """Context manager that disables oneDNN if it could compute wrong weight gradients for this network.
+
+    That is the case if the network is on a CPU and has narrow convolutions (see the module's docstring). Their memory
+    format is not checked, since a network may convert its tensors to channels-last in the forward pass.
+    """
     backend: Any = torch.backends.mkldnn
     before = backend.enabled
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())

@@ -19,22 +19,26 @@ class Search:
 
     Args:
         max_hvps: Maximum number of Hessian-vector products for the bounds, at least 1; a verdict needs a few more.
-        failure_probability: Failure probability of each bound that depends on the random start, in [1e-100, 1).
+        failure_probability: Failure probability, over the random start vector of Lanczos, of the lower bound on
+            lambda_min and of the upper bound on lambda_max, in [1e-100, 1).
         tolerance: Largest relative residual of a saddle's direction, above 0: the search continues until
             ||H v - lambda v|| <= tolerance |lambda|. With inf it stops once the verdict is decided.
-        sharpness: Largest relative distance between the bounds on lambda_max, above 0, such as 0.01: the search
-            continues until they are that close. With inf it stops once the verdict is decided.
-        pilot_examples: Number of examples of a first, cheaper search for a saddle's direction; one product over all
-            examples then proves the saddle, and there are no other bounds on eigenvalues. It requires at least
-            eight times as many examples in total, and that tolerance and sharpness are inf. 0 disables it.
+        sharpness: Largest distance between the two bounds on lambda_max, relative to the larger magnitude, above 0,
+            such as 0.01: the search continues until the distance is at most that. With inf it stops once the verdict is
+            decided.
+        pilot_examples: Number of examples of a first, cheaper search for a saddle's direction. If it finds one, one
+            product over all examples proves the saddle, and the certificate has no other bounds on eigenvalues. There
+            is no such search unless there are eight times as many examples in total, and tolerance and sharpness are
+            inf. 0 disables it.
         hvp: Method of the Hessian-vector products. "double-backward" is exact; "differences" of gradients have an
             error, which is measured and widens both bounds. "auto" uses double backward, or differences if torch does
             not support it (compiled networks, flash-attn) or if it is wrong (a custom autograd.Function, see
             docs/certificates.md).
-        memory_limit: Maximum number of bytes of stored Lanczos vectors, 8 d bytes each; at least 0. Beyond it the
-            bounds need a few more products, and the escape direction one product for each vector that was not stored.
-        generator: Generator of the random start on rank 0; use a new one for every certificate. By default it is seeded
-            by the operating system.
+        memory_limit: Maximum number of bytes of stored Lanczos vectors, which have 8 d bytes each for d coordinates; at
+            least 0. If not all vectors are stored, the bounds need a few more products, and the escape direction needs
+            one more product for each vector that was not stored.
+        generator: Generator from which rank 0 draws the random start vector; use a new one for every certificate. By
+            default it is seeded by the operating system.
     """
 
     max_hvps: int = 200

@@ -1,4 +1,5 @@
-"""A certificate for the population loss, f(x) = E f(x, z), from n examples drawn from the population.
+"""A certificate for the population loss f(x) = E f(x, z), the expected loss over the examples z of a population. It is
+computed from n examples drawn from the population.
 
 Batches are independent draws. The n_b examples of batch b have mean gradient g_b and Hessian H_b, and the n examples of
 all B batches have mean gradient g_n and Hessian H_n. Bounds for the population's gradient g and Hessian H follow from
@@ -14,9 +15,12 @@ lower bound lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a sy
             Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
             E Z^2 is measured as sum_b n_b (H_b - H_n)^2 / ((B - 1) n), and its norm is bounded from above by Lanczos.
 
-Assumed: batches are independent draws from the population (drawn without replacement they vary less), means over them
-are near Gaussian (many batches), and variances are as measured. Each of five statements fails with at most a fifth of
-the failure probability, so all hold together up to that probability.
+Three assumptions are made. Batches are independent draws from the population; batches drawn without replacement from a
+finite population vary less. Means over batches are nearly Gaussian, which needs many batches. The true variances equal
+the measured ones.
+
+The certificate consists of five statements, each of which fails with at most a fifth of the failure probability. So the
+probability that any of them fails is at most the failure probability.
 """
 
 import math
@@ -38,38 +42,45 @@ from packsaddle.errors import check_positive
 
 _STATEMENTS = 5
 _FEWEST_BATCHES = 8
-_STEPS = 40  # maximum number of Lanczos steps of each search on the examples
+_STEPS = 40  # maximum number of Lanczos steps in the search for v, and in the search for the lower bound
 _VARIANCE_STEPS = 24
-_CLOSE = 1.5  # the search for the norm of the Hessian's variance stops if upper bound / largest Ritz value <= this
-MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of Hessian-vector products
+# The search for the norm of the Hessian's variance stops once its upper bound is at most this multiple of its largest
+# Ritz value.
+_CLOSE = 1.5
+# Approximate maximum number of Hessian-vector products in one call of `certify_population`.
+MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS
 
 
 @dataclass(frozen=True)
 class PopulationCertificate:
     """Bounds on the gradient's norm and on the Hessian's smallest eigenvalue for the population loss, and a verdict.
-    All bounds hold together with probability 1 - `failure_probability`."""
+
+    The population loss is the expected loss over the population from which the examples were drawn. g is its gradient,
+    and H its Hessian. g_n and H_n are the gradient and the Hessian of the mean loss over the n examples. v is the
+    escape direction. All bounds hold together with probability 1 - `failure_probability`.
+    """
 
     verdict: Verdict
     epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    hessian_lipschitz_estimated: bool  # True if rho was measured along v on the examples
-    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None without epsilon
-    grad_norm: float  # norm of the examples' gradient, ||g_n||
+    hessian_lipschitz_estimated: bool  # True if rho was measured along v on the examples, as a lower bound on rho
+    threshold: float | None  # threshold for lambda_min(H), -sqrt(rho epsilon); None: no epsilon was given
+    grad_norm: float  # norm of the gradient of the mean loss over the examples, ||g_n||
     grad_norm_lower: float  # lower bound on the norm of the population's gradient, ||g||
     grad_norm_upper: float  # upper bound on the norm of the population's gradient, ||g||
-    quotient: float  # v^T H v over the batches not used to find v
+    quotient: float  # estimate of v^T H v: the mean Rayleigh quotient over the batches that were not used to find v
     quotient_error: float  # standard error of `quotient`
     lambda_min_upper: float  # upper bound on the smallest eigenvalue of the population's Hessian, lambda_min(H)
-    lambda_min_lower: float  # lower bound on lambda_min(H); -inf if not needed for the verdict
-    sample_lower: float  # lower bound on lambda_min(H_n), where H_n is the examples' Hessian; -inf if not needed
-    deviation: float  # upper bound on lambda_max(H_n - H); inf if not needed
-    escape_direction: Tensor  # unit vector v, float64[d]
-    failure_probability: float  # failure probability of all bounds together
-    examples: int  # n, number of examples
-    batches: int  # B, number of batches
+    lambda_min_lower: float  # lower bound on lambda_min(H); -inf: not computed, since the verdict did not need it
+    sample_lower: float  # lower bound on lambda_min(H_n); -inf: not computed, since the verdict did not need it
+    deviation: float  # upper bound on lambda_max(H_n - H); inf: not computed, since the verdict did not need it
+    escape_direction: Tensor  # escape direction v, float64[d], a unit vector
+    failure_probability: float  # probability that at least one of the bounds is wrong, as an upper bound
+    examples: int  # n, number of examples in all batches
+    batches: int  # B, number of batches over all workers
     hvp: str  # method of the Hessian-vector products
-    hvp_reason: str | None  # error message of double backward; None: no error, or not tried
-    backward_passes: int  # number of backward passes over the examples
+    hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
+    backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
 
     @property
     def headline(self) -> str:
@@ -78,7 +89,8 @@ class PopulationCertificate:
         return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything except the escape direction as plain types for JSON; non-finite floats become None."""
+        """Return a dict of plain types for JSON: the headline, and all fields except `escape_direction`. Non-finite
+        floats become None."""
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"}
         return for_json(values | {"verdict": str(self.verdict), "headline": self.headline})
 
@@ -122,23 +134,25 @@ def certify_population(
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> PopulationCertificate:
-    """Certify the model's current parameters for the population from which the batches were drawn; collective.
+    """Compute a certificate for the model's current parameters and the population from which the batches were drawn;
+    collective.
 
-    Many small batches are better than few large ones.
+    For the same number of examples, many small batches give tighter bounds than few large ones.
 
     Args:
         model, loss_fn, process_group: see `certify`.
         batches: see `certify`; each batch must also be an independent draw from the population.
-        epsilon: threshold for the gradient norm. Without it there is no verdict on stationarity, only on the sign of
-            the smallest eigenvalue.
+        epsilon: threshold for the gradient norm. If it is None, there is no verdict on stationarity, but only on the
+            sign of the smallest eigenvalue.
         hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured along the direction found.
-        search: only `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
-            `generator` are used.
-        progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`; a product
-            with the variance of the Hessian counts as three.
+        search: only its fields `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit`
+            and `generator` are used.
+        progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`. A product of
+            the Hessian's variance over batches with a vector counts as three Hessian-vector products.
 
-    Raises ValueError for invalid arguments, for fewer than eight batches, for a sharded model (whose workers have no
-    Hessian of a single batch) and for losses that vary between evaluations.
+    Raises ValueError for invalid arguments, for fewer than eight batches, and for losses that vary between evaluations.
+    Raises ValueError also for a sharded model, since its workers cannot compute Hessian-vector products of a single
+    batch.
 
     >>> import torch
     >>> from packsaddle.curvature import certify_population
@@ -172,7 +186,8 @@ def certify_population(
             seen, fresh = map(products.of, halves)
             lanczos = lanczos_over(seen, search)
             lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
-            # Any vector v gives a valid upper bound, so the search may stop before v is an eigenvector.
+            # Any vector v gives a valid upper bound on lambda_min(H), so the search may stop before v is an
+            # eigenvector.
             v = lanczos.ritz_vector()
             products.copy_estimates(seen)
             fresh.copy_estimates(seen)
@@ -183,8 +198,7 @@ def certify_population(
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
-            # Compute a lower bound on lambda_min of the examples' Hessian, and subtract an upper bound on that
-            # Hessian's deviation from the population's.
+            # Compute a lower bound on lambda_min(H_n), and subtract an upper bound on lambda_max(H_n - H).
             sample_lower, deviation = -math.inf, math.inf
             if (epsilon is None or most <= epsilon) and upper >= limit:
                 sample_lower = _lower_bound(products, delta, limit, search, progress)
@@ -220,8 +234,11 @@ def certify_population(
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
-    """Check that `batches` are enough for `certify_population`, and return their number over all workers; collective.
-    Raises ValueError for a sharded model, and for fewer than eight batches."""
+    """Return the number of batches over all workers, after a check that `certify_population` accepts the arguments;
+    collective.
+
+    Raises ValueError for a sharded model, and for fewer than eight batches.
+    """
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     mine = torch.tensor([sum(1 for _ in batches)], device=next(model.parameters()).device)
@@ -233,10 +250,14 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
-    """Return the Rayleigh quotient v^T H v over the batches of `products`, its standard error, and the degrees of
-    freedom of that error; collective."""
+    """Estimate the Rayleigh quotient v^T H v over the batches of `products`; collective.
+
+    Returns the estimate, its standard error from the variation between batches, and the degrees of freedom of this
+    error, i.e. the number of batches minus 1.
+    """
     curvature = products.curvature
-    sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v
+    # Sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v and n_b is the number of examples.
+    sums = torch.zeros(3, dtype=torch.float64)
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
@@ -250,9 +271,13 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos; collective. The
-    search stops if the smallest Ritz value is below `threshold`, or if further steps would raise the bound by
-    little."""
+    """Return a lower bound on lambda_min, the smallest eigenvalue of the Hessian of the mean loss over the examples;
+    collective.
+
+    The bound fails with probability `delta`. It is computed by Lanczos steps. They end if the smallest Ritz value theta
+    is below `threshold`, or if the bound is at least theta - 0.1 (theta - threshold), so that further steps could raise
+    it only a little.
+    """
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold
@@ -263,17 +288,18 @@ def _lower_bound(
 
 
 def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
-    """Return an upper bound on the norm of the Hessian's variance over batches (E Z^2 in the module's docstring);
-    collective. It fails with probability `delta`."""
+    """Return an upper bound on the norm of the Hessian's variance over batches, which is E Z^2 in the module's
+    docstring; collective. The bound fails with probability `delta`."""
     curvature = products.curvature
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
-        """Return the Hessian's variance times u, float64[d], for u float64[d]; collective.
+        """Return the product of the Hessian's variance over batches with u, float64[d]. The result is a float64[d];
+        collective.
 
         Batch b of the B batches has n_b examples and the Hessian H_b, and H_n is the Hessian of all n examples. The
-        variance is sum_b n_b (H_b - H_n)^2 / ((B - 1) n). This equals sum_b n_b H_b (H_b - H_n) / ((B - 1) n), which is
-        computed, since sum_b n_b (H_b - H_n) = 0.
+        variance is sum_b n_b (H_b - H_n)^2 / ((B - 1) n). Since sum_b n_b (H_b - H_n) = 0, it equals sum_b n_b H_b (H_b
+        - H_n) / ((B - 1) n). This second form is computed.
         """
         mean = products(u)
         total = torch.zeros_like(u)

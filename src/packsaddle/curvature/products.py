@@ -1,18 +1,18 @@
 """Hessian-vector products and their errors, by double backward or by central differences of gradients.
 
-`choose_products` selects the method. Double backward is exact up to rounding. Fused attention and compiled
-networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h) from
-gradients g. For a unit vector v the error of this quotient is
+`choose_products` selects the method. Double backward is exact up to rounding. Torch has no second derivatives of fused
+attention and of compiled networks. For these `Differences` computes (g(x + h v) - g(x - h v)) / (2 h), where g is the
+gradient, x are the parameters and h is the step. For a unit vector v the error of this quotient is
 
     rounding / h + h^2 M_3 / 6,    where M_3 is the norm of the third derivative of g along v,
 
-and both terms are measured at the point and along the vector. Products with steps h and 17 h / 16 differ almost only by
-rounding. Products with steps h and 2 h differ by rounding and by h^2 M_3 / 2, three times the second term. So h can be
-chosen such that the first term is twice the second.
+Both terms are measured at x and along v. Hessian-vector products with steps h and 17 h / 16 differ almost only by
+rounding. Those with steps h and 2 h differ by rounding and by h^2 M_3 / 2, which is three times the second term. From
+the measured terms h is chosen such that the first term is twice the second.
 
-A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`).
-If a loss has one, products by double backward are compared with differences of gradients along two vectors: the first
-one, and the one whose curvature decides if the point is a saddle.
+A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`). If a loss
+contains such a function, Hessian-vector products by double backward are compared with differences of gradients for two
+vectors v: the first v of the search, and the v whose curvature decides if the point is a saddle.
 """
 
 import math
@@ -31,38 +31,46 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-_NEARBY = 17 / 16  # ratio of two finite-difference steps h, whose products then differ almost only by rounding
-_ROUNDS = 6  # maximum number of steps h to try for one product
+# Ratio of two steps h of differences of gradients, whose products then differ almost only by rounding.
+_NEARBY = 17 / 16
+_ROUNDS = 6  # maximum number of steps h to try for one Hessian-vector product
 _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
-_FARTHEST = 64.0  # largest ratio between consecutive trial steps
-_FAR = 0.1  # relative error of a product above which its step h is too long for its errors to predict a better step
-_SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
-# If a product's norm falls below this fraction of its norm with a longer step, the shorter step is too short to move
-# some 16-bit parameters.
+_FARTHEST = 64.0  # largest ratio of two step sizes h that are tried consecutively
+# Relative error of a Hessian-vector product above which its step h is too long for the errors to predict a better h.
+_FAR = 0.1
+_SHORTEN = 1 / 16  # largest ratio of the next step h to the last one, if the last one is far too long
+# If the norm of a Hessian-vector product falls below this fraction of its norm with a longer step h, then the shorter
+# step is too short to change some 16-bit parameters.
 _SHRUNK = 0.9
-_LOUD = 16  # errors above this multiple of the smallest measured rounding error are not caused by rounding
-# Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
+_LOUD = 16  # errors above this multiple of the smallest rounding error measured so far are not caused by rounding
+# Relative error of a float64 Hessian-vector product above which the loss is assumed to have kinks, such as those of a
+# ReLU.
 _KINKED = 1e-3
 # Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.
 _ROOM_FOR_SHORT_STEPS = 1e-12
 _SHORTEST = 64  # smallest step h of the differences, in units of the last place of ||x||
-_CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
-# Distance from the parameters, to each side along a unit vector, at which the Hessian's Lipschitz constant is measured.
+_CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... Hessian-vector product
+# Distance from x, to each side along a unit vector v, over which the change of H v is measured. It gives an estimate of
+# the Hessian's Lipschitz constant.
 _RHO_DISTANCE = 1e-2
-_DOUBT = 2  # two products count as different if their distance exceeds this multiple of their errors
-_SURE = 0.01  # largest error, relative to the largest product's norm, at which products can be compared
-_ROUNDING = 16  # error of a product by double backward, in units of its last place
-# A loss is random if a repeated product differs from the first one by more than this multiple of sqrt(unit roundoff),
-# relative to the norm of the first.
+# Products by two methods count as different if their distance exceeds this multiple of the sum of their errors.
+_DOUBT = 2
+# Products by two methods can be compared if `_DOUBT` times the sum of their errors is at most this fraction of the
+# largest product's norm.
+_SURE = 0.01
+_ROUNDING = 16  # error of a Hessian-vector product by double backward, in units of its last place
+# A loss counts as random if a repeated Hessian-vector product differs from the first one by more than this multiple of
+# sqrt(unit roundoff), relative to the first one's norm.
 _RANDOM = 16
-# For 16-bit dtypes, where the limit by `_RANDOM` would exceed 1/4, this is the limit on the relative difference of a
-# repeated product.
+# Upper limit on that relative difference. It matters for 16-bit dtypes, where the limit by `_RANDOM` would exceed 1/4.
 _RANDOM_OF_16_BITS = 0.25
 
 
 class DoubleBackwardError(ValueError):
-    """Hessian-vector products by double backward are wrong for this loss; `reason` describes how they differ from
-    differences of gradients."""
+    """Raised if Hessian-vector products by double backward are wrong for a loss.
+
+    `reason` describes how they differ from differences of gradients.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -70,12 +78,18 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of Hessian-vector products; collective. `error` is an upper bound on ||H v - product|| for a unit
-    vector v. It excludes rounding errors, which `precision` measures."""
+    """Interface of the Hessian-vector products of a mean loss over the batches of all workers. Calls are collective,
+    except `of_batch`.
+
+    `error` is an upper bound on ||H v - product|| for the unit vectors v of all calls so far. It excludes rounding
+    errors, for which `precision` is the unit roundoff.
+    """
 
     name: str
-    reason: str | None = None  # error message of double backward; None: no error, or not tried
-    precision: float  # unit roundoff of the products, which `error` does not include
+    # Message of the error by which double backward failed; None: it did not fail, or was not tried.
+    reason: str | None = None
+    # Unit roundoff of the Hessian-vector products; the resulting rounding error is not included in `error`
+    precision: float
     error: float = 0.0
     unproven = False  # True if `checked` must verify the product along the direction that decides a verdict
 
@@ -88,8 +102,8 @@ class Products(ABC):
 
     @abstractmethod
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        """Return the product H v for a unit vector v, and the error of the product. `self.error` becomes the larger of
-        its old value and this error."""
+        """Return the product H v, float64[d], for a unit vector v, float64[d], and measure its error. The second result
+        is this error. If it exceeds `self.error`, it becomes `self.error`."""
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
@@ -97,16 +111,20 @@ class Products(ABC):
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
-        """Return Hessian-vector products by the same method over the examples of `curvature`."""
+        """Return an object that computes Hessian-vector products by the same method, over the examples of
+        `curvature`."""
 
     def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
-        """Copy the step sizes and error estimates of `other`, which computes products over different examples. No-op
-        for methods without estimates."""
+        """Copy the step sizes and error estimates of `other`, which computes products by the same method over different
+        examples. No-op for methods without estimates."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v|| for a unit vector v, the rate at which the Hessian-vector product H v changes if
-        the parameters x move along v. It is a difference quotient over a distance of at least 0.01 to each side."""
+        """Return ||d/ds H(x + s v) v|| at s = 0, for a unit vector v, float64[d]. It is the rate at which the
+        Hessian-vector product H v changes if the parameters x move along v.
+
+        The derivative is approximated by a difference quotient, over a distance of at least 0.01 to each side of x.
+        """
 
     def rho(self, v: Tensor) -> float:
         """Return a lower estimate of rho, the Lipschitz constant of the Hessian. It is `change(v)`, the rate at which
@@ -115,12 +133,13 @@ class Products(ABC):
 
 
 class DoubleBackward(Products):
-    """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
+    """Hessian-vector products by double backward, i.e. as the gradient of the inner product <grad f, v>.
 
-    The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss. If
-    the loss has custom functions (`autograd.Function`), the first product and the products of `checked` are compared
-    with differences of gradients. Raises DoubleBackwardError if a product by double backward differs from the one by
-    differences by more than twice the sum of their errors, or if these errors are too large for a comparison.
+    The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss.
+
+    If the loss contains custom functions (`autograd.Function`), the first product and the products of `checked` are
+    compared with differences of gradients. Raises DoubleBackwardError if the two products differ by more than twice the
+    sum of their errors, or if these errors are too large for a comparison.
     """
 
     name = "double backward"
@@ -130,11 +149,12 @@ class DoubleBackward(Products):
         self.precision = curvature.precision
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
-        self._largest = 0.0  # largest norm of a product so far
-        # Hessian-vector products by finite differences of gradients, which verify those by double backward; None: not
-        # needed yet
+        self._largest = 0.0  # largest norm of a Hessian-vector product so far
+        # Differences of gradients, with which products by double backward are compared; None: no comparison was made
+        # yet.
         self._differences: Differences | None = None
-        self._coarse = False  # True if a comparison in less than float64 has failed, so that later ones are in float64
+        # True if a comparison in a dtype shorter than float64 has failed; later comparisons are then in float64
+        self._coarse = False
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -157,9 +177,13 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if `product`, computed along v by double backward, differs from the product by
-        differences of gradients. In dtypes shorter than float64 kinks of the loss can also cause a difference, so it
-        must be confirmed by a float64 copy of the model. If the copy fails, the difference counts as confirmed."""
+        """Compare `product`, the Hessian-vector product with v by double backward, with differences of gradients;
+        collective.
+
+        Raises DoubleBackwardError on all workers if the two differ. In dtypes shorter than float64 kinks of the loss
+        can also cause a difference, so the comparison is then repeated with a float64 copy of the model. The error is
+        raised if that comparison confirms the difference, or if the copy cannot compute the loss.
+        """
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -191,9 +215,11 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Use the largest norm of a Hessian-vector product that `other` has computed, if it is larger than the largest
-        norm here. If `other` has passed the test for a random loss, which computes the first product twice, skip that
-        test."""
+        """Copy from `other` the largest norm of a Hessian-vector product, if it exceeds the largest norm here.
+
+        If `other` has passed the test for a random loss, which computes the first product twice, the test is skipped
+        here.
+        """
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 
@@ -212,15 +238,18 @@ class _Trial:
 
     step: float  # step h of the finite differences
     product: Tensor  # Hessian-vector product, float64[d]
-    noise: float  # estimated error caused by rounding, which is proportional to 1 / h
-    apart: float  # distance from the product with step 2 h
-    error: float  # estimated total error
+    noise: float  # estimated rounding error of `product`, which is proportional to 1 / h
+    apart: float  # norm of the difference between `product` and the product with step 2 h
+    error: float  # estimated error of `product` by rounding and by higher derivatives
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
-    """Compare a product by double backward with the product by differences of gradients. Return None if they are equal
-    within both errors, and a message if not. A message is also returned if an error is large relative to `largest`, the
-    largest norm of a product, since a large error could hide a missing term."""
+    """Compare `product`, the Hessian-vector product with v by double backward, with the product by `differences`.
+
+    Returns None if the two differ by no more than their errors allow, and otherwise a message that describes the
+    difference. Also returns a message if twice the sum of the errors exceeds 1% of `largest`, the largest norm of a
+    product, since large errors could hide a missing term.
+    """
     curvature = differences.curvature
     other, error = differences.checked(v)
     size = max(curvature.norm(product), curvature.norm(other))
@@ -233,8 +262,12 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
 
 
 class Differences(Products):
-    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h). 16-bit parameters
-    are rounded stochastically, so that they move by h v on average."""
+    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h).
+
+    Here g is the gradient, x are the parameters, v is a unit vector and h is the step, which is chosen by measured
+    errors (see the module's docstring). 16-bit parameters are rounded stochastically, so that on average they move by
+    exactly h v.
+    """
 
     name = "differences of gradients"
     precision = torch.finfo(torch.float64).eps
@@ -246,10 +279,11 @@ class Differences(Products):
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of the step h of the differences
-        self._rounding = 0.0  # norm of the rounding error of one gradient
-        self._quietest = math.inf  # smallest rounding error measured
+        self._rounding = 0.0  # norm of the rounding error of one gradient, measured; 0: not measured yet
+        # Smallest norm of the rounding error of one gradient that was measured; inf: none yet.
+        self._quietest = math.inf
         self._count, self._next_check = 0, 1
-        self._dithers = 0  # number of seeds of stochastic rounding used by `of_batch`
+        self._dithers = 0  # number of seeds that `of_batch` has used for stochastic rounding
 
     def __call__(self, v: Tensor) -> Tensor:
         self._count += 1
@@ -269,7 +303,8 @@ class Differences(Products):
                 break
             tried = self._trial(v, step)
             worse = tried.error > best.error > 0
-            # Stop at a trial that is worse than the best one, or whose step is too short to move any parameter.
+            # Stop if the product of this step h is worse than the best one, or if the step is too short to change any
+            # parameter.
             if (worse and not far) or (far and not tried.noise):
                 break
             # In a sharp valley a shorter step gives a larger product. A smaller product means that some parameters did
@@ -283,16 +318,20 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Return True if the last step h is far too long, such as one for a flat direction used in a sharp valley. The
-        product is then mostly an error from higher derivatives, which do not predict a better step."""
+        """Return True if the step h of the trial `last` was far too long.
+
+        The product is then mostly an error from higher derivatives, from which no better step can be predicted. This
+        occurs if a step that was chosen along a flat direction is used along a direction of large curvature. `best` is
+        the trial with the smallest error so far.
+        """
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
-        """Try shorter steps until one crosses no kink of the loss, such as that of a ReLU. Return the trial with the
-        smallest error, which may be `best` itself.
+        """Try shorter steps h, until a step crosses no kink of the loss, such as that of a ReLU. Return the trial with
+        the smallest error, which may be `best` itself.
 
-        Only float64 is precise enough for a step that short. Steps of similar length cross different kinks, so the
+        Only float64 is precise enough for such short steps. Two steps of similar length cross different kinks, so the
         error grows as the step shortens, until the step crosses no kink. The product then equals the product by double
         backward.
         """
@@ -314,11 +353,13 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the factor, between 1/64 and 64, by which the step of `trial` must be multiplied to get the best step
-        h. At the best step, the rounding error of the product is twice its error from third derivatives (see the
-        module's docstring)."""
-        # If two steps give equal products, the gradient is constant, or the step is too short to move any 16-bit
-        # parameter.
+        """Return the ratio of the best step h to the step of `trial`, limited to the range from 1/64 to 64.
+
+        At the best step, the rounding error of the product is twice its error from third derivatives (see the module's
+        docstring).
+        """
+        # If the steps h and 17 h / 16 give equal products, either the gradient is constant, or the steps are too short
+        # to change any 16-bit parameter.
         if trial.noise == 0.0:
             return _FARTHEST
         # If each gradient has an independent rounding error of norm e, rounding adds 5/8 (e / h)^2 to apart^2, and
@@ -362,8 +403,11 @@ class Differences(Products):
 
 
 def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
-    """Return a Lanczos process on the Hessian, or on the matrix with products `matvec`, from a random start;
-    collective. Stores vectors of up to `search.memory_limit` bytes in total."""
+    """Return a Lanczos process on the Hessian, whose products are `products`, from a random start vector; collective.
+
+    If `matvec` is given, the process is on another symmetric matrix A instead, and `matvec` maps v to A v. Stores
+    Lanczos vectors of up to `search.memory_limit` bytes in total, and at least two.
+    """
     curvature = products.curvature
     return Lanczos(
         matvec or products,
@@ -377,9 +421,11 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return Hessian-vector products by the method `hvp`; collective. "auto" selects double backward if it works on the
-    first batch of every worker, and differences of gradients if not. Raises ValueError for "double-backward" with a
-    sharded model."""
+    """Return an object that computes Hessian-vector products by the method `hvp`; collective.
+
+    "auto" selects double backward if it succeeds on the first batch of every worker, and otherwise differences of
+    gradients. Raises ValueError for "double-backward" with a sharded model.
+    """
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
@@ -390,9 +436,12 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Call `work` with `products`, which `choose_products` returned for the method `hvp`, and return the result of the
-    call; collective. If double backward proves wrong and `hvp` is "auto", the work is repeated with differences of
-    gradients. If `hvp` is "double-backward", DoubleBackwardError is raised."""
+    """Call the function `work` with `products`, and return its result; collective.
+
+    `products` is the result of `choose_products` for the method `hvp`. If double backward proves wrong during the call
+    and `hvp` is "auto", `work` is called again with differences of gradients. If `hvp` is "double-backward",
+    DoubleBackwardError is raised.
+    """
     try:
         return work(products)
     except DoubleBackwardError as error:

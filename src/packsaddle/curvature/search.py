@@ -1,9 +1,12 @@
-"""The search for a Hessian eigenvalue below the threshold of a saddle, by Lanczos steps until the verdict is decided.
-If there is no epsilon (threshold for the gradient norm), the threshold is 0.
+"""The search for a Hessian eigenvalue below a threshold, by Lanczos steps until the verdict on the point is decided.
 
-One Rayleigh quotient over all examples proves a saddle, no matter how its direction was found. So `pilot` first
-searches for a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes
-one product over all examples. Only the absence of negative curvature needs all Lanczos steps over all examples.
+The threshold is -sqrt(rho epsilon), where epsilon is the threshold for the gradient norm and rho the Lipschitz constant
+of the Hessian. If no epsilon is given, the threshold is 0.
+
+A single Rayleigh quotient below the threshold, over all examples, proves a saddle, no matter how its direction was
+found. So `pilot` first searches for a direction on a part of the examples, where Hessian-vector products are cheaper.
+`CurvatureSearch.proves` then computes the Rayleigh quotient with one product over all examples. Only a proof that no
+eigenvalue is below the threshold needs all Lanczos steps over all examples.
 """
 
 import math
@@ -20,20 +23,23 @@ from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
 
 _LONGEST_WALK = 12
-_PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number in a pilot search
-_PILOT_COST = 2  # largest cost of a pilot search, in products over all examples
+_PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number of examples in a pilot search
+_PILOT_COST = 2  # largest cost of a pilot search, in units of a Hessian-vector product over all examples
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the extreme eigenvalues of the Hessian during a search, as passed to the search's progress callback."""
+    """Bounds on the extreme eigenvalues of the Hessian after some steps of a search.
+
+    The search passes them to the `progress` callback of `certify`.
+    """
 
     products: int  # number of Hessian-vector products so far
-    most: int  # maximum number of products
-    examples: int  # number of examples in a product
+    most: int  # maximum number of Hessian-vector products
+    examples: int  # number of examples in the mean loss whose Hessian is searched
     lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
     lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
-    threshold: float | None  # the point is a saddle if lambda_min is below this; None: no epsilon, or no rho yet
+    threshold: float | None  # threshold for lambda_min, below which x is a saddle; None: no epsilon, or rho unknown
 
     def __str__(self) -> str:
         low, high = self.lambda_min
@@ -42,19 +48,23 @@ class Bounds:
 
 
 OnBounds = Callable[[Bounds], None]
-Walk = tuple[float, float, float]  # distance s, loss f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
+# (distance s, loss f(x + s v), largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all distances)
+Walk = tuple[float, float, float]
 
 
 @dataclass
 class CurvatureSearch:
-    """A search for negative curvature of the Hessian by the Lanczos method. `run` and `proves` store their results,
-    i.e. the bounds, the direction v and the verdict, in the fields below `on_bounds`."""
+    """A search for negative curvature of the Hessian, by the Lanczos method on the Hessian-vector products `products`.
+
+    `run` does the search, and `proves` tests a given direction. Both store their results as attributes: rho, the bounds
+    on the extreme eigenvalues (`lower`, `upper`, `lambda_max`), the direction `v` with its `residual`, and the verdict.
+    """
 
     products: Products
     grad_norm: float
-    epsilon: float | None  # threshold for the gradient norm; None: only the sign of lambda_min is decided
-    given_rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
-    options: Search  # limits of the search
+    epsilon: float | None  # threshold for the gradient norm; None: the verdict is only on the sign of lambda_min
+    given_rho: float | None  # rho, the Lipschitz constant of the Hessian; None: measured along the direction found
+    options: Search  # limits and tolerances of the search
     on_bounds: OnBounds
     rho: float = 0.0
     lower: float = -math.inf
@@ -62,7 +72,7 @@ class CurvatureSearch:
     lanczos: Lanczos | None = None
     ritz: Ritz | None = None
     v: Tensor = field(init=False)
-    error: float = 0.0  # error of a product, included in the bounds
+    error: float = 0.0  # error of a Hessian-vector product with a unit vector, included in the bounds
     upper: float = math.inf
     residual: float = math.inf
     verdict: Verdict = Verdict.UNDECIDED
@@ -73,20 +83,23 @@ class CurvatureSearch:
 
     @property
     def gradient_decides(self) -> bool:
-        """True if the gradient norm exceeds its threshold, epsilon, so that the curvature does not matter."""
+        """True if the gradient norm exceeds epsilon. The point is then not stationary, whatever its curvature is."""
         return self.epsilon is not None and self.grad_norm > self.epsilon
 
     def run(self) -> None:
-        """Do Lanczos steps from a random start until the verdict is decided, and the residual of v (the Ritz vector of
-        the smallest Ritz value) and the bounds on the largest eigenvalue, lambda_max, are within their tolerances.
-        Without epsilon v must also be nearly an eigenvector. Stops at `max_hvps` products or if the Krylov space is
-        exhausted."""
+        """Do Lanczos steps from a random start vector until the verdict is decided, and store the results.
+
+        Let v be the Ritz vector of the smallest Ritz value. The steps also continue until the residual of v is within
+        `tolerance`, and the bounds on the largest eigenvalue are within `sharpness`. If no epsilon is given, they also
+        continue until v is nearly an eigenvector. They end in any case after `max_hvps` steps, or when the Krylov space
+        is exhausted.
+        """
         most, measured_at = self.options.max_hvps, 0
         self.rho = self.given_rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, self.options)
         for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
-            # The new bound is never worse than an earlier one, except by rounding.
+            # Each step replaces the bounds. The new ones are never worse than the old ones, except by rounding.
             self._bound(ritz)
             is_known = measured_at or self.given_rho is not None
             threshold = threshold_of(self.epsilon, self.rho) if is_known else None
@@ -94,14 +107,14 @@ class CurvatureSearch:
             self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
             last = k == most or lanczos.exhausted
 
-            # Unless rho is given, measure it once v is nearly an eigenvector.
+            # If rho is not given, measure it as soon as the Ritz vector is nearly an eigenvector.
             if self.given_rho is None and not measured_at:
                 if not (last or self.gradient_decides or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if self.given_rho is None and measured_at < k:  # measure rho along the final direction v too
+            if self.given_rho is None and measured_at < k:  # measure rho again, along the final direction v
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
@@ -113,11 +126,12 @@ class CurvatureSearch:
                     break
 
     def proves(self, v: Tensor, rounding: float) -> bool:
-        """Return True if the unit vector v proves negative curvature below the threshold of a saddle, by its Rayleigh
+        """Return True if the unit vector v, float64[d], proves negative curvature below the threshold, by its Rayleigh
         quotient over the examples of this search.
 
-        Measures rho, the Lipschitz constant of the Hessian, along v if it is not given. The error assumed for the
-        quotient is at least `rounding`, the error of the products by which v was found on different examples.
+        The threshold is -sqrt(rho epsilon), or 0 if no epsilon is given. If rho, the Lipschitz constant of the Hessian,
+        is not given, it is measured along v. `rounding` is the error of the products over different examples, by which
+        v was found. The error assumed for the Rayleigh quotient is at least `rounding`.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -129,27 +143,37 @@ class CurvatureSearch:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of the largest eigenvalue, float64[d]. It is None after only one product, or if not all
-        Lanczos vectors were stored."""
+        """The unit Ritz vector of the largest Ritz value, float64[d].
+
+        It is None if only one product was computed, or if not all Lanczos vectors were stored.
+        """
         if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
     def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
-        """Evaluate the loss f at x + s v and x - s v for distances s growing fourfold, while one of the losses falls.
+        """Evaluate the loss f at x + s v and x - s v for increasing distances s.
 
-        x are the parameters, and v is the direction of negative curvature. The first s is max(1, ||x||) / 1000 or less.
-        With `pilot_search`, the losses over its examples select two s, at which f is then evaluated on all examples.
-        Returns s and f(x + s v) of the lowest loss, and the largest decrease of the mean of f(x + s v) and f(x - s v).
-        A slope cannot cause that decrease. If lambda < 0 is the curvature along v and rho the true Lipschitz constant
-        of the Hessian, it is at least |lambda|^3 / (10 rho^2) at any s from |lambda| / (2 rho) to four times that.
+        Here x are the parameters, and v is the direction of negative curvature. The first s is max(1, ||x||) / 1000 or
+        less, and each further s is four times the last one. The walk ends after 12 distances, or at the first s of at
+        least max(1, ||x||) / 100 where neither loss is below that at the last s. With `pilot_search`, the losses over
+        its examples select at most two s, at which f is then evaluated over all examples.
+
+        Returns three numbers:
+
+        - the distance s of the lowest loss found, negative if the loss was found at x - |s| v
+        - the lowest loss found
+        - the largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s, to which a slope of f contributes nothing
+
+        Let lambda < 0 be the curvature along v, and rho the true Lipschitz constant of the Hessian. At any s from
+        |lambda| / (2 rho) to four times that, the third number is at least |lambda|^3 / (10 rho^2).
         """
         search, losses = pilot_search or self, dict[float, tuple[float, float]]()
         reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)
         s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
         for _ in range(_LONGEST_WALK):
             losses[s] = ahead, behind = search._on_both_sides(self.v, s)
-            # Do not stop at distances below max(1, ||x||) / 100, where the loss may rise by rounding alone.
+            # The walk does not stop at distances below max(1, ||x||) / 100, where the loss may rise by rounding alone.
             if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
                 break
             last, s = (ahead, behind), 4 * s
@@ -178,9 +202,12 @@ class CurvatureSearch:
         return verdict is not Verdict.UNDECIDED and (self.epsilon is not None or ritz.is_settling)
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
-        """Set the direction to the Ritz vector `v`, and set its residual, the upper bound on the smallest eigenvalue by
-        its Rayleigh quotient, and the verdict. The quotient is measured by a product if the Lanczos basis is not
-        orthonormal or products are not exact."""
+        """Store the Ritz vector `v` as the direction, its residual, an upper bound on the smallest eigenvalue, and the
+        verdict.
+
+        The bound is the Rayleigh quotient of v plus its error. The quotient is the smallest Ritz value if the Lanczos
+        vectors are orthonormal and the products are exact, and otherwise it is measured by one more product.
+        """
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()
@@ -192,8 +219,11 @@ class CurvatureSearch:
         self.verdict = self._judged(self.upper)
 
     def _measure_quotient(self) -> tuple[float, float]:
-        """Measure the Rayleigh quotient of `self.v` by one product, and set `self.residual`. Returns the quotient and
-        the error of the product."""
+        """Compute the Rayleigh quotient of `self.v` by one Hessian-vector product, and store its residual in
+        `self.residual`.
+
+        Returns the quotient and the error of the product.
+        """
         product, error = self.products.checked(self.v)
         quotient = self.curvature.dot(self.v, product)
         self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
@@ -208,11 +238,17 @@ def pilot(
 ) -> CurvatureSearch | None:
     """Search for negative curvature on a part of the examples, in evenly spaced batches; collective.
 
-    `full` is the search over all examples, which has not begun and whose method and options are used. The part has
-    about `pilot_examples` examples, as set in the options. Returns the pilot search if it found curvature below the
-    threshold of a saddle for the mean loss over its examples, else None. Also returns None if `full` has fewer than
-    eight times as many examples, or too few batches to skip seven of eight. The products of the pilot cost at most
-    about as much as two products over all examples.
+    Args:
+        full: the search over all examples, before its first step. The pilot search uses the same method and options.
+        batches: this worker's batches.
+        derivatives: returns the `Curvature` of the model over given batches.
+
+    The part has about `full.options.pilot_examples` examples. The products of the pilot search cost at most about as
+    much as two products over all examples.
+
+    Returns the pilot search if it found curvature below the threshold for the mean loss over its examples, and
+    otherwise None. Also returns None, without a search, if `full` has fewer than eight times as many examples, or if
+    there are too few batches to use only one of eight.
     """
     curvature, search = full.curvature, full.options
     examples = search.pilot_examples

@@ -1,10 +1,13 @@
 """Derivatives of a network sharded by FSDP2 or tensor parallelism; each worker has its part of every vector.
 
-A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); with R
-shards, each has about d / R numbers. A dot product is one all-reduce of one double, in which replicas count once.
+On each worker, a vector is a float64[n]: the concatenation of the local shards (`DTensor.to_local()`) of all trainable
+parameters. With R shards, n is about d / R for d coordinates. A dot product is an all-reduce of one double, in which
+the replicas of a shard count once.
+
 Gradients come from `backward`, in which FSDP averages over workers. Hessian-vector products come from differences of
-gradients, since FSDP has no double backward. As FSDP's passes are collective, workers with fewer batches repeat their
-last one with weight 0. Workers of one tensor-parallel group process equal batches, which count once.
+gradients, since FSDP has no double backward. FSDP's forward and backward passes are collective, so workers with fewer
+batches than others repeat their last batch with weight 0. The workers of a tensor-parallel group process the same
+batches, which count once.
 """
 
 import math
@@ -21,12 +24,15 @@ from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, batch_siz
 
 
 class ShardedCurvature(Curvature):
-    """`Curvature` of a model whose trainable parameters are sharded by FSDP2, tensor parallelism or both.
+    """The `Curvature` of a model whose trainable parameters are sharded by FSDP2, tensor parallelism or both.
 
-    Device meshes may also replicate parameters (HSDP). `tensor_parallel` is the mesh of the workers that get the same
-    batch. If it contains all workers, parameters may be plain tensors. If not, every trainable parameter must be
-    sharded over all workers. Raises ValueError, on all workers, if a parameter violates this rule or is a partial sum,
-    or if a worker has no batches.
+    `tensor_parallel` is the DeviceMesh of the workers that get the same batches, or None. If it contains all workers,
+    parameters may be plain tensors. If it does not, every trainable parameter must be a DTensor. Its mesh, alone or
+    combined with that of tensor parallelism, must span all workers. Meshes may have dimensions along which parameters
+    are replicated (HSDP).
+
+    Raises ValueError on all workers if a parameter violates these rules, if a parameter is a partial sum, or if a
+    worker has no batches.
     """
 
     has_double_backward = False
@@ -46,7 +52,7 @@ class ShardedCurvature(Curvature):
             _check_mesh(p, workers, tensor_parallel)
         self._copies = [_copies(p, workers) for p in parameters]
 
-        # FSDP's passes are collective, so all workers process as many batches as the worker with the most.
+        # FSDP's passes are collective, so every worker processes as many batches as the worker that has the most.
         mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
         counts, again = torch.stack(channel.group.all_gather(mine)).T.tolist()
         if counts != again:
@@ -59,8 +65,11 @@ class ShardedCurvature(Curvature):
         self.held = max(int(n) for n in channel.group.all_gather(torch.tensor([sum(self._sizes)], device=self.device)))
 
     def gradient(self) -> tuple[Tensor, float]:
-        """Return this worker's part of the gradient, float64[n], and the gradient's standard error; collective.
-        In the standard error, the batches that workers process at the same time count as one."""
+        """Return this worker's part of the gradient of the mean loss, float64[n], and the standard error of the whole
+        gradient; collective.
+
+        For the standard error, batches that different workers process at the same time count as one batch.
+        """
         squares: list[float] = []
 
         def look(part: Tensor, examples: int) -> None:
@@ -95,9 +104,12 @@ class ShardedCurvature(Curvature):
         return math.isfinite(self.dot(vector, vector))
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
-        """Process the batches in rounds of one batch per worker. In each round, yield this worker's part of the
-        gradient, float64[n], of the loss summed over the examples of all workers. Also yield this worker's number of
-        examples. Previous gradients are restored at the end."""
+        """Yield gradients of the loss, in rounds in which each worker processes one of its batches; collective.
+
+        Each yield is a pair. The first item is this worker's part, float64[n], of the gradient of the loss summed over
+        the round's examples on all workers. The second is the number of examples in this worker's batch, or 0 if the
+        batch is repeated. At the end p.grad of each parameter is restored.
+        """
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:
@@ -110,8 +122,8 @@ class ShardedCurvature(Curvature):
                         self._doubles(_local_gradient(p, t).reshape(-1))
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
-                    # FSDP averages over the workers that process different batches. Multiply by the number of these
-                    # workers.
+                    # FSDP returns the average gradient of the workers that process different batches. Multiply it by
+                    # the number of these workers to get the sum.
                     yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
         finally:
             for p, grad in zip(parameters, before, strict=True):
@@ -136,7 +148,7 @@ class ShardedCurvature(Curvature):
                     module.reshard()
 
     def _differs_from_rank_0(self) -> bool:
-        # A comparison is impossible, since workers store different parts of the parameters.
+        # The workers' parameters cannot be compared, since the workers store different shards of them.
         return False
 
 
@@ -186,8 +198,10 @@ def _copies(p: Any, workers: int) -> int:
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load whole (unsharded) tensors into a model that may be sharded. Raises RuntimeError, as torch does, if names or
-    shapes differ from the model's."""
+    """Load a state dict of whole (unsharded) tensors into a model that may be sharded.
+
+    Raises RuntimeError, as torch's `load_state_dict` does, if names or shapes differ from those of the model.
+    """
     own: dict[str, Any] = model.state_dict()
     if not any(hasattr(tensor, "placements") for tensor in own.values()):
         model.load_state_dict(weights)

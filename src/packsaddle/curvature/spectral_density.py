@@ -1,14 +1,18 @@
 """The spectral density of the Hessian by stochastic Lanczos quadrature, with standard errors over probe vectors.
 
-For b uniform on the sphere, E[b^T f(H) b] = tr f(H) / d. k steps of Lanczos from b give a Gauss quadrature of
-b^T f(H) b, with Ritz values theta_j and weights tau_j, which is exact for polynomials of degree 2 k - 1 (Golub and
-Meurant 1994; Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over
-probes is the density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error,
-which excludes the error of the quadrature. The latter is small if the width is at least the spread of the spectrum
-divided by k.
+Let H be the Hessian of d coordinates. For a probe vector b, uniform on the unit sphere, E[b^T f(H) b] = tr f(H) / d for
+every function f. Do k Lanczos steps from b, and let theta_j be the Ritz values, and tau_j the squared first components
+of the eigenvectors of the tridiagonal matrix. Then sum_j tau_j f(theta_j) is a Gauss quadrature of b^T f(H) b, exact
+for polynomials f of degree at most 2 k - 1 (Golub and Meurant 1994; Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl.
+38, 2017).
 
-Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's
-estimate from both sides by sums of its weights.
+If f is a Gaussian density with mean t, the mean of the quadratures over several probes estimates the density of
+eigenvalues at t, smoothed by the Gaussian's width. The variation between probes gives the standard error of this
+estimate, which excludes the error of the quadrature. The error of the quadrature is small if the width is at least the
+range of the eigenvalues divided by k.
+
+The fraction of eigenvalues below t needs no smoothing. The Chebyshev-Markov-Stieltjes inequalities bound each probe's
+estimate of this fraction from both sides by sums of the probe's weights tau_j.
 """
 
 import math
@@ -30,7 +34,10 @@ from packsaddle.errors import check_positive
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over probe vectors and its standard error, which is inf with one probe."""
+    """The mean of an estimate over several probe vectors, and the standard error of this mean.
+
+    With only one probe vector the standard error is inf.
+    """
 
     mean: float
     error: float
@@ -45,12 +52,12 @@ class Estimate:
 class SpectralDensity:
     """The distribution of the Hessian's eigenvalues, as a probability density."""
 
-    values: tuple[float, ...]  # values t of eigenvalues at which the density is given, ascending
-    density: tuple[float, ...]  # density at each value, smoothed by a Gaussian of `width`
-    error: tuple[float, ...]  # standard error of the density over probes
-    width: float  # standard deviation of the Gaussian
-    nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, ascending
-    weights: tuple[tuple[float, ...], ...]  # quadrature weights of each probe, summing to 1
+    values: tuple[float, ...]  # points t on the axis of eigenvalues at which the density is given, ascending
+    density: tuple[float, ...]  # density of eigenvalues at each point of `values`, smoothed by a Gaussian of `width`
+    error: tuple[float, ...]  # standard error of each number in `density`, from the variation between probe vectors
+    width: float  # standard deviation of the Gaussian by which the density is smoothed
+    nodes: tuple[tuple[float, ...], ...]  # Ritz values of the Hessian for each probe vector, ascending
+    weights: tuple[tuple[float, ...], ...]  # quadrature weight of each Ritz value, for each probe vector
     d: int  # number of trainable coordinates
     examples: int  # number of examples in the mean loss
     hvp: str  # method of the Hessian-vector products
@@ -59,12 +66,13 @@ class SpectralDensity:
 
     @property
     def trace(self) -> Estimate:
-        """The estimated trace of the Hessian."""
+        """The estimated trace of the Hessian, with its standard error."""
         pairs = zip(self.nodes, self.weights, strict=True)
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 
     def share_below(self, t: float) -> tuple[Estimate, Estimate]:
-        """Return a lower and an upper bound on the fraction of eigenvalues below t, with their standard errors."""
+        """Return two estimates: a lower and an upper bound on the fraction of the Hessian's eigenvalues that are below
+        t. Each is a mean over the probe vectors with its standard error."""
         least, most = [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             below = sum(theta < t for theta in nodes)
@@ -104,11 +112,14 @@ def spectral_density(
     Args:
         model, loss_fn, batches, process_group: see `certify`.
         probes: number of random vectors; standard errors fall as the inverse square root of their number.
-        steps: maximum number of Hessian-vector products per probe; fewer suffice if its Krylov space is exhausted.
+        steps: maximum number of Lanczos steps per random vector, each with one Hessian-vector product; fewer are done
+            if the Krylov space is exhausted.
         width: standard deviation of the smoothing Gaussian; by default the range of Ritz values divided by `steps`.
-        points: number of points of the density, from four widths below the least Ritz value to four above the largest.
-        search: only `hvp`, `memory_limit` and `generator` (of the probes) are used.
-        progress: called with the number of products so far, at most probes * steps.
+        points: number of points at which the density is given, evenly spaced from four widths below the smallest Ritz
+            value to four widths above the largest.
+        search: only its fields `hvp`, `memory_limit` and `generator` are used; the random vectors are drawn from
+            `generator`.
+        progress: called with the number of Hessian-vector products so far, at most probes * steps.
 
     Raises ValueError for invalid arguments and for losses that vary between evaluations.
     """

@@ -1,4 +1,6 @@
-"""Periodic measurements and checks: the fraction of a vector that compression keeps, and drift between workers."""
+"""Periodic measurements and checks: the contraction of the compression, and drift, i.e. parameters that differ between
+workers.
+"""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +23,15 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule of a task that is due every `steps` steps, or never if `steps` is 0. The task stays due until `done`
-    is called."""
+    """A schedule of a task that is due once in `steps` steps, or never if `steps` is 0.
+
+    If the task is not done at the step at which it becomes due, it stays due in the following steps until `done` is
+    called.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.last = 0  # number of steps at the last call of `done`
+        self.last = 0  # number of finished steps at the last call of `done`
 
     def due(self, step: int) -> bool:
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
@@ -38,28 +43,32 @@ class Every:
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form. If the vectors of several sets of parameters are sent in a
-    step, they are measured together. Coordinates that this worker averages for all workers in a two-way exchange do not
-    count, since it does not send them. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    v is the vector to send and C(v) its compressed form. If a step sends several vectors, one for each set of
+    parameters, their squared norms are added up. In a two-way exchange, the coordinates that this worker averages for
+    all workers do not count, since it does not send them. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in
+    v.
 
     Args:
-        every: steps between two measurements; 0 never measures.
-        of: the parameters that form v, if they are the same in all steps; the contraction of each tensor is then
-            measured too. If None, only mu_t of the whole v is measured.
+        every: the number of steps between two measurements; 0 never measures.
+        of: the parameters that form v, if every step sends the same ones in one vector. The contraction of each tensor
+            is then measured too. If None, only mu_t of the whole v is measured.
     """
 
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
-        self.whole: float | None = None  # the contraction at the last measurement; None: not measured
-        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor by name; 1 for a tensor whose v is 0
-        # Squared norms, two for each vector v that was measured: first that of v, then that of the residual of v. Each
-        # is float64[1], or float64[tensors] with a norm for each tensor.
+        self.whole: float | None = None  # contraction mu_t at the last measurement; None: nothing was measured yet
+        # Contraction of each tensor at the last measurement, by name; 1 for a tensor whose v is 0.
+        self.by_tensor: Mapping[str, float] = {}
+        # Squared norms of this step: for each vector v that was measured, first that of v, then that of its residual.
+        # Each is a float64[1], or with a slice a float64[tensors] that has one squared norm per tensor.
         self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
-        """Record the squared norm of `vector`, float[n]. Call once with a vector to send, v, and then with its residual
-        v - C(v). Coordinates in `owned`, which this worker does not send, do not count. No-op if no measurement is
-        due."""
+        """Record the squared norm of `vector`, float[n], if a measurement is due.
+
+        Call twice in an exchange: first with the vector to send, v, and then with its residual v - C(v). Coordinates in
+        the range `owned`, which this worker does not send, do not count.
+        """
         if not self._every.due(step):
             return
         vector = vector.clone()
@@ -71,8 +80,10 @@ class Contraction:
         self._energies.append(norms.square())
 
     def close(self, step: int, *, apply: bool) -> None:
-        """End a step, and compute its contraction, the fraction of the squared norm that compression kept, from the
-        norms measured in the step. If the step was rejected (`apply` is False), the norms are discarded."""
+        """End a step, and compute its contraction from the squared norms that were recorded in the step.
+
+        If the step was rejected (`apply` is False), the squared norms are discarded. The measurement then stays due.
+        """
         energies, self._energies = self._energies, []
         if not (apply and energies):
             return
@@ -91,14 +102,20 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return the contraction 1 - after / before of a compression that sends C(v) for a vector v. Here `before` is
-    ||v||^2 and `after` is ||v - C(v)||^2. The contraction is 1 if v is 0."""
+    """Return the contraction 1 - after / before of a compression, which sends C(v) for a vector v.
+
+    `before` is ||v||^2, and `after` is ||v - C(v)||^2. If v is 0, the contraction is 1.
+    """
     # The result is NaN if `after` is NaN, also if both numbers are NaN.
     return 1.0 - after / before if before != 0 else 1.0
 
 
 class StepRates:
-    """The rates of the last step (noise std, learning rates, weight decays), and an 8-byte hash of all steps' rates."""
+    """The rates of the last step, `last`, and an 8-byte hash of the rates of all steps.
+
+    The rates of a step are the standard deviation of the noise, and the learning rate and weight decay of each
+    parameter group.
+    """
 
     def __init__(self) -> None:
         self._digest = bytes(8)
@@ -110,7 +127,7 @@ class StepRates:
         self.last = rates
 
     def clear(self) -> None:
-        """Clear the last rates and the hash. Call when a saved state is loaded."""
+        """Clear `last` and the hash. Call when a saved state is loaded."""
         self._digest, self.last = bytes(8), ()
 
     def digest(self, device: torch.device) -> Tensor:
@@ -118,8 +135,11 @@ class StepRates:
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Describe the first difference between the rates of two workers, with both values, or return "" if all rates are
-    equal."""
+    """Return a description of the first rate that differs between two workers, such as "noise is 0.1, not 0.2".
+
+    `mine` and `theirs` are the rates of the two workers, in the order of `StepRates`. Returns "" if all rates are
+    equal.
+    """
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)
@@ -129,16 +149,16 @@ def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 class DriftError(GuardError):
-    """Raised if parameters, learning rates, weight decay or noise differ between workers."""
+    """Raised if the parameters, learning rates, weight decays or noise of the workers differ."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A comparison that found workers' parameters to differ."""
+    """The record of a comparison in which the parameters of the workers differed."""
 
-    step: int  # t of the last step before the comparison
-    name: str  # the first tensor that differs
-    workers: tuple[int, ...]  # ranks whose tensor differs from rank 0's
+    step: int  # index t of the last step before the comparison
+    name: str  # name of the first tensor that differs between workers
+    workers: tuple[int, ...]  # ranks of the workers whose tensor differs from that of rank 0
 
     def __str__(self) -> str:
         verb = "differs" if len(self.workers) == 1 else "differ"
@@ -146,12 +166,16 @@ class Drift:
 
 
 class DriftGuard:
-    """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
+    """Compares the workers' parameters by fingerprints, once in `every` steps, or never if `every` is 0.
 
-    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Possible causes of a
-    difference are faulty memory, different rounding, and a script that changes parameters on one worker. Hashes of
-    learning rates, weight decays and the noise std are compared too: if these differ, parameters stay equal, but error
-    memories are scaled by different rates. `digest` sums fingerprints over the processes of one worker.
+    If parameters differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Possible
+    causes of a difference are faulty memory, different rounding, and a script that changes parameters on one worker.
+
+    Learning rates, weight decays and the standard deviation of the noise are compared too, by a hash. If these differ,
+    DriftError is raised with either `action`: parameters would stay equal, but the workers' error memories would be
+    scaled by different rates.
+
+    `digest` is a function that adds up the fingerprints of the processes of one worker.
     """
 
     def __init__(
@@ -162,7 +186,11 @@ class DriftGuard:
         self.found: list[Drift] = []
 
     def resume(self, steps: int) -> None:
-        """Restart the schedule after `steps` steps, with no comparison overdue. Call when a saved state is loaded."""
+        """Restart the schedule after `steps` steps. The next comparison is due after the next multiple of `every`
+        steps.
+
+        Call when a saved state is loaded.
+        """
         self._every.last = steps
 
     def due(self, step: int) -> bool:
@@ -171,14 +199,20 @@ class DriftGuard:
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()`
-        returns them as (name, tensor) pairs.
+        """Compare vectors that must be equal on all workers, and the rates of the steps; collective.
 
-        If the vectors differ, raises DriftError on every worker, or broadcasts rank 0's vectors. If `rates` differ,
-        raises DriftError.
+        Args:
+            step: index of the last step.
+            vectors: the vectors to compare, which contain all parameters.
+            parts: returns the tensors in `vectors` as (name, tensor) pairs. It is called only if the vectors differ, to
+                find the name of the first tensor that differs.
+            rates: the rates of all steps; if None, they are not compared.
+
+        If the vectors differ, raises DriftError on every worker, or broadcasts rank 0's vectors, depending on `action`.
+        If the rates differ, raises DriftError on every worker.
         """
-        # Compare all fingerprints in one gather. A difference in rates raises an error
-        # in any case, since it cannot be repaired.
+        # Compare the fingerprints of the vectors and the hash of the rates in one gather. A difference in rates raises
+        # an error even with "repair", since the error memories cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
@@ -194,7 +228,8 @@ class DriftGuard:
             )
         if not any(apart):
             return
-        # After a difference, a second gather compares single tensors, to name the first that differs.
+        # If the vectors differ, compare the fingerprints of single tensors in a second gather, to name the first that
+        # differs.
         named = parts()
         rows = self._differing([fingerprint(tensor) for _, tensor in named])
         first = next(i for i, row in enumerate(rows) if row)
@@ -208,8 +243,11 @@ class DriftGuard:
             self._channel.broadcast(vector, "guard")
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
-        """Compare fingerprints, int64[] each, with those of all workers; collective. For each of `prints`, return the
-        ranks of the workers whose fingerprint differs from rank 0's."""
+        """Compare this worker's fingerprints with those of all workers; collective.
+
+        `prints` are the fingerprints, int64[] each. The result has a list for each of them, with the ranks of the
+        workers whose fingerprint differs from rank 0's.
+        """
         mine = self._digest(torch.stack(list(prints)))
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()

@@ -11,7 +11,8 @@ from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
-CompressorSchedule = Callable[[int], Compressor]  # maps the index of a step or round to its compressor
+# A function of the index of a step or round, which returns the compressor of that step or round.
+CompressorSchedule = Callable[[int], Compressor]
 _A_COMPRESSOR = "a packsaddle Compressor such as RandomK(0.01)"
 _OR_A_SCHEDULE = f"{_A_COMPRESSOR}, or a function of the step that returns one"
 
@@ -31,21 +32,23 @@ class Compression(Option):
             but each coordinate is averaged over the workers that sent it, as in SparseLoCo's code; error memories are
             then not exactly the unsent part of the updates. If None, it is "auto" in local updates of a fixed set of
             workers without `sample`, else "direct".
-        back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator". If None, it is
-            `compressor` in "two-way", and in "coordinator" the mean is sent back uncompressed.
-        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
-            0 compresses everything.
+        back: the compressor of the mean, which the exchanges "two-way" and "coordinator" send back to the workers. If
+            None, "two-way" compresses the mean with `compressor`, and "coordinator" sends it uncompressed.
+        dense_below: tensors with fewer elements than this are sent uncompressed, and so are all tensors with fewer than
+            two dimensions; 0 compresses all tensors.
         decay: factor applied to the error memory in each step or round, in [0, 1]; 0 disables error feedback. It must
             be 1 in `CompressedSGD`, and above 0 in local updates.
         memory: "buffer", the error memory in a vector of its own, or "ef21", a running estimate of the gradient instead
             (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
-        max_skipped: maximum number of consecutive steps skipped on all workers because a worker's vector is invalid;
-            one more raises NonFiniteError. If None, vectors are not validated, except in local updates, where they are
-            validated without a limit.
-        compare_every: steps between comparisons of the workers' parameters, learning rates and noise, by 16 bytes of
-            fingerprints; 0 never compares.
-        on_drift: action if parameters differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
-        monitor_every: steps between measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2; 0 never measures.
+        max_skipped: maximum number of consecutive steps that all workers may skip because a worker's vector is invalid
+            (Inf, NaN or too large numbers). One more skipped step raises NonFiniteError. If None, vectors are not
+            validated, except in local updates, where they are validated and the number of skipped rounds has no limit.
+
+        compare_every: the number of steps between two comparisons of the workers' parameters, learning rates and noise.
+            A worker sends 16 bytes of fingerprints for a comparison. 0 never compares. on_drift: action if parameters
+            differ between workers: "stop" raises DriftError, "repair" broadcasts worker 0's parameters. monitor_every:
+            the number of steps between two measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2, where v is the
+            vector to send; 0 never measures.
 
     Raises ValueError for an invalid argument.
 
@@ -81,8 +84,8 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In exchanges other than "direct", the worker that averages a chunk keeps the residual of the mean in its error
-        # memory. EF21 has no error memory.
+        # In exchanges other than "direct", the worker that averages a chunk of the vector adds the residual of the mean
+        # to its error memory. EF21 has no error memory.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
@@ -94,9 +97,10 @@ class Compression(Option):
 
     @classmethod
     def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
-        """Return `given` as a `Compression`. For a compressor or a schedule, all other settings are the defaults.
+        """Return `given` as a `Compression`.
 
-        If the exchange of `given` is None, the exchange of the result is `exchange` with memory="buffer", and "direct"
+        If `given` is a compressor or a schedule, i.e. a function of the step, all other settings are the defaults. If
+        its exchange is None, the exchange of the result is the argument `exchange` with memory="buffer", and "direct"
         with any other memory.
         """
         spec = given if isinstance(given, Compression) else cls(given)
@@ -105,19 +109,23 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the kind of exchange, such as "two-way", by which the messages of a compressor are averaged. It is
-        "direct" if the compressor is lossless."""
+        """Return the kind of exchange, such as "two-way", by which the messages of `compressor` are averaged.
+
+        It is "direct" for a lossless compressor, whatever `exchange` is.
+        """
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError if the exchange is "senders", which averages local updates and does not support
-        gradients."""
+        """Raise ValueError if the exchange is "senders". It averages local updates, and does not support gradients."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def for_sgd(self) -> Compressor:
-        """Return the compressor of all steps of `CompressedSGD`. Raises ValueError for a function of the step, and for
-        an exchange or a decay that `CompressedSGD` does not support."""
+        """Return the compressor of `CompressedSGD`, which is the same in all steps.
+
+        Raises ValueError if the compressor is a function of the step, and for an exchange or a decay that
+        `CompressedSGD` does not support.
+        """
         self.check_gradients()
         if self.decay != 1:
             raise ValueError(
@@ -131,8 +139,11 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if the schedule, i.e. the function of the step that was
-        given as `compressor`, returns an object that is not a compressor."""
+        """Return the compressor of a step.
+
+        Raises ValueError if `compressor` is a function of the step, and this function returns an object that is not a
+        compressor.
+        """
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)
@@ -141,4 +152,5 @@ class Compression(Option):
         return found
 
 
-AnyCompression = Compressor | CompressorSchedule | Compression  # type of an argument `compressor`
+# Type of the argument `compressor` of hooks and local updates.
+AnyCompression = Compressor | CompressorSchedule | Compression

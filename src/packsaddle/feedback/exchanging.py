@@ -1,5 +1,6 @@
-"""The common interface of `CompressedSGD`, hooks and `LocalUpdates`, and a registry that maps each optimizer to the
-object that exchanges its updates."""
+"""The common interface of `CompressedSGD`, the hooks and `LocalUpdates`, and a registry of the optimizers whose updates
+they exchange.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -16,24 +17,30 @@ CheckpointCall = Literal["saves a checkpoint", "loads a checkpoint"]
 class Exchanging:
     """Base class of an object that exchanges updates of parameters with other workers, and saves its state.
 
-    If it has `optimizers`, these step on each worker separately: between two exchanges, their states and parameters
-    differ between workers. If it has none, parameters and optimizer states are identical on all workers.
+    If its list `optimizers` is not empty, these optimizers step on each worker separately. Their states and the
+    parameters then differ between workers until the next exchange. If the list is empty, parameters and optimizer
+    states are identical on all workers.
     """
 
     saved_state: State
     optimizers: Sequence[Optimizer] = ()
 
     def check_call(self, call: CheckpointCall) -> None:
-        """Check that all workers make the same call to save or load a checkpoint. No-op except in `LocalUpdates`, which
-        raises RuntimeError on all workers if one makes a different call."""
+        """Check that all workers make the same call to save or load a checkpoint. No-op except in `LocalUpdates`. There
+        it is collective, and raises RuntimeError on all workers if the calls differ."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if `load_state_dict` would reject `state`. The error names the first entry that does not
-        fit."""
+        """Raise ValueError if `load_state_dict` would reject `state`.
+
+        The message names the first entry that is missing or does not match this object.
+        """
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        """Return the weight that the worker that saved `state` has in means over workers. Weights are 1 on average."""
+        """Return the weight, in means over workers, of the worker that saved `state`.
+
+        The mean of all workers' weights is 1.
+        """
         return 1.0
 
 
@@ -41,14 +48,19 @@ _registered: WeakKeyDictionary[Optimizer, ref[Exchanging]] = WeakKeyDictionary()
 
 
 def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> None:
-    """Make `exchange_of` return `exchange` for these optimizers and for the members of each `CompositeOptimizer`, but
-    not for copies of them."""
+    """Register `exchange` as the object that `exchange_of` returns for each of these optimizers, and for the members of
+    each `CompositeOptimizer` among them.
+
+    Copies of the optimizers are not registered.
+    """
     _registered.update((optimizer, ref(exchange)) for optimizer in with_members(optimizers))
 
 
 def exchange_of(optimizer: object) -> Exchanging | None:
-    """Return the object that exchanges an optimizer's updates, which may be the optimizer itself. Returns None if the
-    updates are not exchanged."""
+    """Return the object that exchanges the updates of an optimizer.
+
+    It may be the optimizer itself. Returns None if the updates are not exchanged.
+    """
     if isinstance(optimizer, Exchanging):
         return optimizer
     found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None

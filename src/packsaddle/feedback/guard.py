@@ -1,7 +1,9 @@
-"""Validation of an exchange: all workers reject it if one worker's vector is invalid (Inf, NaN or too large numbers).
+"""Validation of an exchange: all workers reject it if the vector of one worker is invalid, i.e. has Infs, NaNs or too
+large numbers.
 
-A worker whose vector v is invalid sends zeros and a flag. The flags are averaged with the messages, so all workers
-compute the same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejected exchanges.
+A worker whose vector v is invalid sends zeros, and a flag that marks them as invalid. The flags are averaged with the
+messages, so all workers compute the same `Verdict`: all apply the exchange, or all reject it. `Skips` counts the
+rejected exchanges.
 """
 
 import logging
@@ -26,9 +28,11 @@ from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # name in a report if only the sum is invalid
-ROOT = "the root module"  # name of the root module in messages, since FSDP's name for it is ""
-THE_UPDATE = "all parameters together"  # name in a report if only the whole local update is invalid
+# Name in a report if the gradients are valid, but their sum with the error memory is invalid.
+THE_SUM = "the sum of the error memory and the gradient"
+ROOT = "the root module"  # name of the root module in messages; FSDP's own name for it is ""
+# Name in a report if each parameter's local update is valid, but all together are invalid.
+THE_UPDATE = "all parameters together"
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -37,26 +41,30 @@ _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call 
 class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    Parameters (unless a hook's optimizer applied NaN gradients) and error memories did not change in these steps. Local
-    updates also raise it if a worker's inner optimizer cannot be reset.
+    The skipped steps changed neither error memories nor parameters. In one case parameters may have changed: a hook
+    without a protected optimizer cannot prevent the optimizer from applying NaN gradients. Local updates also raise
+    this error if the inner optimizer of a worker cannot be reset.
     """
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A skipped step, or a rejected round of local updates, with its cause."""
+    """The record of a skipped step, or with local updates of a rejected round, with its cause."""
 
-    step: int  # index t of the skipped step; the next step reuses this index
-    # Ranks that sent an invalid vector or message. A hook lists only the ranks that it has detected.
+    step: int  # index t of the skipped step or round; the next step or round has the same index
+    # Ranks of the workers that sent an invalid vector or message. The list of a hook may be incomplete.
     workers: tuple[int, ...]
-    parameter: str  # name of the first invalid parameter on workers[0]
-    message: str = ""  # the error, if workers[0] sent an invalid message; "": the cause is an invalid vector
-    is_round: bool = False  # True: a round of local updates, and `step` is the round's index
+    parameter: str  # name of the first invalid parameter of the worker workers[0]
+    message: str = ""  # the error in the message of workers[0]; "": its message is valid, but its vector is invalid
+    is_round: bool = False  # True: a round of local updates, whose index is `step`; False: a step
 
     @classmethod
     def of(cls, step: int, reports: Mapping[int, Report], unnamed: str, *, is_round: bool = False) -> "Skip":
-        """Make the record of a skipped `step` from the workers' reports, by rank. If all reports are valid, the name of
-        the parameter is `unnamed`. With `is_round`, `step` is the index of a round."""
+        """Return the record of the skipped step `step`, from the workers' reports.
+
+        `reports` maps ranks to reports. If all of them are valid, the name of the invalid parameter is `unnamed`. If
+        `is_round` is True, `step` is the index of a round of local updates.
+        """
         found = {worker: report for worker, report in reports.items() if report}
         for report in found.values():
             if report.kind == "message":
@@ -74,22 +82,22 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError if more than `most` consecutive steps were skipped. If `most` is
-    None, there is no limit.
+    """The records of skipped steps. Raises NonFiniteError if more than `most` consecutive steps were skipped; None sets
+    no limit.
 
     `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step.
     """
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected
-        self.list: list[Skip] = []  # the skipped steps since construction or loading
+        self.list: list[Skip] = []  # the records of the skipped steps since construction or loading, oldest first
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step, and log it if it is the 1st, 2nd, 4th, 8th, ... consecutive one.
+        """Record a skipped step. Log it if the number of consecutive skipped steps is now a power of 2.
 
-        The step is logged by the first of `skip.workers`, or by rank 0 if no worker is known. A step with an invalid
-        message is logged by every worker that records it.
+        If the cause is an invalid vector, only the first of `skip.workers` logs it, or rank 0 if this list is empty. If
+        the cause is an invalid message, every worker logs it.
         """
         self.list.append(skip)
         self.count += 1
@@ -104,8 +112,10 @@ class Skips:
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:
-        """Raise NonFiniteError, naming the last skipped step, if `in_a_row`, a number of consecutive skipped steps,
-        exceeds the limit."""
+        """Raise NonFiniteError if `in_a_row`, the number of consecutive skipped steps, exceeds the limit.
+
+        The message names the last skipped step.
+        """
         if self.most is not None and in_a_row > self.most:
             same = "Parameters, error memories and step count are unchanged."
             if not self.protected:
@@ -130,8 +140,10 @@ class Skips:
 
 
 class Records:
-    """The records that an exchange keeps: its skipped steps, and the comparisons that found workers to differ. In local
-    updates, a skipped step is a rejected round."""
+    """The records that an exchanging object keeps: its skipped steps, and the comparisons in which workers differed.
+
+    With local updates, the records of skipped steps are those of rejected rounds.
+    """
 
     _skips: Skips
     _drift: DriftGuard
@@ -141,8 +153,8 @@ class Records:
 
     @property
     def skips(self) -> list[Skip]:
-        """The skipped steps since construction or loading (see `Compression.max_skipped`). In local updates, these are
-        the rejected rounds. A hook names only invalid parameters of this worker."""
+        """The records of the skipped steps since construction or loading, oldest first (see `Compression.max_skipped`).
+        With local updates, these are the rejected rounds. A hook names only the invalid parameters of this worker."""
         self._settle()
         return self._skips.list
 
@@ -154,32 +166,37 @@ class Records:
 
     @property
     def drifts(self) -> list[Drift]:
-        """The comparisons that found parameters to differ between workers (see `Compression.compare_every`)."""
+        """The records of the comparisons in which parameters differed between workers (see
+        `Compression.compare_every`)."""
         return self._drift.found
 
     def reset_skip_streak(self) -> None:
-        """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""
+        """Set the count of consecutive skipped steps to 0, so that training may continue after a NonFiniteError."""
         self._skips.reset_streak()
 
 
 @dataclass
 class Verdict:
-    """The outcome of an exchange, applied or rejected, as numbers averaged over workers. The numbers are on the device
-    until `read` copies them to the host."""
+    """The outcome of an exchange, applied or rejected. It is computed from numbers averaged over workers, so it is
+    identical on all workers.
 
-    # The fraction of workers whose vector v is invalid, float[], or a number after `read`. None: an invalid v is
-    # flagged by NaNs in the mean, or is not detected.
+    The numbers stay on the device until `read` copies them to the host.
+    """
+
+    # The fraction of workers whose vector v is invalid: a float[], or after `read` a number. None: an invalid v is
+    # flagged by NaNs in the mean instead, or v is not validated.
     fraction: Tensor | float | None
-    # The approximate maximum magnitude of the mean update, float64[]. If the mean update is non-finite, so is this
-    # number.
+    # The approximate maximum of the absolute values of the mean update: a float64[], or after `read` a number. It is
+    # non-finite if the mean update is.
     magnitude: Tensor | float
-    fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
+    fits: Tensor | bool = True  # False: parameters or gradients would overflow if the mean update were applied
 
     def code(self, is_unlike: Tensor | bool = False) -> Tensor:
         """Return the outcome as three numbers, float[3], which are all 0 if the exchange is applied.
 
-        The first is the fraction of workers with an invalid vector, or NaN if a message is invalid. The second is 1 if
-        the result would overflow. The third is 1 if workers exchanged different sets of parameters (`is_unlike`).
+        The first number is the fraction of workers with an invalid vector, or NaN if a message is invalid. The second
+        is 1 if the parameters or gradients would overflow, and otherwise 0. The third is `is_unlike`: 1 if the workers
+        exchanged different sets of parameters, and otherwise 0.
         """
         assert isinstance(self.fraction, Tensor)
         flags = [self.fits, is_unlike]
@@ -187,34 +204,44 @@ class Verdict:
         return torch.stack([self.fraction, 1 - fits, unlike])
 
     def read(self) -> bool:
-        """Copy the numbers of this outcome to the host, and return True if the exchange is applied. The host waits for
-        the device once."""
+        """Copy the numbers of this outcome to the host, where they replace the tensors. Return True if the exchange is
+        applied.
+
+        The host waits for the device once.
+        """
         return self.settle(*read(*self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """Return two tensors, to be read on the host and passed to `settle`: the fraction of workers with an invalid
-        vector, and the magnitude of the mean update. If the fraction is None, only the magnitude is returned."""
+        """Return the tensors whose values `settle` needs: the fraction of workers with an invalid vector, and the
+        magnitude of the mean update.
+
+        If `fraction` is None, only the magnitude is returned.
+        """
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Set the fraction of workers with an invalid vector, and the magnitude of the mean update, to `numbers`. These
-        are the values, read on the host, of the tensors that the method `tensors` returns. Returns True if the exchange
-        is applied."""
+        """Replace the tensors of this outcome by their values. Return True if the exchange is applied.
+
+        `numbers` are the values of the tensors that the method `tensors` has returned, in the same order, read on the
+        host.
+        """
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction
-        # A NaN fraction is True in `any`, so it rejects the exchange.
+        # `any` counts NaN as True, so a NaN fraction rejects the exchange.
         return not any(fraction) and math.isfinite(self.magnitude)
 
 
 class Guard:
-    """Validates this worker's vector to send, v, and reports an invalid v to all workers within the exchange.
+    """Validates the vector v that this worker sends, and reports an invalid v to all workers within the exchange.
 
     Args:
-        flag: how an invalid v is flagged. "dense": by NaNs in the uncompressed part, or in an extra number if that is
-            empty; "extra": always by an extra number, whose mean is `Verdict.fraction`; "none": no checks.
-        unnamed: the name reported for an invalid v whose tensors are all valid here. If None, no names are reported.
-        agree: a function that reduces a bool[...] with OR over the processes of this worker; collective over them.
+        flag: how an invalid v is reported. "dense": by NaNs in its uncompressed part, or in an extra number if that
+            part is empty. "extra": by an extra number, 1 if v is invalid and else 0, whose mean is `Verdict.fraction`.
+            "none": v is not validated.
+        unnamed: the name in the report of an invalid v whose tensors are all valid on this worker. If None, reports
+            name no tensor.
+        agree: a function that combines a bool[] of each process of this worker by OR; collective over these processes.
     """
 
     def __init__(
@@ -227,14 +254,19 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return how many numbers an exchange sends uncompressed, including the flag that is sent if the vector to send
-        is invalid. `dense` is the number of the vector's uncompressed coordinates."""
+        """Return the number of uncompressed numbers in an exchange: the uncompressed coordinates of the vector, and the
+        flag, if it is an extra number.
+
+        `dense` is the number of uncompressed coordinates.
+        """
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
-        """Return a bool[] that is True if v, float[n], the vector to send, is invalid, and a report, which on a CPU
-        names the first invalid tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be
-        read to validate it."""
+        """Validate the vector to send, v, float[n], and fill it with zeros if it is invalid.
+
+        Returns a bool[] that is True if v is invalid, and a report. On a CPU the report names the first invalid tensor.
+        If `update.norm`, an upper bound on the norm of v, is finite, v is valid and is not read.
+        """
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -248,12 +280,15 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return a flag, float[1] or float[0], that reports to all workers whether this worker's vector to send, v, is
-        invalid. The flag is averaged over workers together with `dense`, float[m], the uncompressed part of v.
+        """Return the flag that reports to all workers whether this worker's vector to send, v, is invalid.
 
-        With flag="dense", an invalid v is flagged by setting `dense` to NaN in place, unless `dense` is empty. Also
-        returns the index in the vector [dense, flag] of a number whose NaN mean rejects the exchange, or None if there
-        are no checks.
+        Args:
+            dense: the uncompressed part of v, float[m]. The flag is averaged over workers together with it.
+            invalid: bool[], True if v is invalid.
+
+        Returns a pair. The first item is the flag: a float[1], or a float[0] if an invalid v is flagged by NaNs in
+        `dense`, which are written in place, or is not flagged. The second item is an index in the vector [dense, flag]:
+        a mean of NaN at this index rejects the exchange. It is None if v is not validated.
         """
         if self._flag == "none":
             return dense[:0], None

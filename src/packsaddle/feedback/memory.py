@@ -1,14 +1,20 @@
 """Error memories: the accumulated residuals of compression (Stich et al. 2018; Algorithm 1, lines 10-12).
 
-In an exchange, `correct` adds an update u to the memory e, v = e + u (line 10), `apply_mean` subtracts the mean update
-from the parameters x (line 11), `absorb` stores the residual v - C(v) (line 12), and `close` commits or rolls back.
-`reset` clears the memory (line 7). `InPlaceMemory` is a variant for large vectors; `sgd.memories` has kinds for
-`CompressedSGD` only.
+The methods of a memory e, in the order of their calls in an exchange, with the lines of Algorithm 1:
 
-If updates include the step size eta, `ErrorMemory` stores eta e^(i), the pending update, rather than e^(i). For a
-constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
-eta e fixed is exactly the rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs
-no special case. Hooks have no access to the step size, so their updates and memories are in units of a gradient.
+- `correct` returns the vector to send, v = e + u, for an update u (line 10).
+- `apply_mean` subtracts the mean update from the parameters x (line 11).
+- `absorb` stores the residual v - C(v) as the new memory (line 12).
+- `close` commits the new memory, or rolls back to the old one.
+
+Between exchanges, `reset` clears the memory (line 7). `InPlaceMemory` is a variant for large vectors. The variants in
+`sgd.memories` are only for `CompressedSGD`.
+
+In the paper a worker i stores e^(i). If updates include the step size eta, `ErrorMemory` stores the unsent update eta
+e^(i) instead. For a constant step size the two algorithms are the same, for every compressor with C(c v) = c C(v). If
+eta changes, the stored eta e does not, so e is rescaled by eta_old / eta_new. This leaves y = x - eta e continuous, and
+eta = 0 needs no special case. Hooks do not know the step size, so their updates and memories are in units of a
+gradient.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,38 +29,48 @@ Memory = Literal["buffer", "ef21"]
 
 
 class Update:
-    """Base class of the update u, float[n], that a step adds to an error memory, in the units of the memory."""
+    """Base class of an update u, float[n], the input of an error memory in one step.
 
-    norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
-    is_known_invalid = False  # True if a GradScaler found an Inf in this worker's gradients
+    u is in the units of the memory: those of a parameter, or those of a gradient in hooks.
+    """
+
+    norm: Tensor | None = None  # upper bound on ||e + u||, where e is the memory to which u was added; None: unknown
+    is_known_invalid = False  # True if a GradScaler found an Inf or NaN in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
         raise NotImplementedError
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add this update, the vector u, to out, float[n], in place. Return False, with out unchanged, if the sum may
-        be non-finite."""
+        """Add the update u to `out`, float[n], in place, and return True.
+
+        If the sum may be non-finite, `out` keeps its old values, up to rounding, and the result is False.
+        """
         raise NotImplementedError
 
     def subtract(self, out: Shaped) -> None:
-        """Subtract this update, the vector u, from out, float[n], in place. This undoes `add_if_finite` in the same
-        step, up to rounding."""
+        """Subtract the update u from `out`, float[n], in place.
+
+        This undoes `add_if_finite` up to rounding. Call it in the same step, while the gradients are unchanged.
+        """
         raise NotImplementedError
 
 
 class ErrorMemory:
-    """This worker's error memory e of some parameters, float[n], in at least float32, in a buffer of its own.
+    """This worker's error memory e of a slice (parameters exchanged together), float[n], in at least float32.
 
-    On uncompressed coordinates it holds only the rounding error of the parameters, and the clipped part of local
-    updates. In a two-way exchange of W workers, the worker that averages a chunk of the vector also keeps there W times
-    the residual of the compressed mean. With `spare`, the vector to send, v = e + u for an update u, is computed in a
-    second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v overwrites the
-    memory.
+    On compressed coordinates e is the residual of the compression. On uncompressed coordinates it is only the rounding
+    error of 16-bit parameters, and with local updates the part of the update that clipping removed. In a two-way
+    exchange of W workers, the owner of a chunk, i.e. the worker that averages it, adds W times the residual of the
+    compressed mean to its own e.
+
+    In a step, the memory computes the vector to send, v = e + u, for an update u. With `spare`, v is in a second
+    vector, which becomes the memory on commit, so the step can be rolled back. Without `spare`, v overwrites the
+    memory, and the step cannot be rolled back.
     """
 
-    kind = "buffer"  # the name of the class in saved states
+    kind = "buffer"  # name of this kind of memory in saved states
     name = "error"  # the name of the vector in saved states
-    in_gradient_units = False  # True if updates do not include the learning rate
+    in_gradient_units = False  # True if updates are in units of a gradient, i.e. do not include the learning rate
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self.slice, self.compressed_d = of, of.compressed_d
@@ -75,30 +91,38 @@ class ErrorMemory:
 
     @property
     def is_deferrable(self) -> bool:
-        """True if a step can still be rolled back after the next step's gradients
-        have replaced the gradients of the step."""
+        """True if a step can be committed or rolled back as late as in the next step, when the step's gradients were
+        overwritten."""
         return self._next is not self._now
 
     # Methods called during an exchange.
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n], with zeros for frozen parameters (line 10 of Algorithm 1).
-        Here e is this memory and u is the update."""
+        """Return the vector to send, v = e + u, float[n], where e is this memory and u is the update (line 10 of
+        Algorithm 1).
+
+        The coordinates of frozen parameters in v are 0.
+        """
         update.add(self._now, self._next)
         self._clear_frozen(self._next.flat)
         return self._next.flat
 
     def apply_mean(self, x: Tensor, g: Averaged) -> None:
-        """Subtract the mean update g from the parameters x, float[n], in place (line 11 of Algorithm 1). The tensor x
-        is in at least float32."""
+        """Subtract the mean update g from the parameters x, float[n], in place (line 11 of Algorithm 1).
+
+        The tensor x must be in at least float32.
+        """
         for term in g.mean:
             term.add_to(x[: self.compressed_d], -1.0)
         x[self.compressed_d :].sub_(g.dense)
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
-        """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12 of
-        Algorithm 1). The vector v was sent, and `sent` is C(v), its compressed form. `rounding`, float[n], the rounding
-        error of the parameters, is added to the memory."""
+        """Set the new memory to the residual: v - C(v) on compressed coordinates, 0 on uncompressed ones (line 12 of
+        Algorithm 1).
+
+        v is the vector that `correct` returned, and `sent` is C(v). `rounding`, float[n], is added to the new memory:
+        it is the rounding error of 16-bit parameters, or None if there is none.
+        """
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)
@@ -108,17 +132,20 @@ class ErrorMemory:
         self._clear_frozen(residual)
 
     def keep(self, which: Collection[int]) -> None:
-        """Roll back the error memory of the parameters with these indices. Call after `absorb`."""
+        """Roll back the error memory of some parameters, whose indices in the slice are `which`. Call after
+        `absorb`."""
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Correct the new error memory of the parameters for which this worker sent zeros, because it did not use them
-        in the backward pass. Call after `absorb`.
+        """Correct the new error memory of the parameters that this worker did not use in the backward pass, and for
+        which it sent zeros. Call after `absorb`.
 
-        `used` and `by_any`, bool[number of parameters], are True for the parameters that this worker used, and that any
-        worker used. Where `used` is False, the old error memory is added to the new one. Where `by_any` is False too,
-        no worker used the parameter, and the residual of the zeros is discarded.
+        `used`, bool[p], is True for each of the slice's p parameters that this worker used. `by_any`, bool[p], is True
+        for each parameter that at least one worker used.
+
+        If this worker did not use a parameter, the old error memory is added to the new one, which is the residual of
+        the zeros. If no worker used the parameter, the residual of the zeros is discarded first.
         """
         for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
             new.mul_(anywhere).add_(old * ~here)
@@ -131,54 +158,68 @@ class ErrorMemory:
     # Methods called between exchanges.
 
     def pending(self) -> Tensor:
-        """Return the update of the parameters that this worker has not sent yet, float[n]. It is the error memory
-        itself; the result may be a view."""
+        """Return this worker's unsent update of the parameters, float[n].
+
+        It is the error memory itself. The result may be a view of it.
+        """
         return self.vector
 
     def add(self, update: Tensor) -> None:
-        """Add an unsent update of the parameters, float[at most n], to the first coordinates of the error memory."""
+        """Add an unsent update of the parameters, float[m], to the first m coordinates of the error memory."""
         self.vector[: len(update)].add_(update)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Set the error memory to zero (line 7 of Algorithm 1). If `rounding`, float[n], is given, i.e. the rounding
-        error of the parameters, the error memory becomes `rounding` instead."""
+        """Set the error memory to zero, or to `rounding` if it is given (line 7 of Algorithm 1).
+
+        `rounding`, float[n], is the rounding error of 16-bit parameters.
+        """
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of the parameters by a mean update whose largest
-        magnitude is `magnitude`."""
+        """Return an upper bound on the change of any coordinate of the parameters when a mean update is applied.
+
+        `magnitude` is the largest absolute value of the mean update.
+        """
         return magnitude
 
     def local_factors(self) -> Sequence[float]:
-        """Return the factors, such as learning rates, that this worker applies to the mean update. They must be equal
-        on all workers. The list is empty here, since an error memory applies no factors."""
+        """Return the factors, such as learning rates, by which this worker multiplies the mean update. They must be
+        equal on all workers.
+
+        The list is empty here, since an error memory applies the mean update unchanged.
+        """
         return []
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return the vectors kept between steps in addition to the memory itself, float[n] each, by name."""
+        """Return the further vectors that this memory keeps between steps, by name; they are float[n] each. The memory
+        itself is not among them."""
         return {}
 
     def after_load(self) -> None:
-        """Update the state that depends on the memory's vectors. Call after vectors were loaded between two steps."""
+        """Update the attributes that depend on the memory's vectors. Call between two steps, after the vectors were
+        loaded."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Set the coordinates of frozen parameters to zero, since noise or a decoded message may have changed them."""
+        """Set the coordinates of frozen parameters in `vector` to zero. Noise or a decoded message may have changed
+        them."""
         for view in self.slice.frozen(vector):
             view.zero_()
 
 
 class InPlaceMemory(ErrorMemory):
-    """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in the memory itself.
+    """The error memory e of a large slice, float[n], without a second vector: v = e + u overwrites e, where u is the
+    update.
 
-    Here e is the memory, u the update, and v the vector to send. Rolling back subtracts u, which needs the step's
-    gradients and restores the memory up to rounding. If the sum may be non-finite, v is computed in a temporary vector.
+    To roll back, u is computed again and subtracted from v. This needs the gradients of the step, and restores e up to
+    rounding. If v may be non-finite, it is computed in a temporary second vector instead.
     """
 
     def __init__(self, of: Slice) -> None:
         super().__init__(of)
-        self._added: Update | None = None  # the uncommitted update that the memory contains, if any
+        # The uncommitted update that was added to the memory; None: none was added, or v is in a temporary vector.
+        self._added: Update | None = None
 
     def correct(self, update: Update) -> Tensor:
         if update.add_if_finite(self._now):

@@ -1,4 +1,4 @@
-"""Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
+"""Hooks on the steps of one or several torch optimizers, including steps that a framework or a GradScaler makes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +13,11 @@ from packsaddle.comm.sharding import as_shard, local_part
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside a framework's wrappers, since these may not run step hooks. Raises TypeError if
-    there is none."""
+    """Return the torch optimizer inside the wrappers of a framework. Step hooks are registered on it, since wrappers
+    may not run them.
+
+    Raises TypeError if there is no torch optimizer inside.
+    """
     while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         inner = getattr(optimizer, "optimizer", None)
         # A learning-rate scheduler has an attribute `optimizer` too, but is not a wrapper.
@@ -26,14 +29,16 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 class CompositeOptimizer(Optimizer):
-    """An optimizer whose step runs the steps of several optimizers, its `members`. Its parameter groups and states are
-    those of the members."""
+    """Base class of an optimizer that combines several optimizers, its `members`, whose steps it runs in its own step.
+
+    Its parameter groups and states are those of the members.
+    """
 
     members: Sequence[Optimizer]
 
 
 def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
-    """Yield each optimizer, and after a `CompositeOptimizer` its members."""
+    """Yield the optimizers. Each `CompositeOptimizer` is followed by its members."""
     for optimizer in optimizers:
         yield optimizer
         if isinstance(optimizer, CompositeOptimizer):
@@ -41,8 +46,12 @@ def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
 
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
-    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
-    TypeError for any other object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
+    """Return a tuple of the torch optimizers in `given`: one optimizer, or a list of optimizers. A framework's wrappers
+    are removed.
+
+    Raises TypeError if `given` is neither an optimizer nor a list of optimizers. Raises ValueError for an empty list,
+    if an optimizer is given twice, or if two optimizers have a parameter in common.
+    """
     if isinstance(given, Iterable) and not isinstance(given, list | tuple):
         kind = type(given).__name__
         raise TypeError(f"optimizer must be a torch optimizer, or a list of them such as [muon, adamw], got a {kind}")
@@ -65,7 +74,8 @@ def as_optimizers(given: object) -> tuple[Optimizer, ...]:
 
 
 def shape_and_name(group: Mapping[str, Any], i: int) -> str:
-    """Return the shape of the i-th parameter of an optimizer's group, and its name in brackets if the group has one."""
+    """Return a text for messages: the shape of the i-th parameter of a parameter group, and its name in brackets if the
+    group has names."""
     names = group.get("param_names")
     return f"{list(group['params'][i].shape)}" + (f" ({names[i]})" if names else "")
 
@@ -75,7 +85,8 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the groups of a state dict have as many parameters as the groups of the optimizer."""
+    """Raise ValueError if the parameter groups in `state`, a state dict, differ in number or size from those of the
+    optimizer."""
     both = optimizer.param_groups, state.get("param_groups", optimizer.param_groups)
     here, saved = ([len(group["params"]) for group in groups] for groups in both)
     if here != saved:
@@ -83,14 +94,19 @@ def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def local_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state dict with the local shard in place of each DTensor. `load_states` loads it in a
-    process that has the same shards."""
+    """Return the optimizer's state dict, with each DTensor replaced by its local shard.
+
+    `load_states` can load it in a process that has the same shards.
+    """
     return dict(tree_map_only(Tensor, local_part, optimizer.state_dict()))
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer. Raises ValueError, with nothing changed,
-    if the states do not match the optimizers."""
+    """Load a state dict into each optimizer, in the given order.
+
+    Raises ValueError, with nothing changed, if the number of states or the sizes of their parameter groups do not
+    match.
+    """
     if len(states) != len(optimizers):
         raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):
@@ -110,24 +126,32 @@ def check_scaler(scaler: object) -> None:
 
 
 def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
-    """Return True for a step by which torch.distributed.checkpoint makes the state of an optimizer that has none.
+    """Return True for a step by which torch.distributed.checkpoint makes the state of an optimizer that has no state
+    yet.
 
-    That step sets the learning rates and gradients to 0, and calls `step(closure=None)`, while training calls `step()`
-    or passes a closure. A first step of training that calls `step(closure=None)` with learning rates of 0 is mistaken
-    for it. Gradients are not checked, so that the result is identical on all workers.
+    Before this step, torch sets the learning rates and gradients to 0, and it calls `step(closure=None)`. Training
+    calls `step()`, or passes a closure. If the first step of training calls `step(closure=None)` with learning rates of
+    0, the result is wrongly True. Gradients are not checked, so that the result is identical on all workers.
     """
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
     return kwargs == {"closure": None} and not optimizer.state and all(rate == 0 for rate in rates)
 
 
 class Attempts:
-    """Counts the steps of one or several optimizers, and calls `after` once each of them has attempted a step.
+    """Counts the steps of one or several optimizers.
 
-    `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
-    even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. An optimizer without gradients, for which a scaler raises an error, may step without the scaler. Steps by
-    which torch's checkpoints make an optimizer's state do not count. Raises TypeError if `scaler` is not a GradScaler,
-    and RuntimeError at a step that bypasses the scaler.
+    Args:
+        optimizers: the optimizers. A step is complete, and counts, when each of them has attempted it.
+        scaler: the GradScaler that calls the optimizers' steps, or None.
+        before: called with the optimizer before each of its steps. If a scaler skips a step, it is not called.
+        after: called when all optimizers have attempted the step.
+
+    With a scaler, each call of the scaler's `step` is an attempt, even if it skips the step, so that all workers count
+    the same steps. An optimizer without gradients, for which a scaler would raise an error, may step without the
+    scaler. The steps by which torch's checkpoints make the state of an optimizer do not count.
+
+    Raises TypeError if `scaler` is not a GradScaler. A step of an optimizer that has gradients raises RuntimeError if
+    it bypasses the scaler.
     """
 
     def __init__(
@@ -139,10 +163,11 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        self._stepped = list[Optimizer]()  # optimizers that have attempted the current step; empty between two steps
+        # Optimizers that have attempted the current step; empty: no optimizer has begun it.
+        self._stepped = list[Optimizer]()
         outside: Any = torch.compiler.disable
-        self.scaler, self._in_scaler = scaler, False  # the flag is True during a call of the scaler's `step`
-        self._counts = True  # False during a step that does not count as an attempt
+        self.scaler, self._in_scaler = scaler, False  # `_in_scaler` is True during a call of the scaler's `step`
+        self._counts = True  # False during a step that does not count, since it only makes the optimizer's state
         self.are_discarded = False  # True if the gradients of the current step were set to None
 
         def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
@@ -164,12 +189,13 @@ class Attempts:
             optimizer.register_step_post_hook(outside(end))
         if scaler is None:
             return
-        # Count the calls of the scaler's `step`: if it skips a step, it may call neither the optimizer nor its hooks.
+        # Count the calls of the scaler's `step`. A scaler that skips a step may call neither the optimizer nor its
+        # hooks.
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            # The scaler would raise an error for an optimizer whose gradients were discarded, so count the attempt
-            # without it.
+            # The scaler would raise an error for an optimizer without gradients. So if gradients were discarded, count
+            # the attempt without a call of the scaler.
             if self.are_discarded and innermost(optimizer) in self._optimizers:
                 self._attempted(innermost(optimizer))
                 return None
@@ -197,11 +223,14 @@ class Attempts:
             self._after()
 
     def missing(self) -> str:
-        """Return the names of the optimizers that have not attempted the current step, or "" between two steps."""
+        """Return the names of the optimizers that have not attempted the current step yet, joined by "and".
+
+        Returns "" if no optimizer has begun the step.
+        """
         return " and ".join(type(o).__name__ for o in self._optimizers if self._stepped and o not in self._stepped)
 
     def restart(self) -> None:
-        """Discard the record of the optimizers that have attempted the current step, for example after loading a state.
-        The next attempt then begins a new step."""
+        """Begin a new step: clear the list of optimizers that have attempted the current one. Call, for example, after
+        a state was loaded."""
         self._stepped.clear()
         self.are_discarded = False

@@ -1,5 +1,6 @@
-"""A worker's report on an exchange: valid, or invalid because of its own vector, a message that it received, or an
-optimizer that could not be reset."""
+"""A worker's report on an exchange. It is valid, or it names a problem: the worker's own vector, a message that the
+worker received, or an optimizer that could not be reset.
+"""
 
 import json
 from dataclasses import astuple, dataclass
@@ -14,13 +15,17 @@ Kind = Literal["valid", "vector", "message", "reset"]
 class Report:
     """One worker's report on an exchange, in which it sends a vector and receives messages from other workers.
 
-    Kinds: "valid" (its vector, and all messages that it received, are valid), "vector" (its vector is invalid),
-    "message" (it received an invalid message), "reset" (its vector is invalid although its optimizer was reset).
+    There are four kinds of reports:
+
+    - "valid": the worker's vector is valid, and so are all messages that it received.
+    - "vector": the worker's vector is invalid.
+    - "message": the worker received an invalid message.
+    - "reset": the worker's vector is invalid although its optimizer was reset.
     """
 
     kind: Kind = "valid"
-    name: str = ""  # for "vector" and "reset" the first invalid parameter; for "message" the error
-    worker: int = -1  # for "message" the rank of the sender
+    name: str = ""  # first invalid parameter (kinds "vector" and "reset") or error (kind "message"); "" if valid
+    worker: int = -1  # rank of the sender for kind "message"; -1: another kind, or the sender is unknown
 
     @classmethod
     def of_message(cls, error: MessageError) -> "Report":

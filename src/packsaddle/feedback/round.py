@@ -36,28 +36,35 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator, which averages the workers' messages, and the compressor that it used."""
+    """The saved state of an aggregator, which averages the workers' messages.
 
-    compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
+    `compressor` describes the compressor that it used, so that the state is loaded only with the same compressor.
+    """
+
+    compressor: dict[str, Any]  # the compressor of the aggregator, as described by `identify`
     state: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Applied:
-    """The outcome of applying a mean update, identical on all workers."""
+    """The outcome of `Target.apply`, which applies a mean update. It is identical on all workers."""
 
-    # True if the result does not overflow, bool[]. If False, a target that does not defer is unchanged.
+    # True if the parameters or gradients did not overflow, a bool[] or a bool. If False, a target whose `defers` is
+    # False is unchanged.
     fits: Tensor | bool = True
-    rounding: Tensor | None = None  # the rounding error of 16-bit storage, float[n]; None: 0
+    rounding: Tensor | None = None  # rounding error of 16-bit parameters or gradients, float[n]; None: no such error
 
 
 class Target(Protocol):
     """The parameters or gradients to which a mean update is applied (line 11 of Algorithm 1)."""
 
-    defers: bool  # True if the target is written before it is known whether the exchange is applied or rejected
+    defers: bool  # True if `apply` writes the target before the verdict is known; False if it needs the verdict
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Apply the mean update g of an exchange. `magnitude` is the approximate maximum of its absolute values."""
+        """Apply the mean update g of an exchange to the parameters or gradients.
+
+        `magnitude` is the approximate maximum of the absolute values of g.
+        """
 
 
 class ErrorFeedback:
@@ -68,10 +75,11 @@ class ErrorFeedback:
         memory: the error memory of the slice. A slice is a set of parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
-        contraction: measures, from that vector and its residual, the fraction that compression keeps.
-        seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
-            randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
-        back: the compressor of the mean that is sent back, in exchanges that send one back.
+        contraction: measures the contraction of the compression, from the vector to send and its residual.
+        seed: seed of all shared randomness. A slice with all compressed coordinates of the model uses it unchanged, as
+            `CompressedSGD` does. Every smaller slice derives its own seed from it.
+        back: the compressor of the mean, which the exchanges "two-way" and "coordinator" send back to the workers;
+            None: see `Compression`.
         whole: the number of compressed coordinates of all slices, or None if this slice contains all of them.
     """
 
@@ -90,8 +98,10 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self.compressor: Compressor | None = None  # the compressor of the vector of all parameters
-        self._by_size: Compressor | None = None  # the compressor of this slice, with a budget proportional to its size
+        # The compressor for the vector of all parameters; None: none was set yet.
+        self.compressor: Compressor | None = None
+        # The compressor of this slice, with the slice's part of the budget by size; None: none was set yet.
+        self._by_size: Compressor | None = None
         self._choice: Choice | None = None
 
     @property
@@ -100,17 +110,27 @@ class ErrorFeedback:
         return self._choice
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
-        """Return True if the messages of these parameters are predicted to be no larger with compressor `one` than with
-        compressor `other`, in bytes."""
+        """Return True if this slice's messages are predicted to be no larger with compressor `one` than with compressor
+        `other`, in bytes.
+
+        The budget of `one` is that of the whole model, and the slice gets its part by size. The budget of `other` is
+        that of the slice.
+        """
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
+        """Switch to a compressor for the next exchanges.
 
-        `compressor` is for the vector of all parameters. `allotted`, if given, is the compressor of this slice, i.e. of
-        the parameters exchanged together here. Its number of coordinates to send depends on the other slices. Raises
-        ValueError if the exchange does not support the compressor.
+        Args:
+            compressor: the compressor for the vector of all parameters. The slice gets the part of its budget that
+                corresponds to the slice's size.
+            exchange: the kind of exchange, such as "two-way".
+            allotted: the compressor of this slice, used instead of the part by size. It must be of the same kind as
+                `compressor`, and may differ in the number of coordinates to send.
+
+        If `compressor` is already in use, only the number of coordinates to send changes. Raises ValueError if the
+        exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -135,13 +155,17 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Remove the compressor, and the aggregator that averages its messages. Call `use` before the next exchange."""
+        """Remove the compressor and its aggregator, which averages the messages. Call `use` before the next
+        exchange."""
         self._choice = self.compressor = None
 
     @property
     def owned(self) -> slice:
-        """The coordinates that this worker averages for all workers in a two-way exchange. There its error memory also
-        contains the residual of the compressed mean (see `Owners`)."""
+        """The range of coordinates that this worker averages for all workers in a two-way exchange. It is empty in
+        other exchanges.
+
+        On these coordinates the error memory also contains the residual of the compressed mean (see `Owners`).
+        """
         if self._choice is None:
             return slice(0, 0)
         group = self.channel.group
@@ -151,9 +175,11 @@ class ErrorFeedback:
         return Round(self, step)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Clear the error memory (line 7 of Algorithm 1), and reset the aggregator, which averages the messages. If
-        `rounding`, float[n], is given, i.e. the rounding error of the parameters, the error memory becomes `rounding`
-        instead."""
+        """Reset the aggregator, which averages the messages, and set the error memory to zero, or to `rounding` if it
+        is given (line 7 of Algorithm 1).
+
+        `rounding`, float[n], is the rounding error of 16-bit parameters.
+        """
         self.memory.reset(rounding)
         if self._choice is not None:
             self._choice.aggregator.reset()
@@ -164,23 +190,27 @@ class ErrorFeedback:
         return SavedAggregator(identify(self.compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> None:
-        """Restore the state of the aggregator, which averages the messages. If it was saved with a compressor that
-        differs from the current one, reset it instead. Call after `use`."""
+        """Restore the state of the aggregator, which averages the messages. Call after `use`.
+
+        If the state was saved with another compressor than the one in use, the aggregator is reset instead.
+        """
         assert self.compressor is not None
         fits = saved.compressor == identify(self.compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
 
 
 class Round:
-    """One exchange of a slice (parameters exchanged together), as a transaction that `close` commits or rolls back. The
-    order of the calls is in the module's docstring."""
+    """One exchange of a slice (parameters exchanged together), as a transaction that `close` commits or rolls back.
 
-    v: Tensor  # the vector to send, float[n], or after `absorb` its residual
+    The module's docstring has the order of the calls.
+    """
+
+    v: Tensor  # the vector to send, float[n]; after `absorb` its residual
     invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
-    # The report on this worker's v. For an invalid v its kind is "vector", or "valid" if the guard does not name the
-    # invalid tensor: on a GPU, or if it was made without `unnamed`.
+    # The report on this worker's v. If v is invalid, the kind is "vector". It is "valid" nevertheless if the guard
+    # names no tensors: on a GPU, or if its `unnamed` is None.
     report: Report
-    g: Averaged  # the mean update; deleted by `absorb`
+    g: Averaged  # the mean update, from `exchange` until `absorb`, which deletes it
     extras: list[Tensor]  # the means over workers of the vectors `extras` that `exchange` was given
     measured: Tensor  # float[m], the means over workers of the numbers that `measure` computed in `exchange`
     verdict: Verdict
@@ -190,11 +220,15 @@ class Round:
         self._memory, self._aggregator = feedback.memory, feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
         self.absorbed, self._is_open = False, True
-        self._unsent: Tensor | None = None  # the part of the uncompressed coordinates that clipping removed; None: 0
+        # The part of the uncompressed coordinates that clipping removed, float[m]; None: nothing was removed.
+        self._unsent: Tensor | None = None
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send (line 10 of Algorithm 1): v = e + u, float[n], for the error memory e and the
-        update u. If v is invalid, return zeros."""
+        """Return the vector to send, v = e + u, float[n], for the error memory e and the update u (line 10 of Algorithm
+        1).
+
+        If v is invalid, the result is zeros.
+        """
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.report = f.guard.validate(v, update, f.slice)
@@ -209,21 +243,26 @@ class Round:
         clip: Tensor | None = None,
         measure: Callable[[Tensor], Tensor] | None = None,
     ) -> Averaged:
-        """Average C(v) and v's uncompressed part over workers, and return the means (line 10 of Algorithm 1);
-        collective.
+        """Average this slice's vector v over workers, and return the means of C(v) and of the uncompressed part of v
+        (line 10 of Algorithm 1); collective.
 
-        `extras`, float[m] each, and a flag that reports an invalid v are averaged with the uncompressed part, without
-        another collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent
-        v, and the removed part is added to the residual. `measure` is a function of the vector that this worker sends,
-        float[n], which consists of C(v) and the uncompressed part of v. It returns numbers, float[m], which are
-        averaged like `extras`. This method may run in another thread.
+        Args:
+            extras: vectors, float[m] each, whose means over workers become `self.extras`. They are sent with the
+                uncompressed part, and so need no further collective.
+            weight: factor of the sent v. The residual is that of v without this factor.
+            clip: float[], factor in [0, 1] of the sent v, or None. The residual also includes the part of v that the
+                factor removes.
+            measure: function of the vector that this worker sends, i.e. C(v) and the uncompressed part of v, float[n].
+                It returns numbers, float[m], whose means over workers become `self.measured`.
+
+        A flag that reports an invalid v is sent with the extras. This method may run in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
         if clip is not None and (clip.device.type != "cpu" or clip < 1):
             v = v * clip
             self._unsent = self.v[n:] * (1 - clip)
-        # Send the uncompressed part, the flag and the extras as one vector.
+        # Send the uncompressed part of v, the flag of an invalid v and the extras as one vector.
         dense = v[n:]
         flag, at = f.guard.flag(dense, self.invalid)
         extras = [flag, *extras]
@@ -242,7 +281,7 @@ class Round:
         lengths = [len(v) - n, *(len(extra) for extra in extras)]
         mean, flag, *others = torch.split(g.dense, [*lengths, len(g.dense) - sum(lengths)])
         *self.extras, self.measured = [other.clone() for other in others]
-        # `g.own` is C(weight * v), and `absorb` needs C(v).
+        # `g.own` is C(weight * v), and `absorb` needs C(v), so divide by the weight.
         if weight not in (0.0, 1.0):
             g = replace(g, own=tuple(replace(term, weight=term.weight / weight) for term in g.own))
         self.g = replace(g, dense=mean)
@@ -250,15 +289,20 @@ class Round:
         return self.g
 
     def full_report(self) -> Report:
-        """Return this worker's report of its vector and of the messages that it received. After an exchange on a GPU,
-        the host waits for the checks of the messages."""
+        """Return this worker's report on its own vector and on the messages that it received.
+
+        After an exchange on a GPU, the host waits for the validation of the messages.
+        """
         error = None if self.report else self._invalid.error
         return self.report if error is None else Report.of_message(error)
 
     def apply(self, target: Target) -> None:
-        """Apply the mean update to `target`, the parameters or gradients (line 11 of Algorithm 1), and store the
-        residual in the error memory. No-op for a rejected exchange, unless the target must be written before it is
-        known that the exchange is rejected (`Target.defers`)."""
+        """Apply the mean update to `target` (line 11 of Algorithm 1), and store the residual in the error memory (line
+        12).
+
+        No-op if the exchange was rejected, except if `target.defers`: then the verdict is not known yet, and the target
+        is always written.
+        """
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers
@@ -268,20 +312,26 @@ class Round:
             self.absorb(done.rounding)
 
     def absorb(self, rounding: Tensor | None = None) -> None:
-        """Set the new error memory to the residual v - C(v), float[n], of the vector v that was sent compressed as C(v)
-        (line 12 of Algorithm 1). `rounding`, float[n], is added to it: the error of rounding the updated parameters or
-        gradients to 16 bits."""
+        """Set the new error memory to the residual v - C(v), float[n], of the vector v that was sent as C(v) (line 12
+        of Algorithm 1).
+
+        `rounding`, float[n], is added to the residual. It is the error of rounding the updated parameters or gradients
+        to 16 bits, or None if there is none.
+        """
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)
         self.feedback.contraction.measure(self.step, self.v, self.feedback.owned)
         self.absorbed = True
-        # Free the messages of all workers now, since a hook commits its round later.
+        # Free the memory of the messages now, since a hook commits its round later.
         del self.g
 
     def close(self, *, apply: bool) -> None:
-        """End the exchange. If `apply` is True, commit the new error memory; otherwise roll back the error memory and
-        the state of the aggregator, which averaged the messages. No-op if the round was closed before."""
+        """End the exchange.
+
+        If `apply` is True, the new error memory is committed. Otherwise the error memory and the state of the
+        aggregator, which averaged the messages, are rolled back. No-op if the exchange has already ended.
+        """
         if self._is_open:
             self._is_open = False
             if not apply:

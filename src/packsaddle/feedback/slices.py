@@ -1,4 +1,5 @@
-"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed tensors.
+"""Parameters as one flat vector, float[d], in which tensors that are sent compressed come before tensors that are sent
+uncompressed.
 
 A `Place` is a parameter and its position in the vector of all parameters. A `Slice` is a set of parameters that are
 exchanged together, as one vector: a bucket of DistributedDataParallel, or with local updates a fragment of the model.
@@ -18,14 +19,18 @@ from packsaddle.feedback.noise import GaussianNoise
 
 @dataclass(frozen=True)
 class Shaped:
-    """A flat vector, float[d], of some parameters, and its views: one for each parameter, shaped as the parameter."""
+    """A flat vector, float[d], of the coordinates of some parameters, and its views.
+
+    There is one view for each parameter, and it has the shape of the parameter.
+    """
 
     flat: Tensor
     views: list[Tensor]
 
 
 class Trainable(Protocol):
-    """A parameter, or a substitute for one, whose `requires_grad` is True if it is trained."""
+    """An object with the attribute `requires_grad`, which is True while a parameter is trained. It is the parameter
+    itself, or a substitute."""
 
     @property
     def requires_grad(self) -> bool: ...
@@ -36,11 +41,11 @@ class Place:
     """A parameter and its position in the vector of all parameters."""
 
     name: str
-    parameter: Tensor  # the parameter, or a tensor with its shape, dtype and memory format
+    parameter: Tensor  # the parameter, or a substitute that has the same shape, dtype and memory format
     dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
-    group: int = 0  # index of the parameter's group
-    trained: Trainable | None = None  # the parameter is frozen while its `requires_grad` is False; None: never frozen
+    group: int = 0  # index of the optimizer's parameter group that contains the parameter
+    trained: Trainable | None = None  # its `requires_grad` is False while the parameter is frozen; None: never frozen
 
     @property
     def size(self) -> int:
@@ -52,16 +57,17 @@ class Place:
 
 
 class Slice:
-    """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
+    """A set of parameters as one vector, float[d]. Their order is the same as in the vector of all parameters.
 
-    `places` has the `Place` of each parameter, and `views` are in the order of `places`. Vectors from `zeros` are in at
-    least float32.
+    `places` has the `Place` of each parameter, in the order in which they were given. The method `views` returns views
+    in this order too. Vectors made by `zeros` are in at least float32.
     """
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
         self.names = [place.name for place in self.places]
-        order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)  # sorted() is stable
+        # sorted() keeps the order of elements with equal keys
+        order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)
         self._in_order = [self.places[i] for i in order]
         self.compressed_d = sum(place.size for place in self.places if not place.dense)
         self.start = self._in_order[0].start if order else 0  # offset in the vector of all parameters
@@ -75,7 +81,8 @@ class Slice:
             self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Return one view of a vector, float[d], for each parameter, in its shape and memory format."""
+        """Return the views of a vector, float[d]: one for each parameter, in the parameter's shape and memory
+        format."""
         first = flat.storage_offset()
         return [
             flat.as_strided(place.parameter.shape, strides, first + offset)
@@ -83,7 +90,7 @@ class Slice:
         ]
 
     def named(self, flat: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Yield each parameter's place, and its view of a vector, float[d]."""
+        """Yield a pair for each parameter: its `Place`, and its view of the vector `flat`, float[d]."""
         return zip(self.places, self.views(flat), strict=True)
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
@@ -98,27 +105,32 @@ class Slice:
         return any(place.is_frozen for place in self.places)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
-        """Return the views of a vector, float[d], that belong to currently frozen parameters."""
+        """Return the views of the vector `flat`, float[d], that belong to parameters which are frozen now."""
         if not self.has_frozen:
             return []
         return [view for place, view in self.named(flat) if place.is_frozen]
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Shapes of the compressed parameters, with dimensions in the order in which they are in memory. For a
-        transposed m x n matrix, this is (n, m)."""
+        """Shapes of the compressed parameters, with the dimensions in the order in which they are in memory.
+
+        For a parameter that is the transpose of an n x m matrix, this is (n, m).
+        """
         strides, found = dict(zip(self.names, self._strides, strict=True)), []
         for place in self._in_order:
             if not place.dense:
-                # Dimensions of size 1, whose strides mean nothing, come last.
+                # Dimensions of size 1 come last, since their strides have no meaning.
                 shape, stride = place.parameter.shape, strides[place.name]
                 sizes = sorted(zip((size == 1 for size in shape), (-step for step in stride), shape, strict=True))
                 found.append(torch.Size(size for _, _, size in sizes))
         return found
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
-        """Add noise to out, float[d], a vector of the parameters in this slice, in place. A coordinate gets the noise
-        of its index in the vector of all parameters."""
+        """Add the noise of a step to `out`, float[d], a vector of the parameters in this slice, in place.
+
+        The noise has one number for each coordinate of the vector of all parameters. A coordinate of `out` gets its
+        number from there.
+        """
         # Add noise to each range [first, last) of this slice that is contiguous in the vector of all parameters. In
         # that vector, the range starts at `begin`.
         first = last = begin = 0
@@ -135,7 +147,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class GroupRange:
-    """A range of the flat vector whose coordinates belong to one parameter group, and so have one learning rate."""
+    """A range of coordinates of the flat vector that belong to one parameter group, and so have the same learning
+    rate."""
 
     group: int
     start: int
@@ -145,12 +158,13 @@ class GroupRange:
 class FlatParameters(Slice):
     """The parameters of an optimizer as one flat vector x, float[d].
 
-    In x the tensors that are sent compressed come first. `places` and `views` are in the order of the parameters in
-    the optimizer.
+    In x the tensors that are sent compressed come first. `places` and `views` are in another order: that of the
+    parameters in the optimizer.
 
     `groups` are the optimizer's parameter groups. A tensor is sent uncompressed if it has fewer than `dense_below`
-    elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises ValueError for
-    parameters that are not floating point, or differ in dtype or device, or share memory.
+    elements, or fewer than two dimensions, as biases and norms have. With `dense_below=0` all tensors are compressed.
+    Raises ValueError if a parameter is not floating-point, if parameters differ in dtype or device, or if they share
+    memory.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
@@ -170,7 +184,8 @@ class FlatParameters(Slice):
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
         # Place the compressed tensors first in x, and the uncompressed ones after them.
         dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
-        for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # sorted() is stable
+        # sorted() keeps the order of elements with equal keys
+        for i in sorted(range(len(dense)), key=lambda i: dense[i]):
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
             start += p.numel()
@@ -194,15 +209,17 @@ class FlatParameters(Slice):
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 
     def in_order(self, flat: Tensor) -> Tensor:
-        """Return a flat vector of all parameters, float[d], rearranged so that they are in the order in which the
-        optimizer has them, i.e. in the order of torch's parameters_to_vector."""
+        """Return the coordinates of a flat vector, float[d], in the order of the parameters in the optimizer.
+
+        This is the order of torch's parameters_to_vector, while in x compressed tensors come first.
+        """
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Call `work`, which changes the parameter vector x in place, with x in at least float32. Frozen parameters
-        keep their values.
+        """Change the parameters x by a call of `work`, and return the rounding error of x, float[d].
 
-        Returns the rounding error of x, float[d], or None if x is at least float32.
+        `work` gets x in at least float32, and changes it in place. If x has 16 bits, `work` gets a copy, which is then
+        rounded to x. If x is in at least float32, the result is None. Frozen parameters keep their values.
         """
         frozen = [(view, view.clone()) for view in self.frozen(self.x)]
         exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
@@ -213,8 +230,8 @@ class FlatParameters(Slice):
         return lost
 
     def check_attached(self) -> None:
-        """Raise RuntimeError if a parameter was moved or replaced, so that it is no longer a view of the flat vector x
-        of all parameters."""
+        """Raise RuntimeError if a parameter is no longer a view of the flat vector x, because it was moved or
+        replaced."""
         base, size = self.x.data_ptr(), self.x.element_size()
         for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
             if p.numel() and p.data_ptr() != base + offset * size:
@@ -232,39 +249,58 @@ class FlatParameters(Slice):
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the `Place` of each parameter p, given as (name, p), i.e. its position in one vector of all parameters, in
-    which compressed parameters come first. Instead of p, the vector contains `part(p)`, such as this process's shard of
-    p. The size of the whole p, not of the part, is compared with `dense_below`."""
+    """Return the `Place` of each parameter in one vector of all parameters, in which compressed parameters come first.
+
+    Args:
+        named: (name, p) for each parameter p.
+        dense_below: parameters with fewer elements are sent uncompressed. The number of elements is that of p, not of
+            `part(p)`.
+        part: returns the part of p that the vector contains, such as this process's shard; by default p itself.
+    """
     found, start = [], 0
-    for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
+    # sorted() keeps the order of elements with equal keys
+    for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
         start += found[-1].size
     return found
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if the tensor p has fewer than two dimensions or fewer than `dense_below` elements. Always returns
-    False if `dense_below` is 0."""
+    """Return True if the tensor p is sent uncompressed, i.e. if it has fewer than two dimensions or fewer than
+    `dense_below` elements.
+
+    If `dense_below` is 0, the result is always False.
+    """
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
 def strides_of_view(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of the view that represents the tensor p in a flat vector. They are the strides of p, so that
-    formats such as channels_last are kept. If p has gaps in memory, they are instead the strides of a contiguous
-    tensor."""
+    """Return the strides of the view of a flat vector that represents the tensor p.
+
+    They are the strides of p, so that memory formats such as channels_last are kept. If p has gaps in memory, or no
+    elements, they are the strides of a contiguous tensor of the same shape.
+    """
     return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:
-    """Return the number of elements of memory from the first element of the tensor p to its last, gaps included."""
+    """Return the number of elements that fit into the memory between the first and the last element of p, both
+    included.
+
+    It exceeds the number of elements of p if p has gaps.
+    """
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, with a message that starts with `what`, if two tensors share memory. Tensors count as sharing
-    if the ranges of memory from their first to their last element overlap. Only views with gaps are accepted if these
-    ranges overlap in part, such as the columns x[:, :5] and x[:, 5:]."""
-    # Name, start and stop of each tensor that ends after the start of p, and True if the tensor has gaps.
+    """Raise ValueError if two tensors share memory. The message starts with `what`.
+
+    The range of a tensor is the memory from its first to its last element. Two tensors count as sharing memory if their
+    ranges overlap. There is one exception: both have gaps, and each of the two ranges has a part outside of the other.
+    The columns x[:, :5] and x[:, 5:] are an example.
+    """
+    # Name, start and stop of each earlier tensor whose range ends after the start of p, and True if the tensor has
+    # gaps.
     before: list[tuple[str, int, int, bool]] = []
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():

@@ -1,11 +1,13 @@
 """Saved states: declared fields, their saving, validation and loading, and conversion to another number of workers.
 
-A state is nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local updates)
-declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
-Loading validates all fields before it changes any, and loads them in the order of declaration.
+A state consists of nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local
+updates) declares the fields of the state once. A field is a `Vector`, i.e. one tensor per parameter, validated by
+shape, or a `Value`, validated by type. To load a state, all fields are validated before any is changed, and then loaded
+in the order of declaration.
 
-A `Rule` gives the kind of the entries at a path, not of a field, since the loading worker may lack some fields of the
-state (such as a pending exchange). The kind determines what happens if the number of workers changes:
+If the number of workers changes, each entry of a state is converted by its kind. A `Rule` gives the kind of all entries
+below a path. Rules are for paths and not for fields, since the worker that loads the state may not have all fields of
+the state, such as a pending exchange. The kinds are:
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, the parameters at the start of an exchange
@@ -25,41 +27,53 @@ from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
 FORMAT = 6  # version of the saved states of optimizers, hooks and local updates, and of elastic workers' files
-ANY = "*"  # a key in a path that matches any key
-Path = tuple[Any, ...]  # keys of an entry in nested dictionaries and lists, outermost first
+ANY = "*"  # key of a pattern, i.e. of a path with wildcards; it matches every key
+Path = tuple[Any, ...]  # the keys that lead to an entry in nested dictionaries and lists, outermost first
 Kind = Literal["shared", "error", "own", "constant"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The kind of all entries of a saved state whose path begins with `path`. The kind determines what happens to an
-    entry if the number of workers changes (see the module's docstring)."""
+    """The kind of all entries of a saved state whose paths begin with `path`.
+
+    The kind determines how an entry is converted if the number of workers changes (see the module's docstring).
+    """
 
     path: Path
     kind: Kind
-    like: Path = ()  # for kind "error": path of the tensors that give the shapes of zeros if this entry is missing
-    value: Any = None  # for kind "constant": the new value if `State.identity` has no value of that name
+    like: Path = ()  # for "error": path of other entries; if an entry is missing, zeros of their shapes replace it
+    value: Any = None  # for kind "constant": the new value of an entry whose name is not in `State.identity`
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A field of a saved state with one tensor per parameter; ANY in `path` stands for the parameter's key."""
+    """A field of a saved state: one tensor per parameter.
+
+    In `path`, ANY stands for the key of the parameter, i.e. its name or index.
+    """
 
     path: Path
-    shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: any length, and may be missing
-    get: Callable[[], Mapping[Any, Tensor]]  # returns tensors by key; a function, since a step may swap buffers
-    # Loads the tensors, given by key; None: they are copied into the tensors that `get` returns.
+    shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: flat of any length, may be missing
+    get: Callable[[], Mapping[Any, Tensor]]  # returns the tensors by key; a function, since steps may swap buffers
+    # Loads saved tensors, given by the parameter's key. None: they are copied into the tensors that `get` returns.
     set: Callable[[Mapping[Any, Tensor]], None] | None = None
-    optional: bool = False  # True if the whole field may be missing: it is then None in a state, and `get` returns {}
+    optional: bool = False  # True if the field may be missing: `get` then returns {}, and the saved value is None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write copies of the tensors into a state. No-op for entries of "state", which torch's optimizers save."""
+        """Write copies of the tensors into `state`.
+
+        No-op if `path` does not end with ANY: such tensors are in the optimizer's own state, which torch saves.
+        """
         if self.path[-1] == ANY:
             found = {key: tensor.clone() for key, tensor in self.get().items()}
             _put(state, self.path[:-1], None if self.optional and not found else found)
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[Any, Tensor]:
-        """Return the saved tensors by key. Raises ValueError unless they have the shapes of this field."""
+        """Return the saved tensors in `state`, by the parameter's key.
+
+        `names` has the names of parameters in messages, by key. Raises ValueError if a tensor is missing, has another
+        shape than in `shapes`, or belongs to an unknown parameter.
+        """
         # Find the dictionary with one entry per parameter.
         at = self.path.index(ANY)
         (saved,) = (found for _, found in _matches(state, self.path[:at]))
@@ -69,7 +83,7 @@ class Vector:
             return found
         if not isinstance(saved, Mapping):
             raise ValueError(f"{dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
-        # Find each parameter's tensor, which is nested under the keys that follow ANY in `path`.
+        # Find the tensor of each parameter. It may be nested: the keys that follow ANY in `path` lead to it.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
             for inner in rest:
@@ -91,20 +105,24 @@ class Vector:
 
 @dataclass(frozen=True)
 class Value:
-    """A field of a saved state: a value of plain type, a dataclass, or tensors that belong to no parameter."""
+    """A field of a saved state that is not one tensor per parameter: a value of plain type, a dataclass, or other
+    tensors."""
 
     path: Path
-    hint: Any  # type of the value, in the form of an annotation
+    hint: Any  # type of the value, as in an annotation
     get: Callable[[], Any]
     load: Callable[[Any], object]
-    check: Callable[[Any], None] | None = None  # raises ValueError if the saved value cannot be loaded here
+    check: Callable[[Any], None] | None = None  # raises ValueError for a value that cannot be loaded; None: no check
 
     def save(self, state: dict[str, Any]) -> None:
         _put(state, self.path, _plain(self.get()))
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
-        """Return the saved value. Raises ValueError if it is missing or invalid, or if `path` matches entries with
-        different values."""
+        """Return the saved value in `state`.
+
+        Raises ValueError if the value is missing or invalid, or if `path` matches several entries with different
+        values.
+        """
         found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
         if any(value != found[0] for value in found[1:]):
             raise ValueError(f"{dotted(self.path)} must have one value, found {found}")
@@ -118,19 +136,22 @@ def attribute(path: Path, owner: Any, name: str, hint: Any) -> Value:
 
 
 class State:
-    """The saved state of `owner`. It consists of fields, and of an identity: values that must be equal at saving and at
-    loading.
+    """The saved state of an object, its owner.
+
+    It consists of fields, and of an identity, i.e. values that must be equal when the state is saved and when it is
+    loaded.
 
     Args:
-        owner: the name of the class that has the state, for error messages.
-        rules: the kinds of the entries at all paths; the first rule that matches a path applies.
-        identity: returns the identity by name.
+        owner: the name of the owner's class, for messages.
+        rules: the kinds of the entries at all paths. If several rules match a path, the first one applies.
+        identity: returns the values of the identity, by name.
         fields: returns the fields, in the order in which they are loaded.
-        head: the path of the dictionary with the format and the values of the identity. If it is (), the format has the
-            path ("format",), and the values of the identity are in a dictionary at ("identity",).
-        names: the names of parameters in error messages, by key; by default the keys.
-        only_with: advice in error messages, by name of an identity value. If there is any advice, the state cannot be
-            converted to another number of workers, and `split` raises ValueError.
+        head: the path of the dictionary that contains the format and the values of the identity. If it is (), the
+            format has the path ("format",), and the values of the identity are in a dictionary with the path
+            ("identity",).
+        names: the names of parameters in messages, by key; by default the keys.
+        only_with: advice for messages about values of the identity, by the value's name. If this is not empty, the
+            state cannot be converted to another number of workers, and `split` raises ValueError.
     """
 
     def __init__(
@@ -149,7 +170,10 @@ class State:
         self._names, self._only_with = names or {}, only_with or {}
 
     def save(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the state as tensors and plain types: a new dictionary, or `state`, if given, with entries added."""
+        """Return the state of the owner as tensors and plain types.
+
+        It is written into `state`, or into a new dictionary if `state` is None.
+        """
         state = {} if state is None else state
         _put(state, (*self._head, "format"), FORMAT)
         for name, value in self._identity().items():
@@ -159,11 +183,15 @@ class State:
         return state
 
     def validate(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if `load` would reject the state. The error names the first entry that does not fit."""
+        """Raise ValueError if `load` would reject the state. The message names the first entry that is missing or
+        invalid."""
         self._read(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state. Raises ValueError, with nothing changed, if the state is invalid for its owner."""
+        """Load a state into the owner.
+
+        Raises ValueError, with nothing changed, if the state is not valid for the owner.
+        """
         for field, value in self._read(state):
             field.load(value)
 
@@ -191,11 +219,13 @@ class State:
         raise ValueError(f"{dotted(path)} is in the state, and {self._owner} has no rule for it")
 
     def split(self, leaves: Mapping[Path, Any]) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
-        """Return the tensors of a saved state to average over workers, and its entries that are identical on all
-        workers.
+        """Return the entries of a saved state that a run with another number of workers needs.
 
-        `leaves` has the tensors and plain values of one worker's state by path, and the results are dicts by path, too.
-        Raises ValueError if the format of the state is not `FORMAT`, or if the state cannot be split.
+        `leaves` has the tensors and plain values of one worker's state, by path. Returns two dictionaries by path: the
+        tensors that must be averaged over workers, and the entries that are identical on all workers.
+
+        Raises ValueError if the format of the state is not `FORMAT`, or if the state cannot be converted to another
+        number of workers.
         """
         for path, value in leaves.items():
             if path[-1] == "format":
@@ -211,15 +241,18 @@ class State:
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return the new values, by path, of all entries of kind "constant" (see `Rule`). They replace the saved values
-        when the number of workers changes. `leaves` has the tensors and plain values of one worker's state by path."""
+        """Return the new values, by path, of all entries of kind "constant" (see `Rule`), for a run with another number
+        of workers.
+
+        They replace the saved values. `leaves` has the tensors and plain values of one worker's state, by path.
+        """
         identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
         return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 
 
 def skip(saved: Any) -> None:
-    """No-op, used as the `load` function of a field that the object with the state restores itself, after all other
-    fields."""
+    """No-op. It is the `load` function of a field that is not loaded with the other fields, since its owner restores it
+    after them."""
 
 
 def check_format(found: Any, what: str) -> None:
@@ -231,8 +264,11 @@ def check_format(found: Any, what: str) -> None:
 
 
 def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
-    """Raise ValueError unless `found` is a tensor of shape `shape`, or a flat tensor if `shape` is None. The dtype must
-    be floating-point if `floating` is True, and else an integer type. `what` names the tensor in the error."""
+    """Raise ValueError if `found` is not a tensor of the given shape and kind of dtype. The message starts with `what`.
+
+    If `shape` is None, `found` must be a flat tensor of any length. If `floating` is True, the dtype must be
+    floating-point; otherwise it must not be.
+    """
     if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
         have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")
@@ -241,8 +277,10 @@ def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: b
 
 
 def typed(hint: Any, value: Any, path: Path = ()) -> Any:
-    """Convert a saved value to the type `hint`, an annotation. Raises ValueError, naming the path, if the value has
-    another type."""
+    """Convert a saved value to the type `hint`, an annotation.
+
+    Raises ValueError if the value does not have this type. The message names `path`.
+    """
     try:
         return decode(hint, value, path, saved=True)
     except ConfigError as error:
@@ -260,7 +298,11 @@ def _plain(value: Any) -> Any:
 
 
 def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield each path of a state that matches a pattern, with its value. Raises ValueError for a missing key."""
+    """Yield a pair (path, value) for each entry of a state whose path matches `pattern`, in which ANY matches every
+    key.
+
+    `path` is the path of `state` itself. Raises ValueError if the state has no entry for another key of the pattern.
+    """
     if not pattern:
         yield path, state
         return
@@ -282,12 +324,15 @@ def _put(state: Any, path: Path, value: Any) -> None:
 
 
 def _fits(path: Path, pattern: Path) -> bool:
-    """Return True if a path, or a prefix of it, matches a pattern, in which ANY matches every key."""
+    """Return True if the first keys of `path` match `pattern`, in which ANY matches every key."""
     return len(path) >= len(pattern) and all(p in (ANY, key) for key, p in zip(path, pattern, strict=False))
 
 
 def _filled(pattern: Path, path: Path, of: Path) -> Path:
-    """Return the path `pattern` with its wildcards (ANY) replaced by keys. The keys are those of `path` at the
-    wildcards of `of`, a pattern that `path` matches."""
+    """Return the path `pattern` with each ANY replaced by a key of `path`.
+
+    `of` is another pattern, which `path` matches. The keys of `path` at the positions of ANY in `of` replace the ANYs
+    in `pattern`, in the same order.
+    """
     keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
     return tuple(next(keys) if p == ANY else p for p in pattern)

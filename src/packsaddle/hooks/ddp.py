@@ -1,7 +1,8 @@
-"""Compressed gradient exchange for DistributedDataParallel, with any optimizer, by two more lines in a training script.
+"""Compressed exchange of gradients for DistributedDataParallel, with any optimizer. A training script needs two more
+lines.
 
 `register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`). `keep_gradients_local` disables the exchange of
-DistributedDataParallel, for `LocalUpdates`.
+gradients by DistributedDataParallel, for use with `LocalUpdates`.
 """
 
 import warnings
@@ -49,34 +50,36 @@ def register_ddp_hook(
 ) -> DDPHook:
     """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
 
-    After a backward pass, every worker's p.grad is the mean of all workers' messages, for any optimizer. With plain
-    SGD, a constant learning rate and scope="model", every step equals a step of `CompressedSGD` with eager noise.
+    After a backward pass, the gradient p.grad of each parameter is the mean of the workers' messages, identical on all
+    workers. Any optimizer may apply it. With plain SGD, a constant learning rate and scope="model", every step equals a
+    step of `CompressedSGD` with eager noise.
 
     Args:
         model: a DistributedDataParallel without a communication hook.
         compressor: C, or a function of the step that returns it (see `RatioRamp`), or a `Compression`, which also sets
             how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
             be "buffer" and its on_drift "stop".
-        noise: as in `CompressedSGD`, but not lazy.
+        noise: the artificial noise, as in `CompressedSGD`, but not lazy.
         start_step: the number of initial steps, which are exchanged uncompressed.
-        seed: as in `CompressedSGD`.
-        scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or the whole
-            model ("model") at its end, as in Algorithm 1.
+        seed: seed of all shared randomness; identical on all workers.
+        scope: the vectors that are compressed. "bucket": each of DDP's buckets, during the backward pass. "model": the
+            whole model as one vector, at the end of the backward pass, as in Algorithm 1.
         optimizer: the optimizer of the model, or a list such as [muon, adamw]; their steps are skipped after a rejected
             exchange. Together they must train all parameters of the model.
         scaler: the GradScaler that scales the gradients; the error memory is kept unscaled.
 
-    If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
-    back, and the gradients of the bucket (or model, see `scope`) become NaN on every worker, so that scalers skip the
-    step on all of them. The worker with the invalid gradient logs the name of the parameter (on a CPU), and
-    `hook.skips` records the step. More than `max_skipped` consecutive rejections raise NonFiniteError in the backward
-    pass. With max_skipped=None, no rejection raises it, and `optimizer` receives the NaNs. If a comparison finds that
-    parameters differ between workers, all workers raise DriftError. If gradients are computed without a call of the
-    hook (the model runs without DistributedDataParallel, as `model.module(x)`), the next forward pass raises
-    RuntimeError.
+    If a worker's gradient is invalid, all workers reject the exchange. Error memories, noise and step count are rolled
+    back. The gradients of the bucket (or of the model, see `scope`) become NaN on every worker, so that the GradScalers
+    of all workers skip the step. The worker with the invalid gradient logs the name of the parameter, if it is on a
+    CPU, and `hook.skips` records the step. More than `max_skipped` consecutive rejected steps raise NonFiniteError in
+    the backward pass. With max_skipped=None the number of rejected steps has no limit, and `optimizer` gets the NaNs.
 
-    Raises TypeError or ValueError for invalid arguments, also if they differ between workers, and RuntimeError for a
-    second hook.
+    If a comparison finds that parameters differ between workers, all workers raise DriftError. If gradients are
+    computed without a call of the hook, the next forward pass raises RuntimeError. That is the case if the model runs
+    without its DistributedDataParallel, as in `model.module(x)`.
+
+    Raises TypeError or ValueError if an argument is invalid or differs between workers. Raises RuntimeError if the
+    model already has a communication hook.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -107,7 +110,7 @@ def register_ddp_hook(
     trained = {id(p) for p in parameters_of(optimizers)}
     if optimizers and (missing := [name for name, p in named if id(p) not in trained]):
         raise ValueError(f"optimizer must have all parameters of the model, and lacks {missing[0]}")
-    # Make the hook, which does lines 9-12 of Algorithm 1 in the backward pass.
+    # Make the hook. It executes lines 9-12 of Algorithm 1 in the backward pass.
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, scaler)
@@ -117,7 +120,7 @@ def register_ddp_hook(
     same["arithmetic"] = arithmetic(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
-    # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.
+    # After a rejected exchange the gradients are NaNs, which no optimizer should apply.
     for each in optimizers:
         hook.protect(each)
     on_buckets(model, hook)
@@ -129,10 +132,12 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """Register the hook of `register_ddp_hook` on the DistributedDataParallel in a model that a framework has wrapped.
 
     The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are passed to
-    `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
+    `register_ddp_hook`. Returns None if there is only one worker and no DistributedDataParallel, since nothing is
+    exchanged then.
+
     Raises TypeError if the model has several DistributedDataParallels, if it has none although there are several
     workers, or if FSDP shards it. Raises RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process
-    group, and the errors of `register_ddp_hook`.
+    group. Also raises the errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -146,7 +151,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
             "see packsaddle.register_fsdp_hook"
         )
-    # One worker has nothing to exchange, so a script may run on it unchanged.
+    # One worker has nothing to exchange. Do not raise an error, so that the same script runs on one worker.
     if not found and training_group(None).size == 1:
         if options.get("noise"):
             warnings.warn("there is one worker and no exchange, so no noise either", stacklevel=3)
@@ -184,18 +189,22 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            # Do not broadcast buffers: each forward pass would wait for the buffers of rank 0.
+            # Do not broadcast buffers. Otherwise each forward pass would wait for the buffers of rank 0.
             module.broadcast_buffers = False
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
-    """Register the function `take` as a model's communication hook. Raises RuntimeError if the model already has a
-    communication hook."""
+    """Register the function `take` as the communication hook of a model.
+
+    DDP's backward pass calls `take` with one `Bucket` at a time, and `take` returns a future of its mean gradients.
+    Raises RuntimeError if the model already has a communication hook.
+    """
 
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         parameters, gradients = bucket.parameters(), bucket.gradients()
         if bucket.buffer().layout is torch.strided:
-            # torch's views have contiguous strides, but a bucket has the elements in the memory order of parameters.
+            # torch's views of a bucket have contiguous strides, but the elements of a gradient are in the memory order
+            # of its parameter. Make views with the strides of the parameters.
             pairs = zip(gradients, parameters, strict=True)
             gradients = [g.as_strided(p.shape, strides_of_view(p), g.storage_offset()) for g, p in pairs]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), gradients, parameters))
@@ -212,8 +221,12 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
-    """Raise ValueError if a parameter is not floating point, or if the compressor or the exchange does not support
-    vectors of the model's size. Warns if no tensor would be compressed. Call before the first step."""
+    """Raise ValueError if a parameter is not floating-point, or if the compressor or the exchange does not support
+    vectors of the model's size.
+
+    Warns if no tensor would be compressed. `found` has the `Place` of each trained parameter. Call before the first
+    step.
+    """
     for place in found:
         if not place.parameter.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
@@ -226,12 +239,16 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
-    """Make a forward pass of the model raise RuntimeError if earlier gradients were computed without a call of `hook`,
-    i.e. without an exchange. Once the hook was called, this check is removed."""
+    """Register a check on a model's forward pass. It raises RuntimeError if gradients were computed in an earlier
+    backward pass without a call of `hook`, i.e. without an exchange.
+
+    The check is removed as soon as the hook was called once.
+    """
     # Remove the guards of an earlier DistributedDataParallel of the same module.
     for handle in _guards.pop(model.module, ()):
         handle.remove()
-    # One gradient suffices to detect that a backward pass ran. A pass within no_sync does not call the hook.
+    # The gradient of one parameter suffices to detect that a backward pass ran. A pass within no_sync does not count,
+    # since DDP exchanges nothing in it.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
     missed, synchronized = False, True
 
@@ -241,9 +258,9 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
-        # DDP reads this attribute in the forward pass too.
+        # Read the attribute in the forward pass, as DDP does.
         synchronized = model.require_backward_grad_sync
-        # One call of the hook proves that DistributedDataParallel uses it, so the guards are removed.
+        # One call of the hook proves that DistributedDataParallel uses it, so the check is no longer needed.
         if hook.calls:
             for handle in handles:
                 handle.remove()
@@ -257,5 +274,5 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     _guards[model.module] = handles
 
 
-# Handles of the hooks that `_guard` has registered, by wrapped module.
+# Handles of the torch hooks that `_guard` has registered, by the module inside DistributedDataParallel.
 _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()

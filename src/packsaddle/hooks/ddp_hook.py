@@ -26,22 +26,26 @@ from packsaddle.numerics.finite import fill_where
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that DistributedDataParallel exchanges together; the hook replaces them with their means, in place."""
+    """A set of gradients that DistributedDataParallel exchanges together.
 
-    index: int  # index of the bucket in the backward pass, which begins with bucket 0
+    The hook replaces them with their means over workers, in place.
+    """
+
+    index: int  # index of the bucket in the backward pass, in which bucket 0 is the first
     is_last: bool
-    buffer: Tensor  # float[n], all gradients of the bucket
-    gradients: list[Tensor]  # views of the buffer, shaped as their parameters
+    buffer: Tensor  # float[n], all gradients of the bucket as one vector
+    gradients: list[Tensor]  # views of the buffer, one for each parameter, with the parameter's shape
     parameters: list[Tensor]
 
 
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `module` is the model, and `places` has each of its trained parameters, with the position in the flat vector of all
-    trained parameters. With scope="bucket", DDP may divide the parameters into buckets differently in a resumed run
-    than in the saved run. No update is lost then, but only with scope="model" is a resumed run bitwise identical to an
-    uninterrupted run.
+    `module` is the model inside DistributedDataParallel. `places` has the `Place` of each trained parameter, i.e. its
+    position in the flat vector of all trained parameters.
+
+    With scope="bucket", DDP may form other buckets in a resumed run than in the run that saved the state. No update is
+    lost then, but the resumed run is not bitwise identical to an uninterrupted one. With scope="model" it is.
     """
 
     def __init__(
@@ -57,21 +61,26 @@ class DDPHook(GradientHook, Exchanging):
         self._module, self._places, self._scaler = module, places, scaler
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
-        # An enabled scaler skips steps with non-finite gradients, so the optimizer never applies them.
+        # An enabled GradScaler skips steps with non-finite gradients, so the optimizer never applies the NaNs of a
+        # rejected exchange.
         if scaler is not None:
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device, blocks=channel.group.stages(self.device))
-        self.calls = 0  # number of buckets received from DDP
+        self.calls = 0  # number of buckets that DDP has passed to this hook so far
         # State of the running backward pass, or of the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._failure: Exception | None = None  # the first exception in this pass, if any
+        self._failure: Exception | None = None  # the first exception in this backward pass; None: no exception so far
 
     @property
     def device(self) -> torch.device:
         return self._places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
-        """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
+        """Start to average the gradients of a bucket. DDP calls this method in the backward pass.
+
+        Returns a future of the bucket's mean gradients, float[n]. With scope="model" the exchange starts when the last
+        bucket has been passed.
+        """
         self.calls += 1
         if bucket.index == 0:
             check_not_capturing("the hook", self.device)
@@ -103,7 +112,8 @@ class DDPHook(GradientHook, Exchanging):
     def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average the gradients in `buckets` over workers as one vector, in place.
 
-        After an error, DDP still submits the later buckets of the backward pass. Averaging these raises the same error.
+        If this raises an error, DDP nevertheless passes the other buckets of the backward pass. For these the same
+        error is raised.
         """
         if buckets[0].index == 0:
             self._failure = None
@@ -119,15 +129,19 @@ class DDPHook(GradientHook, Exchanging):
         except Exception as error:
             self._failure = error
             raise
-        # Set the gradients of a rejected exchange to NaN on all workers, so that all scalers skip the step.
+        # If the exchange was rejected, set the gradients to NaN on all workers, so that the GradScalers of all workers
+        # skip the step.
         for bucket in buckets:
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         if buckets[-1].is_last:
             self._complete()
 
     def _begin(self) -> None:
-        """Commit or roll back the last backward pass, and draw the noise of this pass (line 9 of Algorithm 1). If a
-        comparison is due at this step, compare the parameters of all workers."""
+        """Begin a backward pass: commit or roll back the last one, and draw the noise of this one (line 9 of Algorithm
+        1).
+
+        If a comparison is due, compare the parameters of all workers; collective.
+        """
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -137,9 +151,12 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the `ErrorFeedback` of the bucket of the parameters with these names; it has their error memory. If
-        there is none, because DDP has made or rebuilt its buckets, make one with the error memories that the parameters
-        had in old buckets."""
+        """Return the `ErrorFeedback` of a bucket, which has the error memories of the bucket's parameters. `names` are
+        the names of these parameters.
+
+        If DDP has formed this bucket for the first time, or anew, an `ErrorFeedback` is made. It gets the error
+        memories that the parameters had in old buckets.
+        """
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -150,10 +167,11 @@ class DDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory by parameter, in units of a gradient.
+        """Return this worker's error memory in units of a gradient, as a dictionary with one tensor for each parameter
+        name.
 
-        Each tensor has the shape of its parameter, in float32 or wider. During a backward pass, the result is the
-        memory after the previous step.
+        Each tensor has the shape of its parameter, and is in at least float32. During a backward pass, the result is
+        the error memory after the previous step.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
@@ -178,8 +196,10 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The `ErrorFeedback` of all parameters together, which has their error memory. It is None with scope="bucket",
-        and also before the first exchange or the first loading of a state."""
+        """The `ErrorFeedback` of all parameters together, with scope="model".
+
+        It is None with scope="bucket". It is also None before the first exchange, if no state was loaded.
+        """
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
-"""Averaging of gradients over replicas of an FSDP2 model: uncompressed in a machine, compressed between machines.
+"""Averaging of gradients over the replicas of an FSDP2 model: uncompressed within a machine, and compressed between
+machines.
 
-`fully_shard` on a mesh of one machine reduces gradients within the machine, and then calls a hook with this worker's
-shard of the gradient. The hook averages this shard over the workers that have the same shard on other machines.
+The model is sharded by `fully_shard` over the workers of one machine, and each machine has a replica of it. In a
+backward pass FSDP first reduces gradients within the machine. It then calls a hook with this worker's shard of the
+gradient, and the hook averages this shard over the workers that have the same shard on other machines.
 """
 
 import sys
@@ -34,7 +36,7 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    # Do not import FSDP, since that is slow. If FSDP is in use, its module is already loaded.
+    # Do not import FSDP here, since the import is slow. If the model uses FSDP, the module is already loaded.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
@@ -46,10 +48,10 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
-    """Return a pair (name, local shard) for every parameter that FSDP2 shards, or with `gradients` for every gradient
-    of such a parameter.
+    """Return a pair (name, this worker's shard) for each parameter that FSDP2 shards.
 
-    Call outside of forward and backward passes, in which parameters are unsharded.
+    If `gradients` is True, the shards are those of the gradients, and parameters without a gradient are left out. Call
+    outside of forward and backward passes, in which parameters are not sharded.
     """
     found: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
@@ -60,8 +62,10 @@ def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str
 
 
 def padded_size(model: nn.Module) -> int:
-    """Return the number of coordinates of this worker's gradient shards. FSDP2 pads shards in dimension 0 to equal
-    length on all workers; the result includes the padding."""
+    """Return the number of coordinates in this worker's shards of all gradients, padding included.
+
+    FSDP2 pads the shards of a gradient in dimension 0, so that they have the same length on all workers.
+    """
     shards, found = int(_mesh(model).size()), 0
     for p in model.parameters():
         if hasattr(p, "to_local") and p.requires_grad:
@@ -82,11 +86,10 @@ _SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
 
 
 class FSDPHook(GradientHook, Exchanging):
-    """The hook of `register_fsdp_hook`. The gradients of each sharded module are averaged separately, and each module
-    has its own error memory.
+    """The hook of `register_fsdp_hook`: it averages the gradients of each sharded module separately.
 
-    A backward pass with an invalid gradient is rejected on all replicas of the shard, as described in
-    `register_fsdp_hook`.
+    Each module has its own error memory. A backward pass with an invalid gradient is rejected on all replicas of the
+    shard, as described in `register_fsdp_hook`.
     """
 
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
@@ -95,24 +98,25 @@ class FSDPHook(GradientHook, Exchanging):
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
         self._model = model
-        # Index of this worker's shard, and the number of shards.
+        # The index of this worker's shard, and the number of shards of the model.
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())
-        self._bits: dict[str, Tensor] = {}  # binary digits of the index of each module, int64[b], by name
-        # The modules exchanged in this backward pass, by name. Each value is the id that autograd gives to the pass.
+        # Binary digits of each module's index, int64[b], by the module's name; replicas compare them.
+        self._bits: dict[str, Tensor] = {}
+        # The modules exchanged in this backward pass: names, and the id that autograd has given to the pass.
         self._seen: dict[str, int] = {}
 
     @torch.no_grad()
     def start(self) -> None:
         """Broadcast rank 0's parameters to all replicas; collective.
 
-        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It runs before
-        FSDP's own hook in this pass, since that hook replaces the shards by whole parameters.
+        If the model is still on the meta device, the broadcast is deferred to the first forward pass that records
+        gradients. In this pass it runs before FSDP's own hook, which replaces the shards by whole parameters.
         """
         if any(local.is_meta for _, local in local_shards(self._model)):
 
             def on_forward(*_: Any) -> None:
-                # Wait for a forward pass with gradients, since one replica may evaluate alone without them. FSDP itself
-                # raises an error for weights that are still on the meta device.
+                # A forward pass that records no gradients does not count, since one replica may do an evaluation alone.
+                # If weights are still on the meta device, FSDP itself raises an error.
                 if torch.is_grad_enabled() and not any(local.is_meta for _, local in local_shards(self._model)):
                     for handle in handles:
                         handle.remove()
@@ -124,16 +128,17 @@ class FSDPHook(GradientHook, Exchanging):
             return
         for _, local in local_shards(self._model):
             if local.numel():
-                there = local.to(self.device)  # this copies only if FSDP offloads to the CPU
+                there = local.to(self.device)  # a copy only if FSDP offloads parameters to the CPU
                 self.channel.broadcast(there, "start")
                 if there is not local:
                     local.copy_(there)
 
     @torch.no_grad()
     def take(self, name: str, index: int, gradient: Tensor) -> None:
-        """Average the `gradient` of a module's shard, float[n], over the replicas, in place.
+        """Average a module's shard of the gradient, `gradient`, float[n], over the replicas, in place. FSDP calls this
+        method in the backward pass.
 
-        FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded modules.
+        `name` is the name of the module, and `index` its index among the sharded modules of the model.
         """
         number = torch._C._current_graph_task_id()
         if number >= 0 and self._seen.get(name) == number and self._pass:
@@ -142,14 +147,15 @@ class FSDPHook(GradientHook, Exchanging):
                 f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
                 f"call backward() after each use"
             )
-        if not self._pass or name in self._seen:  # a new pass begins
+        if not self._pass or name in self._seen:  # this is the first module of a new backward pass
             check_not_capturing("the hook", gradient.device)
             self._open()
             self._seen = {}
-            # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
+            # If p.grad already has gradients of earlier passes, FSDP adds those of this pass. Only the gradients of
+            # this pass are exchanged.
             self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self.rules.noise.at_step(self._steps)])
-            # A callback queued here runs after FSDP's own callback, which sets the gradients of parameters.
+            # This callback runs after FSDP's own callback, which sets p.grad, since it is queued later.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
@@ -158,16 +164,20 @@ class FSDPHook(GradientHook, Exchanging):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9 of Algorithm 1
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, (code != 0).any(), float("nan"))
-        # Reading `code`, the outcome of the exchange, waits for the GPU, so read it here only in a module's first
-        # exchange. `_settle` later reads the outcomes of all exchanges.
+        # `code` is the outcome of the exchange. To read it, the host must wait for the GPU, so read it here only in the
+        # first exchange of a module. `_settle` reads the outcomes of all exchanges later.
         if (is_first or code.device.type == "cpu") and code[2]:
             self._complete()
             self._settle()
 
     @torch.no_grad()
     def _end(self) -> None:
-        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN on all replicas, so that
-        a GradScaler or a protected optimizer skips the step."""
+        """End a backward pass.
+
+        If one of its exchanges was rejected, set all gradients to NaN on all replicas of the shard, so that a
+        GradScaler or a protected optimizer skips the step. If a comparison is due, compare the parameters of the
+        replicas; collective.
+        """
         if not self._pass:
             return
         bad = (torch.stack(self._codes) != 0).any()
@@ -180,14 +190,14 @@ class FSDPHook(GradientHook, Exchanging):
 
     @property
     def device(self) -> torch.device:
-        # Use the mesh's device and not that of the weights, which may be offloaded to the CPU or still on the meta
-        # device.
+        # Use the device of the mesh. The weights may be on another one: on the CPU, if they are offloaded, or still on
+        # the meta device.
         return torch.device(_mesh(self._model).device_type)
 
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
-            # The first gradient of a module has the size of the module's slice, padding included. Only the shape of the
-            # gradient is used, so its substitute is a tensor on the meta device.
+            # The module's slice has the size of its first gradient, padding included. A `Place` needs only the shape of
+            # a tensor, so a tensor on the meta device replaces the gradient.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
@@ -207,8 +217,11 @@ class FSDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory for each sharded module, float[n], by name of the module. During a backward
-        pass, the result is the memory after the previous step."""
+        """Return this worker's error memory, as a dictionary with one tensor, float[n], for each name of a sharded
+        module.
+
+        During a backward pass, the result is the error memory after the previous step.
+        """
         self._settle()
         return self._loose | {name: part.memory.vector.clone() for name, part in self._slices.items()}
 
@@ -243,21 +256,24 @@ def register_fsdp_hook(
             mesh["replicate"].get_group() of a two-dimensional mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
-            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at
-            the end of a backward pass; each shard counts its own skipped steps.
+            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. The comparison of parameters
+            is at the end of a backward pass. Each shard counts its own skipped steps.
         noise, start_step, seed: see `register_ddp_hook`.
 
-    Replicas start from rank 0's parameters, which are broadcast here or, if the model is still on the meta device, in
-    the first forward pass that records gradients; weights loaded later are not overwritten.
+    All replicas start from rank 0's parameters, which this function broadcasts. If the model is still on the meta
+    device, the first forward pass that records gradients broadcasts them instead. Weights that are loaded after the
+    broadcast are not overwritten.
 
-    If a gradient, or the mean, is invalid in any module of a backward pass, the pass is rejected: error memories, noise
-    and step count are rolled back, and all gradients are set to NaN on all replicas of the shard. Other shards do not
-    detect it and apply the step. A GradScaler skips the step on all shards, but the error memories of other shards have
-    been committed. `hook.protect(optimizer)` makes an optimizer without a scaler skip rejected steps. Every sharded
-    module must be part of every backward pass that exchanges. A pass raises RuntimeError on all replicas of the shard
-    if they reduce different modules of one size.
+    If a gradient, or the mean, is invalid in any module of a backward pass, the replicas of this shard reject the pass:
+    they roll back error memories, noise and step count, and set all gradients to NaN. The workers with other shards do
+    not detect the invalid gradient, and apply the step. A GradScaler skips the step on all shards, but the error
+    memories of the other shards have then been committed. `hook.protect(optimizer)` makes an optimizer without a scaler
+    skip rejected steps.
 
-    Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, or if an argument is
+    Every backward pass that exchanges gradients must use every sharded module. If the replicas of a shard exchange
+    different modules of the same size with each other, the pass raises RuntimeError on all of them.
+
+    Raises TypeError if the model is not sharded. Raises ValueError if its mesh has two dimensions, or if an argument is
     out of range or differs between workers.
 
     >>> import torch
@@ -286,7 +302,7 @@ def register_fsdp_hook(
         )
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), "bucket", start_step, as_seed(seed))
-    # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
+    # A flat shard contains parts of tensors, so no whole tensor can be sent uncompressed, or be compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
@@ -298,7 +314,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules)
-    # Options must match on all replicas of the shard, which start from the same parameters.
+    # Options must match on all replicas of the shard.
     same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
     same["arithmetic"] = arithmetic(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
@@ -306,7 +322,7 @@ def register_fsdp_hook(
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     hook.start()
     for index, (name, module) in enumerate(modules):
-        # Reduce unused parameters too, so that the layout of a shard does not change.
+        # Let FSDP reduce unused parameters too, so that a shard of the gradient always contains the same parameters.
         if hasattr(module, "set_reduce_scatter_unused_params"):
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))

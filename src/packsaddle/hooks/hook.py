@@ -1,8 +1,9 @@
 """A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
-Gradients arrive in slices (DDP's buckets or FSDP's modules), and an `ErrorFeedback` exchanges each slice. The exchanges
-of a backward pass are all committed, or all rolled back. Error memories are in units of a gradient. They are saved by
-parameter or module, since DistributedDataParallel may rebuild its buckets.
+A backward pass produces gradients in slices, which are DDP's buckets or FSDP's modules. Each slice is exchanged by its
+own `ErrorFeedback`. The exchanges of a backward pass are all committed, or all rolled back. Error memories are in units
+of a gradient. A saved state has one error memory for each parameter (or module of FSDP) and not for each bucket, since
+DistributedDataParallel may form other buckets after loading.
 """
 
 import math
@@ -41,7 +42,10 @@ Scope = Literal["bucket", "model"]
 
 @dataclass(frozen=True)
 class HookOptions(Option):
-    """The settings of a hook; see `register_ddp_hook`. Raises ValueError for an invalid argument."""
+    """The settings of a hook, described in `register_ddp_hook`.
+
+    Raises ValueError for an invalid setting.
+    """
 
     compression: Compression
     noise: Noise
@@ -55,21 +59,23 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # memory="ef21" and the repair of drift need the step of CompressedSGD.
+        # memory="ef21" and on_drift="repair" need an optimizer step that this library controls, as in `CompressedSGD`.
         for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Before `start_step` it is `Identity`, which is lossless."""
+        """Return the compressor of a step. In the first `start_step` steps it is `Identity`, which is lossless."""
         return Identity() if step < self.start_step else self.compression.at(step)
 
 
 @dataclass(frozen=True)
 class BucketUpdate(Update):
-    """The gradients g and the noise xi that are added to the error memory e of a slice (parameters exchanged together).
-    The vector to send is v = decay * e + g / scale + xi. `scale` is the factor by which a GradScaler has multiplied
-    g."""
+    """The update of the error memory e of a slice (parameters exchanged together): the gradients g plus the noise xi.
+
+    The vector to send is v = decay * e + g / scale + xi, where `scale` is the factor by which a GradScaler has
+    multiplied g.
+    """
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -78,8 +84,11 @@ class BucketUpdate(Update):
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay * base + g / scale + xi, where base is the error memory, g are the gradients and xi is the
-        noise. base and out are float[n] and must not overlap."""
+        """Set `out` to decay * base + g / scale + xi, where `base` is the error memory, g are the gradients and xi is
+        the noise.
+
+        `base` and `out` are float[n], and must not overlap.
+        """
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
             g = self.gradients[place.name]
             if self.scale == 1.0:
@@ -92,10 +101,11 @@ class BucketUpdate(Update):
 
 @dataclass(frozen=True)
 class BucketTarget:
-    """Writes the mean update of an exchange to the gradients of a slice, i.e. of parameters exchanged together. The
-    user's optimizer then applies these gradients to the parameters (line 11 of Algorithm 1).
+    """Writes the mean update of an exchange to the gradients of a slice (parameters exchanged together). The user's
+    optimizer then applies these gradients to the parameters (line 11 of Algorithm 1).
 
-    `used`, bool[p], is False for parameters whose mean update is replaced with zeros; if it is None, none is replaced.
+    `used`, bool[p], is False for each parameter whose gradient is set to zeros instead of its mean. If it is None, no
+    gradient is set to zeros.
     """
 
     of: Slice
@@ -105,8 +115,12 @@ class BucketTarget:
     defers = True
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Overwrite the gradients with the mean update g, multiplied by `scale`, the factor of the GradScaler, since
-        the scaler will divide by it. Only 16-bit gradients cause a rounding error."""
+        """Set the gradients to the mean update g multiplied by `scale`, the factor of the GradScaler, which will divide
+        them by it.
+
+        `magnitude` is the approximate maximum of the absolute values of g. The rounding error is None if no gradient
+        has 16 bits.
+        """
         total = self.of.zeros()
         g.write_to(total.flat)
         clear_unused(total.views, self.used)
@@ -116,7 +130,8 @@ class BucketTarget:
             torch.mul(view, self.scale, out=out)
             if not exact:
                 view.sub_(out, alpha=1 / self.scale)
-        # The scaled mean must not overflow. The precision that 16-bit gradients lose is in the rounding error.
+        # The result fits if the scaled mean does not overflow the gradients' type, or float32 for 16-bit gradients. The
+        # difference between a 16-bit gradient and the mean is in the rounding error, which must be finite.
         dtypes = {torch.promote_types(out.dtype, torch.float32) for out in outs}
         fits = torch.as_tensor(magnitude) * self.scale <= min((torch.finfo(t).max for t in dtypes), default=0.0)
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
@@ -131,11 +146,13 @@ RULES = [
 
 
 class GradientHook(Records, ABC):
-    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The host reads
-    the outcome on demand or in the next pass, so that it does not wait for a GPU in each pass. `d` is the number of
-    compressed coordinates."""
+    """Base class of the gradient hooks. The exchanges of a backward pass are all applied, or all rejected.
 
-    saved_state: State  # set by subclasses
+    The host reads their outcome only on demand or in the next pass, so that it does not wait for a GPU in each pass.
+    `d` is the number of compressed coordinates of the model.
+    """
+
+    saved_state: State  # the saved state of this hook, which the subclass sets
 
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel, self.rules, self._allocation = channel, rules, Allocation(d)
@@ -143,23 +160,26 @@ class GradientHook(Records, ABC):
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
         self._step_rates = StepRates()
-        self._lock = RLock()  # a background thread runs the exchanges of a pass
+        self._lock = RLock()  # needed since a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        # The `ErrorFeedback` of each slice (bucket or module), made when the slice's gradients first arrive.
+        # The `ErrorFeedback` of each slice (bucket or module). It is made when the first gradients of the slice are
+        # ready.
         self._slices: dict[Any, ErrorFeedback] = {}
-        self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
-        self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
+        self._sizes: dict[str, int] = {}  # size in bytes of each parameter's or module's gradient, by name
+        # Error memories, by name, of parameters or modules that are in no slice of `_slices`
+        self._loose: dict[str, Tensor] = {}
         # State of the running backward pass, or of the last one.
-        self._noise: GaussianNoise | None = None  # noise xi of the next exchange; None: 0
-        self._scale = 1.0  # the factor by which a GradScaler has multiplied the gradients
+        self._noise: GaussianNoise | None = None  # noise xi of the next exchange; None: no noise
+        self._scale = 1.0  # factor by which a GradScaler has multiplied the gradients; 1: no scaler
         self._pass: list[Round] = []
-        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
-        self._outcome: Readback | None = None  # copy of the codes to the host; None: the pass is incomplete
+        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange in the pass
+        # Copy of `_codes` to the host, which may still be in progress; None: the pass has not ended.
+        self._outcome: Readback | None = None
         self._protected: list[Optimizer] = []
-        self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
+        self._rejected: list[Optimizer] = []  # protected optimizers whose gradients are NaNs, since a pass was rejected
         self._fresh = True  # False if p.grad also has gradients of earlier passes
-        self.may_be_unused = False  # True if a backward pass may use only some parameters (see `Usage`)
+        self.may_be_unused = False  # True if a backward pass may leave some parameters unused (see `Usage`)
 
     def __repr__(self) -> str:
         # Use `_steps`, since `steps` may wait for the device.
@@ -168,7 +188,7 @@ class GradientHook(Records, ABC):
 
     @property
     def ledger(self) -> Ledger:
-        """The bytes this worker sent and received, by step and purpose."""
+        """The record of the bytes that this worker has sent and received, by step and purpose."""
         return self.channel.ledger
 
     @property
@@ -179,22 +199,27 @@ class GradientHook(Records, ABC):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes that ring all-reduces of the same gradients, without compression, would have sent."""
+        """The number of bytes that this worker would have sent for the same gradients without compression, by ring
+        all-reduces."""
         exchanges = self.steps + self.skipped
         return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
     @property
     def contraction(self) -> float | None:
-        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 at the last measurement, where this worker's vector v was
-        compressed to C(v). It is None if there was no measurement (see `Compression.monitor_every`)."""
+        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 at the last measurement, where v is the vector that this worker
+        compressed to C(v).
+
+        It is None if nothing was measured yet (see `Compression.monitor_every`).
+        """
         self._settle()
         return self._contraction.whole
 
     def protect(self, optimizer: Optimizer) -> None:
-        """Make `optimizer` skip its step after a rejected exchange, as scalers do.
+        """Make `optimizer` skip its step after a rejected exchange, as a GradScaler does.
 
-        Gradients are set to None for that step, so parameters and optimizer state do not change. The step may have a
-        closure, which it must call once to compute the gradients.
+        Before that step gradients are set to None, so the step changes neither parameters nor the optimizer's state. If
+        the step has a closure, it must call the closure exactly once, to compute the gradients. No-op with
+        max_skipped=None.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._clear_rejected_gradients)
@@ -202,7 +227,12 @@ class GradientHook(Records, ABC):
             self._skips.protected = True
 
     def _clear_rejected_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
+        """Set the gradients of `optimizer` to None if they are those of a rejected exchange. It is a pre-hook of the
+        optimizer's step.
+
+        If the step has a closure, the gradients are set to None when the closure returns. Returns the step's arguments
+        with a closure that does this, or None if there is no closure.
+        """
         named = kwargs.get("closure")
         closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # args[0] is the optimizer
         if closure is None:
@@ -224,9 +254,10 @@ class GradientHook(Records, ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Commit or roll back the exchanges of the last backward pass, and prepare the exchanges of a new pass.
+        """Begin a backward pass: commit or roll back the exchanges of the last one.
 
-        Raises NonFiniteError after too many consecutive skipped steps.
+        If the last pass was interrupted, its exchanges are rolled back. Raises NonFiniteError after too many
+        consecutive skipped steps.
         """
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
@@ -234,8 +265,11 @@ class GradientHook(Records, ABC):
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return a new `ErrorFeedback` for a slice (parameters exchanged together). The error memories of its
-        parameters are moved to it from `_loose`, which has the error memories of parameters that are in no slice."""
+        """Return a new `ErrorFeedback` for the slice `of` (parameters exchanged together).
+
+        The error memories of its parameters are moved to it from `_loose`, if they are there. Those of all other
+        parameters are 0.
+        """
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -244,9 +278,11 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of `part`, a slice (parameters exchanged together), for this step. If the model's budget
-        of coordinates is divided among slices, the slice's compressor has only the slice's part of the budget. Returns
-        the step's compressor for the whole model."""
+        """Set the compressor of the slice `part` (parameters exchanged together) for this step.
+
+        If the model's budget, i.e. the number of coordinates to send, is divided among the slices by magnitudes, this
+        compressor has the slice's part of the budget. Returns the compressor of the whole model in this step.
+        """
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
@@ -255,52 +291,61 @@ class GradientHook(Records, ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace the gradients of a slice (parameters exchanged together) with their mean over workers; return
-        `Verdict.code`, float[3], which is 0 if the exchange is applied.
+        """Replace the gradients of the slice `part` (parameters exchanged together) with their means over workers
+        (lines 10-12 of Algorithm 1); collective.
 
-        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. The tensors of `identity`, [b] each,
-        contain bits of 0 or 1 that identify the slice. They are compared between workers.
+        Args:
+            part: the `ErrorFeedback` of the slice.
+            gradients: the gradients, by name of the parameter.
+            identity: tensors of 0s and 1s, [b] each, which identify the slice. They must be equal on all workers, which
+                is checked in the exchange.
+
+        Returns `Verdict.code`, float[3], which is 0 if the exchange is applied. It is committed or rolled back with the
+        whole pass.
         """
         decay, compressor = self.rules.compression.decay, self._use(part)
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
-        # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. The mean of C(v) is computed below.
+        # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. `r.exchange` then computes the mean
+        # of C(v).
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
         usage = Usage(part, gradients) if self.may_be_unused else None
         flags = [] if usage is None else [usage.here]
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
-        # Lines 11 and 12 of Algorithm 1. The user's optimizer then applies the gradients to the parameters x.
+        # Lines 11 and 12 of Algorithm 1, except that the user's optimizer applies the mean gradients to the parameters
+        # x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
             usage.restore(by_any)
-        # Without error feedback, the residual is discarded.
+        # With decay=0 there is no error feedback, so discard the residual, which is in v.
         if not decay:
             v.zero_()
         is_unlike: Tensor | bool = False
-        # If the bits are equal on all workers, their mean is 0 or 1, up to rounding.
+        # If a bit is equal on all workers, its mean over workers is 0 or 1, up to rounding.
         for mean in r.extras:
             is_unlike = (mean * (1 - mean) > 1e-6).any() | is_unlike
         self._codes.append(r.verdict.code(is_unlike))
         return self._codes[-1]
 
     def _complete(self) -> None:
-        """End the exchanges of a backward pass: start to copy their outcomes to the host, without waiting for the
-        copy."""
+        """End the exchanges of a backward pass. Start the copy of their outcomes to the host, which does not wait for
+        it."""
         self._outcome = Readback(torch.stack(self._codes))
 
     def _settle(self, *, interrupted: bool = False) -> None:
-        """Commit the last backward pass, or roll it back if it was interrupted or a worker's gradient was invalid.
+        """Commit the last backward pass, or roll it back if one of its exchanges was rejected.
 
-        No-op during a backward pass. Raises RuntimeError if workers exchanged different modules with each other.
+        No-op during a backward pass. If `interrupted` is True, a pass that has not ended is rolled back instead. Raises
+        RuntimeError if workers exchanged different modules with each other.
         """
         with self._lock:
             if not self._pass or not (self._outcome or interrupted):
                 return
-            # All workers read the same codes, so all commit every slice, or none does.
+            # The codes are identical on all workers, so all workers commit every slice, or none does.
             codes = self._outcome.tolist() if self._outcome else []
             rejected = [code for code in codes if any(number != 0 for number in code)]  # NaN != 0 is True
             applied = self._outcome is not None and not rejected
@@ -309,14 +354,15 @@ class GradientHook(Records, ABC):
             for part in self._pass:
                 part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
-            # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
+            # After a rejected pass the gradients are NaNs. Protected optimizers set them to None before their step.
             if applied:
                 self._skips.reset_streak()
                 self._rejected = [] if self._fresh else self._rejected
             elif self._outcome and not unlike:
                 self._rejected = list(self._protected)
                 others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
-                reports = (report for r in self._pass if (report := r.full_report()))  # only the first report is used
+                # Only the first invalid report is used.
+                reports = (report for r in self._pass if (report := r.full_report()))
                 skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):
                     skip = replace(skip, message="another worker has received an invalid message")
@@ -336,12 +382,12 @@ class GradientHook(Records, ABC):
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """Return a dict of the settings, such as the seed, that must be equal when a state is saved and when it is
-        loaded."""
+        """Return the settings, such as the seed, that must be equal when a state is saved and when it is loaded, by
+        name."""
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
-        on which it depends."""
+        """Return the fields of the saved state, in the order in which they are loaded. Each field comes after the
+        fields that must be loaded before it."""
         return [
             attribute(("steps",), self, "_steps", int),
             *self._skips.fields(),
@@ -350,26 +396,33 @@ class GradientHook(Records, ABC):
         ]
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories, given by name of the parameter or module, in `_loose`. `_feedback` moves each to
-        its slice when the slice's next gradients arrive."""
+        """Store loaded error memories in `_loose`. `saved` has them by name of the parameter or module.
+
+        `_feedback` moves each of them to a slice, when the next gradients of the slice are ready.
+        """
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, such as error memory and counts, as tensors and plain types. It differs between
-        workers."""
+        """Return the state of this hook as tensors and plain types. It has error memories, step count, skips, samples
+        and bytes sent.
+
+        The state differs between workers, so each worker must save its own.
+        """
         self._settle()
         return self.saved_state.save()
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if `load_state_dict` would reject `state`. The error names the first entry that does not
-        fit."""
+        """Raise ValueError if `load_state_dict` would reject `state`. The message names the first entry that is missing
+        or invalid."""
         self.saved_state.validate(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if the state does not
-        match this hook."""
+        """Restore the state that `state_dict` returned on this worker.
+
+        Raises ValueError, with nothing changed, if the state does not match this hook.
+        """
         self.saved_state.validate(state)
         self._settle(interrupted=True)
         self._step_rates.clear()
         self.saved_state.load(state)
-        self._drift.resume(max(0, self._steps - 1))  # parameters are compared when the next step begins
+        self._drift.resume(max(0, self._steps - 1))  # a comparison of parameters is then due when the next step begins

@@ -1,9 +1,11 @@
 """Parameters that a backward pass does not use (`find_unused_parameters`).
 
-DistributedDataParallel copies the mean gradient of a parameter to its p.grad if any worker used the parameter, and
-discards it if no worker did. So a worker sends zeros instead of v = e + g, the sum of error memory and gradient, for a
-parameter that it did not use, and keeps e. The compressed zeros C(0) need not be 0. If the mean is applied, the
-residual 0 - C(0) is added to the error memory. If the mean is discarded, the residual is discarded too.
+DistributedDataParallel copies the mean gradient of a parameter to p.grad if at least one worker used the parameter. If
+no worker used it, the mean is discarded.
+
+For a parameter that it did not use, a worker sends zeros instead of v = e + g, the sum of error memory and gradient,
+and keeps its e. The message C(0) of these zeros need not be 0, so they have the residual 0 - C(0). If the mean is
+copied to p.grad, the residual is added to the error memory. If the mean is discarded, the residual is discarded too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,11 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """Flags for the p parameters of one exchange: `here`, bool[p], is True for each parameter that this worker used in
-    the backward pass, i.e. whose gradient is not 0.
+    """Flags for the p parameters of one exchange.
 
-    A parameter whose gradient is 0 on all workers counts as unused, and its mean gradient is set to 0. So no update is
-    lost if DistributedDataParallel counts the parameter as used, and copies this mean to p.grad.
+    `here`, bool[p], is True for each parameter that this worker used in the backward pass. A parameter counts as used
+    if its gradient is not 0. If the gradient of a parameter is 0 on all workers, its mean gradient is set to 0. So no
+    update is lost if DistributedDataParallel regards the parameter as used, and copies this mean to p.grad.
     """
 
     def __init__(self, part: ErrorFeedback, gradients: Mapping[str, Tensor]) -> None:
@@ -28,12 +30,15 @@ class Usage:
 
     def restore(self, by_any: Tensor) -> None:
         """Correct the new error memory of the parameters that this worker did not use, and for which it sent zeros (see
-        `ErrorMemory.restore_unused`). The host does not wait for a GPU. Call after `ErrorMemory.absorb`. `by_any`,
-        bool[p], is True for the parameters that at least one worker used."""
+        `ErrorMemory.restore_unused`).
+
+        `by_any`, bool[p], is True for each parameter that at least one worker used. Call after `ErrorMemory.absorb`.
+        The host does not wait for a GPU.
+        """
         self._part.memory.restore_unused(self.here, by_any)
 
 
 def clear_unused(views: Sequence[Tensor], used: Tensor | None) -> None:
-    """Set to 0 the tensors whose flag in `used`, bool[p], is False. No-op if `used` is None."""
+    """Set tensors in `views` to 0 in place: those whose flag in `used`, bool[p], is False. No-op if `used` is None."""
     for view, is_used in zip(views, used, strict=True) if used is not None else ():
         view.mul_(is_used)

@@ -1,6 +1,6 @@
-"""The direction u, float[d], of a worker's step: gradient, momentum or variance-reduced gradient (STORM).
+"""The direction u, float[d], of a worker's step: its gradient, its momentum, or its variance-reduced gradient (STORM).
 
-`GradientUpdate` is the update of one step, the learning rate times u, which is added to the error memory.
+`GradientUpdate` is the update of one step, i.e. the learning rate times u. It is added to the error memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """Terms added to the gradients: weight decay of each parameter group, and noise xi on all coordinates from
-    `noisy_from` on. `scale` is the factor by which a GradScaler has multiplied the gradients, but not these terms."""
+    """Terms of a step that are added to the gradients: weight decay and noise.
+
+    `decays` has the weight decay of each parameter group. `noise` is the noise xi of the step, or None, and is added
+    only to the coordinates from `noisy_from` on. `scale` is the factor by which a GradScaler has multiplied the
+    gradients. These terms are not multiplied by it.
+    """
 
     decays: Sequence[float]
     noise: GaussianNoise | None = None
@@ -34,12 +38,13 @@ class Extras:
 
 @dataclass(frozen=True)
 class Storm:
-    """STORM's variance reduction in place of momentum (Cutkosky and Orabona 2019); `step` then needs a closure.
+    """Settings of STORM, a variance reduction (Cutkosky and Orabona 2019), which replaces momentum. The optimizer's
+    `step` then needs a closure.
 
     Args:
-        a: the weight of a new gradient, in (0, 1].
+        a: the weight of a new gradient in the direction of a step, in (0, 1].
 
-    Raises ValueError for a weight out of range.
+    Raises ValueError if `a` is out of range.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Storm
@@ -55,17 +60,21 @@ class Storm:
 
 class Gradient:
     """The direction of a step of plain SGD, u = gradient + weight_decay * x + xi, where x are the parameters and xi is
-    the noise. Subclasses add momentum or STORM."""
+    the noise.
 
-    kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
-    started = True  # False if the vector kept between steps has no value yet, since no step was applied
-    keeps = False  # True if the direction keeps a vector between steps
+    Subclasses compute other directions, by momentum or STORM.
+    """
+
+    kind = "gradient"  # name of this kind of direction in saved states, and of the vector that it keeps between steps
+    # False until the first applied step sets the vector that is kept between steps; True if no vector is kept
+    started = True
+    keeps = False  # True if the direction keeps a vector between steps, such as the momentum
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        # Candidates for the largest coordinates of the sum base + scale * u that was computed last.
+        # Candidates for the largest coordinates of base + scale * u, the last result of `add` or `add_if_finite`.
         self.candidates = Candidates(flat.compressed_d)
-        self.norm: Tensor | None = None  # upper bound on the norm of the last base + scale * u; None: unknown
+        self.norm: Tensor | None = None  # upper bound on the norm of base + scale * u, as computed last; None: unknown
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -74,9 +83,12 @@ class Gradient:
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale * u, where u is this direction (for plain SGD the gradient with weight decay and
-        noise); out and base are float[d], and out may be base. `scales` has a scale for each parameter group."""
-        if out is base:  # in place
+        """Set `out` to base + scale * u, where u is this direction. `out` and `base` are float[d], and may be the same
+        vector.
+
+        `scales` has the scale of each parameter group. `extras` has the weight decay and the noise in u.
+        """
+        if out is base:
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
         else:
@@ -84,16 +96,22 @@ class Gradient:
             self.perturb(out.flat, scales, extras)
 
     def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
-        """Add scale * (xi + weight_decay * x) to out, float[d], in place, where xi is the noise and x the
-        parameters."""
+        """Add scale * (xi + weight_decay * x) to `out`, float[d], in place, where xi is the noise and x are the
+        parameters.
+
+        `scales` has the scale of each parameter group.
+        """
         self._add_decay(out, scales, extras.decays)
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale * u to out, float[d], in place, where u is this direction. If the sum is not finite, the addition
-        is undone up to rounding, and the method returns False."""
-        # Collect candidates for the largest coordinates only if the sums below are final. Noise, weight decay and
-        # frozen parameters would change `out` afterwards.
+        """Add scale * u to `out`, float[d], in place, where u is this direction, and return True.
+
+        If the sum of `out` and the scaled gradients is not finite, `out` gets its old values again, up to rounding, and
+        the result is False. `scales` has the scale of each parameter group.
+        """
+        # Collect candidates for the largest coordinates of `out` only if nothing changes `out` after the sums below.
+        # Noise, weight decay and frozen parameters would change it.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
         squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
@@ -104,8 +122,11 @@ class Gradient:
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Subtract scale * u from out, float[d], where u is this direction. Gradients and parameters must be unchanged
-        since scale * u was added."""
+        """Subtract scale * u from `out`, float[d], in place, where u is this direction. This undoes `add_if_finite`, up
+        to rounding.
+
+        Gradients and parameters must not have changed since then. `scales` has the scale of each parameter group.
+        """
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
@@ -120,15 +141,18 @@ class Gradient:
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
-        """End a step. If `apply` is True, commit the new values of the vectors kept between steps, such as the
-        momentum; otherwise roll these vectors back. Plain gradients have no such vectors."""
+        """End a step, as applied (`apply` is True) or as skipped.
+
+        After an applied step, the new values of the vectors kept between steps, such as the momentum, are committed.
+        After a skipped step, these vectors are rolled back. No-op here, since plain SGD keeps no vectors.
+        """
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        # On a CPU, add the gradients in one pass over memory. On a GPU a foreach call is faster.
+        # On a CPU, add all gradients in one pass over memory. On a GPU a foreach call of torch is faster.
         in_one_pass = out is not base and out.flat.device.type == "cpu"
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
-        # A single pass also bounds the norm of the result, by the sum of the norms of its parts.
+        # The pass on a CPU also gives an upper bound on the norm of the result: the sum of the norms of its parts.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
@@ -151,8 +175,11 @@ class Gradient:
                 extras.noise.add_to(out[start : run.stop], scales[run.group], start)
 
     def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
-        """Add scale * weight_decay * x to out, float[d], where x are the parameters. Weight decay is part of the
-        objective, so it is added before compression."""
+        """Add scale * weight_decay * x to `out`, float[d], in place, where x are the parameters.
+
+        Weight decay is part of the objective, so it is added before compression. `scales` and `decays` have one number
+        for each parameter group.
+        """
         for run in self._flat.ranges:
             if decays[run.group]:
                 stretch = slice(run.start, run.stop)
@@ -160,26 +187,33 @@ class Gradient:
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the vector that exists only to roll back a step, or 0 if there is none."""
+        """The number of bytes of the vector that exists only to roll back a step, or 0 if there is no such vector."""
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
-        """Return the views of the vectors kept between steps, one per parameter, by name of the vector. Call after each
-        step, which may swap the buffers of these vectors."""
+        """Return the views of the vectors that are kept between steps: a list with one view for each parameter, by name
+        of the vector.
+
+        Call again after each step, since a step may swap the buffers of these vectors.
+        """
         return {}
 
     def reset(self) -> None:
-        """Clear the vectors kept between steps, such as the momentum. Call after the escape check has rolled the
-        parameters back."""
+        """Set the vectors that are kept between steps, such as the momentum, to zero. Call after the escape check has
+        rolled the parameters back."""
 
 
 class _StatefulGradient(Gradient):
-    """A direction of steps that keeps a vector, such as the momentum, between steps: float[d], in at least float32. A
-    step computes the next value of the vector in `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can
-    be rolled back."""
+    """Base class of directions that keep a vector, float[d], between steps, such as the momentum. It is in at least
+    float32.
+
+    `_now` is the vector after the last step, and `_next` is its next value, which the current step computes. With
+    `spare`, they are two buffers, so a step can be rolled back. Without `spare`, they are the same buffer, and no step
+    can be rolled back.
+    """
 
     keeps = True
 
@@ -209,8 +243,11 @@ class _StatefulGradient(Gradient):
             self.started = True
 
     def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
-        """Set out to base + factor * scale * w, all float[d], where w is the next value of the vector kept between
-        steps. The coordinates of frozen parameters in w are set to 0 first."""
+        """Set `out` to base + factor * scale * w, all float[d], where w is `_next`, the next value of the vector kept
+        between steps.
+
+        First the coordinates of frozen parameters in w are set to 0. `scales` has the scale of each parameter group.
+        """
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
         for run in self._flat.ranges:
@@ -219,13 +256,16 @@ class _StatefulGradient(Gradient):
 
 
 class Momentum(_StatefulGradient):
-    """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
+    """Momentum of each worker, applied before compression: m <- beta m + g, where g = gradient + weight_decay x + xi.
 
-    Here beta is the coefficient, x are the parameters and xi is the noise. The direction is u = m, or with `nesterov`
-    u = g + beta m. With error feedback and any compressor, y = x - eta e moves as in SGD with momentum on the mean
-    gradient, where eta is the learning rate and e the workers' mean error memory (dist-EF-SGDM; Zheng, Huang and Kwok
-    2019). With `averaging`, m <- beta m + (1 - beta) g, and m = g in the first step. With memory="ef21" this is
-    EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
+    m is the momentum, beta its coefficient, x are the parameters and xi is the noise. The direction of a step is u = m,
+    or with `nesterov` u = g + beta m. With `averaging`, (1 - beta) g replaces g in these formulas, except in the first
+    step.
+
+    With error feedback and any compressor, let y = x - eta e, where eta is the learning rate and e the workers' mean
+    error memory. Then y moves as the parameters of SGD with momentum on the mean gradient do (dist-EF-SGDM; Zheng,
+    Huang and Kwok 2019). With memory="ef21" and `averaging`, the method is EF21-SGDM (Fatkhullin, Tyurin and Richtarik
+    2023).
     """
 
     kind = "momentum"
@@ -241,17 +281,19 @@ class Momentum(_StatefulGradient):
         if self._nesterov:
             super().add(base, out, [share * scale for scale in scales], extras)
             base = out
-            self.norm = None  # the measured norm does not include m
+            self.norm = None  # the norm was measured before beta m was added
         self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): a step's direction is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
+    """STORM (Cutkosky and Orabona 2019): the direction of step t is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
 
-    Here x_t are the parameters at step t, and a is the weight of a new gradient. Both gradients g are computed on the
-    examples of step t. So a step needs a closure that computes the loss and the gradients on these examples, and calls
-    the closure at x_t and at x_{t-1}. The gradient g includes weight decay; noise is added to the direction d_t but not
-    accumulated. With memory="ef21" this is EF21-STORM (Fatkhullin et al. 2023).
+    x_t are the parameters at step t, a is the weight of a new gradient, and g is the gradient with weight decay. Both
+    gradients in the formula are computed on the examples of step t. So a step needs a closure that computes the loss
+    and the gradients on these examples. The step calls it twice, at x_t and at x_{t-1}.
+
+    Noise is added to the result, but not to the d_t that the next step uses. With memory="ef21" the method is
+    EF21-STORM (Fatkhullin et al. 2023).
     """
 
     kind = "storm"
@@ -269,12 +311,13 @@ class StormGradient(_StatefulGradient):
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
             self._next.flat.copy_(self._now.flat)
-        # Compute (1 - a) (d_{t-1} - g(x_{t-1})) in `_next`, and restore p.grad = g(x_t) at the end.
+        # Compute (1 - a) (d_{t-1} - g(x_{t-1})) in `_next`. At the end, restore p.grad to g(x_t), and the parameters to
+        # x_t.
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                # A closure that does not clear gradients would add its gradients to those at x_t.
+                # Clear the gradients, since a closure that does not clear them would add its gradients to those at x_t.
                 p.grad = None
             try:
                 super().evaluate(closure, decays)
@@ -296,7 +339,7 @@ class StormGradient(_StatefulGradient):
         self._add_noise(out.flat, scales, extras)
 
     def first_out_of_range(self) -> str | None:
-        # Search the gradients for a value out of range, and then the direction d_t.
+        # Search first the gradients, and then the direction d_t, for an invalid value (Inf, NaN or too large).
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:
@@ -310,8 +353,11 @@ class StormGradient(_StatefulGradient):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale * u, float[d], where u is the direction of the step: the gradient, momentum or
-    STORM. It is computed when it is added to the error memory. Each parameter group has its own scale."""
+    """The update of one step, scale * u, float[d], where u is the direction of the step, by gradient, momentum or
+    STORM.
+
+    It is not stored, but computed when it is added to the error memory. Each parameter group has its own scale.
+    """
 
     direction: Gradient
     scales: Sequence[float]
@@ -337,9 +383,17 @@ class GradientUpdate(Update):
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the object that computes the direction of steps, by gradient, momentum or STORM, for these options.
-    `spare` allocates the buffer for rolling back skipped steps. Raises ValueError for values out of range and for
-    unsupported combinations."""
+    """Return the object that computes the directions of steps, by gradient, momentum or STORM.
+
+    Args:
+        flat: the parameters.
+        momentum: the coefficient of momentum, 0 for none, or a `Storm`.
+        nesterov: True for Nesterov's form of momentum.
+        memory: the kind of error memory; with "ef21" momentum averages gradients.
+        spare: True to allocate the buffer that is needed to roll back skipped steps.
+
+    Raises ValueError for values that are out of range, and for unsupported combinations.
+    """
     if isinstance(momentum, Storm):
         if nesterov:
             raise ValueError(f"nesterov must be False with {momentum}")

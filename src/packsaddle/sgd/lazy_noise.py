@@ -1,6 +1,7 @@
-"""Lazy noise: the noise of a coordinate is drawn only in the steps that send the coordinate.
+"""Lazy noise: the artificial noise of a coordinate is drawn only in the steps that send the coordinate.
 
-Without lazy noise, every step draws noise for all coordinates, and adds it to the error memory.
+Such a draw includes the noise of all steps since the coordinate was last sent. Without lazy noise, every step draws
+noise for all coordinates, and adds it to the error memory.
 """
 
 import math
@@ -18,36 +19,39 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# For each dtype of a sum, the fraction of the sum below which an added term loses too many digits.
+# For each dtype of a sum of variances: a variance below this fraction of the sum loses too many digits when it is
+# added.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
 class OutstandingNoise:
-    """The noise that is not applied to the parameters yet, represented by its variance: one number per cell, i.e. block
-    of coordinates.
+    """The outstanding noise, i.e. the noise of past steps that is not applied to the parameters yet. Only its variance
+    is stored, as one number per cell, i.e. block of coordinates.
 
-    If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
-    sum_s eta_s xi_s to the parameters x, where s runs over the steps since the cell was last sent, eta_s is the
-    learning rate and xi_s the noise of standard deviation r_s. This sum is Gaussian with variance sum_s (eta_s r_s)^2,
-    and independent of the noise of earlier sends. So one Gaussian per coordinate is drawn when the cell is sent, and
-    the iterates x_t have the joint distribution of Algorithm 1.
+    If all workers send the same cells, the noise in their error memories is identical. When a cell is sent, Algorithm 1
+    applies the noise sum_s eta_s xi_s to the parameters of the cell. Here s runs over the steps since the cell was last
+    sent, eta_s is the learning rate and xi_s the noise, whose standard deviation is r_s. This sum is Gaussian with
+    variance sum_s (eta_s r_s)^2, and it is independent of the noise of earlier sends. So it suffices to draw one
+    Gaussian number per coordinate when the cell is sent. The iterates x_t then have the same joint distribution as in
+    Algorithm 1.
 
-    To read the error memory e or y = x - eta e, the outstanding noise is drawn separately. Such a draw has the exact
-    distribution at its step, but not the exact joint distribution with other draws or with later iterates x_t.
+    If the error memory e or y = x - eta e is read, the outstanding noise is drawn only for this purpose. Such a draw
+    has the exact distribution at its step. Its joint distribution with other draws, or with later iterates x_t, is not
+    exact.
     """
 
-    total: float  # the variance of the outstanding noise of a coordinate that was never sent
-    kept: Tensor  # float64[cells] (float32 on MPS), the value of `total` when each cell was last sent
-    size: int  # coordinates per cell
+    total: float  # sum of the variances of all steps; a cell's outstanding variance is `total` minus its `kept`
+    kept: Tensor  # float64[cells] (float32 on MPS): `total` at the last send of each cell; 0: never sent
+    size: int  # number of coordinates in a cell
 
     def __post_init__(self) -> None:
         check_tensor("noise", self.kept, None)
 
     def grow(self, std: float) -> None:
         variance = std * std
-        # If `total` is so large that adding the variance would lose it to rounding, subtract the smallest value in
-        # `kept` from `total` and `kept` first. Only their differences matter.
+        # If `total` is so large that the sum would lose digits of the variance, first subtract the smallest number in
+        # `kept` from `total` and from all of `kept`. Only the differences between `total` and `kept` matter.
         if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:
             least = float(self.kept.min())
             self.kept -= least
@@ -55,16 +59,21 @@ class OutstandingNoise:
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the outstanding noise, i.e. the noise that is not applied yet, of the `cells` that are sent, m cells of
-        b coordinates each, and add it to out, float[m b]. These cells then have no outstanding noise."""
+        """Draw the outstanding noise of the cells that are sent, and add it to `out`, float[m b].
+
+        `cells` are m cells of b coordinates each. Afterwards they have no outstanding noise.
+        """
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return a draw of the outstanding noise, i.e. the noise that is not applied yet, of all coordinates, float[d],
-        in the dtype of `like`. The recorded variance of that noise does not change."""
+        """Return a draw of the outstanding noise of all coordinates, float[d], with the shape, dtype and device of
+        `like`.
+
+        The noise remains outstanding, i.e. its stored variance does not change.
+        """
         noise = like.new_zeros(len(self.kept) * self.size)
-        # Use a different random stream from that of `take` at this step, since both draws may reach x.
+        # Do not use the random stream of `take`, since both draws of one step may be added to x.
         self._add(self.total - self.kept, noise, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
@@ -81,23 +90,28 @@ class OutstandingNoise:
 
 
 class Perturber:
-    """The noise of CompressedSGD (line 9 of Algorithm 1). If noise is lazy, this object also keeps the record of the
-    noise that is not applied yet (`outstanding`).
+    """Draws the artificial noise of CompressedSGD (line 9 of Algorithm 1). If noise is lazy, this object also stores
+    the variance of the noise that is not applied yet, in `outstanding`.
 
-    Noise can be lazy only if three conditions hold. All workers send the same coordinates, as in an all-reduce with
-    RandomK (see `Compressor.shared_cells`). Error feedback is `plain`, i.e. without EF21 and without momentum. There is
-    no `escape` check. Raises ValueError if `noise.lazy` is True and a condition does not hold.
+    Noise can be lazy only under three conditions:
+
+    - All workers send the same coordinates, as in an all-reduce with RandomK (see `Compressor.shared_cells`).
+    - `plain` is True: error feedback is without EF21, momentum and STORM.
+    - `escape` is False: there is no escape check.
+
+    Raises ValueError if `noise.lazy` is True and a condition does not hold.
     """
 
     def __init__(
         self, noise: Noise, memory: ErrorMemory, aggregator: Aggregator, *, seed: int, escape: bool, plain: bool
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
-        self._step = 0  # step index t of the last draw
-        self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
-        self.grown = 0.0  # std of the last step's lazy noise, in units of the parameters; 0: no lazy noise
-        # The grid is (number of cells, size of a cell) if all workers send the
-        # same cells in each step, and None otherwise.
+        self._step = 0  # index t of the step of the last draw
+        # The lazy noise that is not applied yet; None: noise is not lazy.
+        self.outstanding: OutstandingNoise | None = None
+        self.grown = 0.0  # standard deviation of the lazy noise of the current step, times the learning rate; 0: none
+        # `grid` is (number of cells, coordinates in a cell) if all workers send the same cells in each step, and
+        # otherwise None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:
@@ -118,8 +132,11 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of a step, or None if it is 0, and a number n. The noise of the first n coordinates is
-        lazy, so the update of the step must not include it. `lrs` has the learning rate of each parameter group."""
+        """Return the noise xi_t of a step, and the number n of leading coordinates whose noise is lazy.
+
+        The update of the step must include the noise of the coordinates from n on, and not that of the first n. xi_t is
+        None if the noise of this step is 0. `lrs` has the learning rate of each parameter group.
+        """
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
@@ -127,8 +144,8 @@ class Perturber:
         if len(set(lrs)) == 1 and not self._memory.slice.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
-        # A cell may contain coordinates of different learning rates, or of frozen parameters. Its noise cannot be drawn
-        # as a whole then, so draw all outstanding noise now and add it to the error memory.
+        # The noise of a cell cannot be drawn as a whole if the cell may contain coordinates of different learning
+        # rates, or of frozen parameters. So draw all outstanding noise now, and add it to the error memory.
         self._settle(self.outstanding, step)
         return xi, 0
 
@@ -138,8 +155,11 @@ class Perturber:
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged) -> None:
-        """Draw the noise that is not applied yet, including that of this step, for the cells (blocks of coordinates)
-        that this step sends, and add it to the mean update g, in place. No-op if noise is not lazy."""
+        """Draw the outstanding noise, i.e. the noise that is not applied yet, of the cells that this step sends. Add it
+        to the mean update g, in place.
+
+        The noise of this step is included. A cell is a block of coordinates. No-op if noise is not lazy.
+        """
         if self.outstanding is None:
             return
         self.outstanding.grow(self.grown)
@@ -150,22 +170,30 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of any coordinate of the parameters by `add_outstanding`. It is 7 standard
-        deviations, since the normal numbers that are drawn have magnitudes of at most 7."""
+        """An upper bound on the change of any coordinate of the parameters by the noise that `add_outstanding` adds.
+
+        It is 7 standard deviations, since the normal numbers that are drawn have magnitudes of at most 7. It is 0 if
+        noise is not lazy.
+        """
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
-        """Return the unsent update `pending`, float[d], plus a draw of the noise that is not applied yet. The record of
-        that noise does not change."""
+        """Return the unsent update `pending`, float[d], plus a draw of the outstanding noise, i.e. the noise that is
+        not applied yet.
+
+        The noise remains outstanding.
+        """
         if self.outstanding is None or not self.outstanding.anything:
             return pending
         noise = self.outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def load(self, saved: OutstandingNoise | None, step: int) -> None:
-        """Restore the outstanding noise, i.e. the noise that is not applied yet, of a saved state. If noise is not lazy
-        in this run, or if the cells (blocks of coordinates) of the saved noise differ in number or size from those of
-        this run, the saved noise is drawn and added to the error memory."""
+        """Restore `saved`, the outstanding noise of a saved state, i.e. the noise that was not applied yet.
+
+        If noise is not lazy in this run, the saved noise is drawn, and added to the error memory. The same is done if
+        the cells (blocks of coordinates) of the saved noise differ in number or size from those of this run.
+        """
         here = self.outstanding
         if here is not None:
             here.clear()

@@ -1,7 +1,7 @@
 """The memories of CompressedSGD: an error memory, or with memory="ef21" EF21's estimates of the gradient.
 
-EF21's memory subtracts the workers' mean estimate from the parameters, scaled by the learning rates, so it needs to
-read them.
+EF21's memory subtracts the workers' mean estimate, multiplied by the learning rates, from the parameters. So it reads
+the learning rates in each step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,18 +14,21 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-# Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a spare
-# copy instead, which fits a cache and makes rollback exact.
+# Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a second
+# vector instead: both fit a cache, and a rollback is exact.
 _LARGE = 1 << 20
 
 
 class EstimateMemory(ErrorMemory):
-    """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
+    """EF21's estimate of this worker's gradient, float[d], and the mean of the estimates of all workers. It replaces
+    the error memory with memory="ef21".
 
-    The method is from Richtarik, Sokolov and Fatkhullin 2021. A worker with the update u and the estimate g^(i) sends
-    C(u - g^(i)), compressed by C, and adds it to g^(i). The parameters x become x - eta mean_i g^(i), where eta is the
-    learning rate. So no update is ever unsent, and there is no error memory. EF21's proof does not assume bounded
-    gradients. With small batches the method needs momentum. Raises ValueError for 16-bit parameters.
+    The method is from Richtarik, Sokolov and Fatkhullin 2021. Let u be the update of worker i, g^(i) its estimate, and
+    C the compressor. In a step the worker sends C(u - g^(i)), and adds it to g^(i). The parameters x become x - eta
+    mean_i g^(i), where eta is the learning rate. So no update is ever unsent.
+
+    EF21's proof does not assume bounded gradients. With small batches the method needs momentum. Raises ValueError for
+    16-bit parameters.
     """
 
     kind = "ef21"
@@ -38,16 +41,17 @@ class EstimateMemory(ErrorMemory):
         super().__init__(flat)
         self._flat = flat
         self.mean = torch.zeros_like(self.vector)
-        self._lacking = flat.zeros()  # the update minus the estimate, which is the vector to send
+        # The vector to send, i.e. the update minus the estimate; after `absorb` its residual.
+        self._lacking = flat.zeros()
         self._rates = rates
-        self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
+        self._bound: float | None = None  # upper bound on the largest absolute value of `mean`; None: not measured yet
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of the parameters in a step. `magnitude` is the largest
-        absolute value of the mean update that the step adds to the mean estimate.
+        """Return an upper bound on the change of any coordinate of the parameters in a step.
 
-        The first call measures the largest absolute value of the mean estimate. Every call adds `magnitude` to the
-        measured value.
+        `magnitude` is the largest absolute value of the mean update, which the step adds to the mean estimate. The
+        first call measures the largest absolute value of the mean estimate. Each call, including the first, adds
+        `magnitude` to this value, and returns the sum times the largest learning rate.
         """
         if self._bound is None:
             self._bound = float(measured(self.mean))
@@ -55,7 +59,7 @@ class EstimateMemory(ErrorMemory):
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self) -> Sequence[float]:
-        # Unequal learning rates would make the parameters differ between workers.
+        # If learning rates differed between workers, the parameters would differ too.
         return self._rates()
 
     def close(self, *, apply: bool) -> None:
@@ -106,11 +110,15 @@ class EstimateMemory(ErrorMemory):
 def make_memory(
     kind: Memory, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, spare: bool, revocable: bool
 ) -> ErrorMemory:
-    """Return the error memory of this `kind` for the parameters `flat`. `rates` returns the learning rate of each
-    parameter group.
+    """Return the memory of the parameters `flat`: an error memory, or EF21's estimates.
 
-    With `spare`, the memory can be rolled back to its value before the current step. A large memory on a CPU needs no
-    second vector for that if updates are `revocable`, i.e. can be computed again and subtracted.
+    Args:
+        kind: "buffer" for an error memory, "ef21" for EF21's estimates.
+        flat: the parameters.
+        rates: returns the learning rate of each parameter group.
+        spare: True if an error memory must be able to roll back to its value before the current step.
+        revocable: True if the update of a step can be computed again. A large error memory on a CPU then needs no
+            second vector for a rollback, since it subtracts the update.
     """
     if kind == "ef21":
         return EstimateMemory(flat, rates)

@@ -1,8 +1,11 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Start with `CompressedSGD.step`. Module `gradient` computes the update u. `feedback.round` adds it to the error memory
-e, compresses the sum v = e + u, and averages the messages over workers. All workers apply the mean, or none does.
-`FlatTarget` applies the mean to the parameters x.
+Start with `CompressedSGD.step`, which does these things:
+
+- It computes the update u (module `gradient`).
+- It adds u to the error memory e, compresses the sum v = e + u, and averages the messages over workers (module
+  `feedback.round`).
+- It applies the mean to the parameters x on all workers, or on none (`FlatTarget`).
 """
 
 import math
@@ -45,9 +48,10 @@ from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_directio
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
-T = TypeVar("T")  # type of the loss that the user's closure returns
-_NUMBERS = ("step", "started", "start_step")  # entries of each parameter group in a saved state
-# Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
+T = TypeVar("T")  # type of the loss, which the user's closure returns
+# Entries that this optimizer adds to each parameter group of a saved state.
+_NUMBERS = ("step", "started", "start_step")
+# Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
     "noise": None,
@@ -67,13 +71,15 @@ _RULES = [
 
 
 class FlatTarget:
-    """Applies the mean update of an exchange to the parameters x, and rejects a step that would overflow x."""
+    """Applies the mean update of an exchange to the parameters x. If x would overflow, it leaves x unchanged, and the
+    step is skipped."""
 
     defers = False
 
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
-        self.x_was_large = False  # True once an update was so large that the parameters x could have overflowed
+        # True if an earlier update was so large that the parameters x could have overflowed; it stays True
+        self.x_was_large = False
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Subtract the mean update g from the parameters x (line 11 of Algorithm 1). If x would overflow, x is
@@ -81,11 +87,11 @@ class FlatTarget:
 
         `magnitude` is the approximate maximum of the absolute values of g.
         """
-        # A sufficiently small step cannot overflow any parameter.
+        # If the change of every parameter is below a bound, no parameter can overflow, so x need not be checked.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # The parameters x may overflow: apply the mean, check x, and restore x if it has overflowed.
+        # The parameters x may overflow: apply the mean, check x, and restore x if it did overflow.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
@@ -98,10 +104,10 @@ class FlatTarget:
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
-        """Subtract the mean update g from the parameters x, after adding to g the lazy noise of the coordinates that
-        were sent, i.e. their noise of all steps since they were last sent.
+        """Subtract the mean update g from the parameters x.
 
-        Returns the rounding error of x, float[d], or None if x is at least float32.
+        If noise is lazy, first add to g the noise of the coordinates that were sent, for all steps since they were last
+        sent. Returns the rounding error of x, float[d], or None if x is in at least float32.
         """
         self._noise.add_outstanding(g)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
@@ -110,35 +116,39 @@ class FlatTarget:
 class CompressedSGD(Records, Exchanging, Optimizer):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
-    It replaces your optimizer. To train with AdamW or Muon, see `LocalUpdates` and `register_ddp_hook`.
+    It replaces the optimizer of a training script. To train with AdamW or Muon instead, see `LocalUpdates` and
+    `register_ddp_hook`.
 
     Args:
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
         compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
-            uncompressed, where the error is kept and which checks are made. A function of the step is not supported.
+            uncompressed, the kind of error memory, and which checks are made. A function of the step is not supported.
+
         noise: r, the standard deviation of each coordinate of the noise xi_t, in units of a gradient; a function of the
-            step that returns r (see `Ramp`); or a `Noise`.
-        escape: the escape check of Algorithm 1, lines 4-8, or None for no check.
-        momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`); or a `Storm`.
-        nesterov: use Nesterov's form of the momentum.
-        weight_decay: coefficient of x added to the gradient, before compression.
-        seed: seed of all shared randomness; identical on all workers.
-        process_group: a torch.distributed process group; by default torch's default group if there is one, else this
-            process alone.
+            step that returns r (see `Ramp`); or a `Noise`. escape: the escape check of Algorithm 1, lines 4-8, or None
+            for no check. momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`);
+            or a `Storm`. nesterov: True for Nesterov's form of the momentum. weight_decay: the multiple of the
+            parameters x that is added to the gradient, before compression. seed: seed of all shared randomness;
+            identical on all workers. process_group: a torch.distributed process group; by default torch's default group
+            if there is one, else this process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
-    collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, TypeError for an argument of a wrong type, and RuntimeError if a launcher has set
-    WORLD_SIZE above 1 and there is no process group. The first `step` raises RuntimeError if a DistributedDataParallel
-    exchanges the same gradients.
+    collective, and all workers start from rank 0's parameters.
 
-    Attributes: `choice`, how messages are averaged and why; `monitor`, the measured contraction; `skips`, the skipped
-    steps, which change neither parameters nor memories; `drifts`, the comparisons in which parameters differed between
-    workers.
+    Raises ValueError for an argument that is out of range or differs between workers, and TypeError for an argument of
+    a wrong type. Raises RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group. The first
+    `step` raises RuntimeError if a DistributedDataParallel exchanges the same gradients.
 
-    A parameter without a gradient has gradient zero: noise and weight decay still apply. A frozen parameter does not
-    move, and its error memory and momentum are discarded.
+    These attributes have results:
+
+    - `choice`: how messages are averaged, and why
+    - `monitor`: the measured contraction
+    - `skips`: the records of the skipped steps, which change neither parameters nor memories
+    - `drifts`: the records of the comparisons in which parameters differed between workers
+
+    A parameter whose `grad` is None has the gradient zero, so noise and weight decay still change it. A frozen
+    parameter does not change, and its error memory and momentum are set to zero.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK
@@ -177,8 +187,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # True while the user's closure or objective runs
-        # With this attribute, a GradScaler also calls `step` if a gradient is Inf, and `step` itself skips the update.
+        self._is_busy = False  # True while the user's closure, or the objective of the escape check, runs
+        # With this attribute, a GradScaler calls `step` even if a gradient is Inf or NaN, and `step` itself skips the
+        # update.
         self._step_supports_amp_scaling = True
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
@@ -219,7 +230,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._rates = StepRates()
 
-        # Check that arguments are equal on all workers, and start from rank 0's x.
+        # Check that arguments are equal on all workers, and broadcast rank 0's parameters x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, **agreement(spec), "noise": noise, "momentum": momentum, "nesterov": nesterov}
@@ -245,8 +256,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError if a `param_group` is added after construction, when the flat vector of all parameters and
-        the error memory have their final size."""
+        """Add `param_group`, which is possible only during construction.
+
+        Raises RuntimeError afterwards, since the flat vector of all parameters and the error memory then have their
+        final sizes.
+        """
         if hasattr(self, "_flat"):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
@@ -258,19 +272,21 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
-        """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
+        """Do one iteration of Algorithm 1; collective. Returns the value of `closure`, or None if it is None.
 
-        Gradients do not change; call `zero_grad` as usual. `scalars`, float[n], such as a loss, are averaged over
-        workers in the same collective, and their means are in `opt.scalars`. Raises ValueError for a learning rate or
-        weight decay that is negative or not finite, and RuntimeError if it is called within a step, such as by the
-        closure.
+        The step does not change gradients, so call `zero_grad` as usual. `scalars`, float[n], are numbers such as a
+        loss. They are averaged over workers in the collective that sends the messages, and their means are then in
+        `opt.scalars`.
+
+        Raises ValueError if a learning rate or weight decay is negative or not finite. Raises RuntimeError if it is
+        called within a step, for example by the closure.
         """
         self._check_rates()
         with self._busy():
-            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # this worker's grad F_i(x_t)
+            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # computes this worker's grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
-        with self._feedback.round(t) as round:  # applied by all workers, or by none
+        with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
@@ -282,13 +298,14 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             round.apply(self._target)
         self._finish_step(round)
         if round.absorbed:
-            # Lines 4-8 of Algorithm 1, iteration t + 1, come here, so that the next gradient is at the new x.
+            # Lines 4-8 of Algorithm 1 for iteration t + 1 are executed here, so that the next gradient is computed at
+            # the new x.
             self._check_escape()
         return loss
 
     def _check_rates(self) -> None:
-        """Raise TypeError or ValueError if a learning rate or a weight decay is invalid. They are checked in every
-        step, since a script may set them at any time."""
+        """Raise TypeError or ValueError if a learning rate or a weight decay is invalid. They are validated in every
+        step, since a script may change them between steps."""
         for name in ("lr", "weight_decay"):
             for i, value in enumerate(group[name] for group in self.param_groups):
                 if not isinstance(value, Real | Tensor) or isinstance(value, bool):
@@ -300,8 +317,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Context manager in which user code runs: the closure of a step, or the objective of the escape check. Raises
-        RuntimeError if that code calls `step`."""
+        """Context manager in which code of the user runs: the closure of a step, or the objective of the escape check.
+
+        Raises RuntimeError on entry if such code is already running, i.e. if it has called `step`.
+        """
         if self._is_busy:
             raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
         self._is_busy = True
@@ -311,7 +330,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._is_busy = False
 
     def _begin(self) -> int:
-        """Validate parameters and gradients; return the step index t."""
+        """Validate the parameters and the gradients, and return the index t of the step."""
         if self._step == 0 and is_averaged_by_ddp(self._flat.parameters, self.channel.group):
             raise RuntimeError(
                 "a DistributedDataParallel has these parameters and sends every gradient uncompressed before the step: "
@@ -326,15 +345,18 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return self._step
 
     def _update(self, t: int) -> GradientUpdate:
-        """Return the update of step t, eta (gradient + weight_decay x + xi_t), with momentum or STORM applied (line 9
-        of Algorithm 1). Here eta is the learning rate, x are the parameters and xi_t is the noise."""
+        """Return the update of step t, eta u, where u is the direction of the step: gradient + weight_decay x + xi_t,
+        or momentum or STORM of it (line 9 of Algorithm 1).
+
+        eta is the learning rate, x are the parameters and xi_t is the noise. With memory="ef21", the update is u.
+        """
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(lrs, t)
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
-        # Attributes that a GradScaler sets: the factor by which the gradients were scaled, and a flag that is nonzero
-        # if a gradient is Inf or NaN.
+        # Read two attributes that a GradScaler sets: the factor by which the gradients were multiplied, and a flag that
+        # is nonzero if a gradient is Inf or NaN.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
         scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
@@ -342,11 +364,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return the factors of this worker's step that must be equal on all workers, so that they can be compared.
+        """Return the factors of this worker's step that must be equal on all workers, so that they can be compared: a
+        float[n] in the dtype of `like` and on its device.
 
-        They are the learning rates with memory="ef21", or the standard deviation of lazy noise. The result is a
-        float[n] like `like`; it is empty if there are no such factors, or only one worker. On a GPU the standard
-        deviation is omitted, since comparing it would make the host wait for the device in every step.
+        With memory="ef21", they are the learning rates. With lazy noise, the factor is the standard deviation of the
+        noise. The result is empty in all other cases, and if there is only one worker. On a GPU the standard deviation
+        is left out, since its comparison would make the host wait for the device in every step.
         """
         if self.channel.group.size == 1:
             return like[:0]
@@ -361,15 +384,17 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """End a step: commit or roll back the state of momentum or STORM, count the step as applied or skipped, and
-        compare the workers' parameters if a comparison is due; collective.
+        """End a step, as applied or as skipped; collective.
 
-        Raises NonFiniteError after too many skipped steps.
+        The state of momentum or STORM is committed, or rolled back, and the step is counted. After an applied step, the
+        workers' parameters are compared if a comparison is due. Raises NonFiniteError after too many consecutive
+        skipped steps.
         """
         t = round.step
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
-            # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
+            # Gather the reports of all workers, with the first invalid parameter or message of each, and their numbers
+            # of consecutive skipped steps.
             report = round.full_report()
             if round.invalid:
                 report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
@@ -381,7 +406,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._skips.record(Skip.of(t, reports, THE_MEAN))
             self._skips.check(max(int(p["row"]) for p in gathered))
             return
-        # Count the step, and refresh the views in `self.state`, since a step may swap buffers.
+        # Count the step. Refresh the views in `self.state`, since a step may swap the buffers of the error memory and
+        # of the momentum.
         self._step = t + 1
         for name, views in {self._memory.name: self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
@@ -397,9 +423,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _check_escape(self) -> None:
-        """Run the escape check (lines 4-8 of Algorithm 1), which ends a segment of steps and rolls the parameters back
-        if the loss did not decrease in it. If a segment ends, clear the error memory. If the parameters are rolled
-        back, clear the state of momentum or STORM too."""
+        """Run the escape check (lines 4-8 of Algorithm 1). No-op without an escape check.
+
+        A check that ends a segment of steps rolls the parameters back if the segment did not decrease the loss. If a
+        segment ends, the error memory is cleared. If the parameters are rolled back, the state of momentum or STORM is
+        cleared too.
+        """
         if self._escape is None:
             return
         with self._busy():
@@ -412,21 +441,21 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def steps(self) -> int:
-        """The number of steps that were applied, i.e. not skipped. It is the index t of the next step."""
+        """The number of applied (not skipped) steps. It is the index t of the next step."""
         return self._step
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the vectors that exist only to roll back a step. It is 0 with `max_skipped=None`."""
+        """The number of bytes of the vectors that exist only to roll back a step. It is 0 with `max_skipped=None`."""
         return self._memory.spare_bytes + self._direction.spare_bytes
 
     @property
     def mu(self) -> float:
-        """The contraction 1 - E||v - C(v)||^2 / ||v||^2 of a step in which the vector v, float[d], is compressed to
-        C(v), under the assumption that all coordinates of v have equal mean squares.
+        """The contraction 1 - E||v - C(v)||^2 / ||v||^2 of a step that sends the vector v, float[d], as C(v), under the
+        assumption that all coordinates of v have equal mean squares.
 
-        It exceeds `compressor.mu` if some coordinates are sent uncompressed, and so exactly. `compressor.mu` is a lower
-        bound that holds for every v.
+        It exceeds `compressor.mu` if some coordinates are sent uncompressed, since these have no residual.
+        `compressor.mu` needs no assumption: it is a lower bound on the contraction for every vector that is compressed.
         """
         d, compressed = self._flat.d, self._flat.compressed_d
         kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
@@ -434,8 +463,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def compressed_numel(self) -> int:
-        """The number of coordinates, i.e. elements of parameters, that are compressed before they are sent. The other
-        `numel - compressed_numel` coordinates are sent uncompressed."""
+        """The number of coordinates, i.e. elements of parameters, that are sent compressed. The remaining `numel -
+        compressed_numel` coordinates are sent uncompressed."""
         return self._flat.compressed_d
 
     @property
@@ -444,9 +473,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return self._flat.d
 
     def waits(self) -> list[float] | None:
-        """Return the mean number of steps between two sends of a coordinate: one number for each parameter, in the
-        order of the parameters in the optimizer. Returns None if this number depends on the values of the vector to
-        send (see `Compressor.rates`)."""
+        """Return, for each parameter, the mean number of steps between two consecutive sends of the same coordinate.
+        The list is in the order of the parameters in the optimizer.
+
+        Returns None if this number depends on the values of the vector to send (see `Compressor.rates`).
+        """
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -458,8 +489,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
-        Raises RuntimeError if a learning rate is 0, since e_t is then undefined (`corrected` is still defined)."""
+        """Return the workers' mean error memory e_t, float[d], in the order of torch's `parameters_to_vector`;
+        collective.
+
+        Raises RuntimeError if a learning rate is 0. The unsent update eta e_t is stored, so e_t is then undefined. The
+        result of `corrected` is always defined.
+        """
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()
@@ -469,17 +504,18 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def corrected(self) -> Tensor:
-        """Return the parameters x_t minus the workers' mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in
-        `error`; collective.
+        """Return y_t = x_t - eta e_t, float[d], the parameters x_t minus the workers' mean unsent update eta e_t;
+        collective. The order is that of torch's `parameters_to_vector`.
 
-        With lazy noise, the results of `corrected` and `error` have the exact distribution at each step t, but not the
-        exact joint distribution over steps, since every call draws the noise that was not applied yet anew.
+        With lazy noise, each call of `corrected` or `error` newly draws the noise that was not applied yet. So their
+        results have the exact distribution at each step t, but the joint distribution of the results at several steps
+        is not exact.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """Return this worker's unsent update, float[d]: the error memory, plus a draw of the lazy noise that was not
-        applied yet."""
+        """Return this worker's unsent update, float[d]: the error memory, and with lazy noise a draw of the noise that
+        was not applied yet."""
         return self._noise.pending(self._memory.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
@@ -489,8 +525,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: the error memory, the start point of the escape check (to
-        which it may roll the parameters back), and the vectors that EF21, momentum and STORM keep between steps."""
+        """Return the flat vectors of a saved state, float[d] each, by name.
+
+        They are the error memory, the start point of the escape check (to which it may roll the parameters back), and
+        the vectors that EF21, momentum and STORM keep between steps.
+        """
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {self._memory.name: self._memory.vector, **start, **kept}
@@ -501,12 +540,16 @@ class CompressedSGD(Records, Exchanging, Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this worker as tensors and plain types. It differs between workers.
+        """Return the state of this worker as tensors and plain types. The state differs between workers, so each worker
+        must save its own.
 
-        Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
-        "start" (the point to which it may roll back), as views. Each group has format, step t, start step t' of the
-        escape check, seed, rank and number of workers. Further entries are the aggregator, outstanding noise, skips,
-        ledger totals, resets and drifts.
+        The entry of a parameter has views of the flat vectors: "error", the error memory eta e, or with memory="ef21"
+        "estimate" and "mean_estimate". With an escape check it has "start", the point to which the check may roll back.
+        With momentum or STORM it has their vectors.
+
+        The entry of a parameter group has the format, the step t, the start step t' of the escape check, the seed, the
+        rank and the number of workers. Further entries of the state are those of the aggregator, the outstanding noise,
+        the skips, the ledger, the resets and the drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -515,11 +558,13 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed,
-        if the state does not match this optimizer."""
+        """Restore the state that `state_dict` returned on this worker.
+
+        Raises ValueError, with nothing changed, if the state does not match this optimizer.
+        """
         state = self._by_index(state_dict)
         self.saved_state.validate(state)
-        # torch would cast the state to the parameters' dtype, so pass only the groups to torch.
+        # Torch would convert the state to the dtype of the parameters, so pass only the groups to torch.
         ours = ("format", *_NUMBERS, *self._identity())
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
@@ -530,11 +575,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._drift.resume(self._step)
 
     def _by_index(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a saved state with parameter indices as keys, and with defaults for the entries that torch's
-        checkpoint tools drop.
+        """Return a saved state in which the keys of parameters are their indices, and no entry is missing.
 
-        These tools keep only groups and tensors, with names as keys. Raises ValueError if the sizes of the groups
-        differ from the sizes of this optimizer's groups.
+        torch's checkpoint tools save only groups and tensors, with names of parameters as keys. The entries that they
+        omit get defaults. Raises ValueError if the groups differ in number or size from those of this optimizer.
         """
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
@@ -545,15 +589,15 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:
             raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
-        # The keys are integers, or names in a state from torch's distributed checkpoints.
+        # The keys are indices, or in a state from torch's distributed checkpoints names.
         keys = [key for group in groups for key in group["params"]]
         vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(keys)}
         rest = state_dict if state_dict.keys() & _DROPPED.keys() else _DROPPED
         return {**rest, "param_groups": groups, "state": vectors}
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
-        on which it depends."""
+        """Return the fields of the saved state, in the order in which they are loaded. Each field comes after the
+        fields that must be loaded before it."""
         shapes = {i: p.shape for i, p in enumerate(self._flat.parameters)}
         group = ("param_groups", ANY)
         escape = self._escape
@@ -581,7 +625,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         ]
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values by name that a saved state must have in common with the optimizer that loads it."""
+        """Return the values, by name, that must be equal in a saved state and in the optimizer that loads it."""
         return {
             "seed": self.seed,
             "rank": self.channel.group.rank,
