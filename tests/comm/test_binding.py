@@ -76,7 +76,7 @@ def test_rank_0_of_another_launcher_listens_at_its_address(bind: str | None, exp
     found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert found.stdout.strip() == expected, found.stderr
     if not expected:
-        said = "ConfigError: the workers could not meet: this machine cannot listen at 203.0.113.9; name"
+        said = "ConfigError: the process group cannot be initialized: this machine cannot listen at 203.0.113.9; name"
         assert said in found.stderr
         assert "in PACKSADDLE_BIND, or :: for all" in found.stderr
 

@@ -534,7 +534,7 @@ def refusals() -> None:
         "scaler must be a torch.amp.GradScaler, got float": made(scaler=1024.0),
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),
-        "has a communication hook already, .*; for another hook wrap model.module anew": lambda: ps.attach(second),
+        "already has a communication hook, .*; for another hook, wrap model.module in": lambda: ps.attach(second),
         "must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: ps.register_ddp_hook(plain),
         "extra was added, replaced or unfrozen after DistributedDataParallel": lambda: passed(added),
         "has a sparse gradient, which is not supported": lambda: sparse(torch.tensor([1, 2])).sum().backward(),

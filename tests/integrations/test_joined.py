@@ -140,7 +140,7 @@ def test_members_are_stepped_and_extended_by_the_joined_optimizer() -> None:
     local = LocalUpdates(joined, WHOLE)
     with pytest.raises(RuntimeError, match=r"Muon is a member of a JoinedOptimizer .* step the JoinedOptimizer"):
         step(net, muon, adamw)
-    with pytest.raises(RuntimeError, match="optimizer has LocalUpdates already"):
+    with pytest.raises(RuntimeError, match="optimizer already has LocalUpdates"):
         LocalUpdates([muon, adamw], WHOLE)
     step(net, joined)
     assert local.steps == 1

@@ -226,7 +226,7 @@ def test_an_optimizer_has_one_local_updates() -> None:
     with pytest.raises(TypeError, match="scaler"):
         LocalUpdates(first, scaler=5)  # type: ignore[arg-type]
     LocalUpdates(second)
-    with pytest.raises(RuntimeError, match=r"optimizer has LocalUpdates already.* make SGD anew"):
+    with pytest.raises(RuntimeError, match=r"optimizer already has LocalUpdates.* make a new SGD"):
         LocalUpdates([first, second])
     LocalUpdates(first)  # which constructors that have failed have not marked
 

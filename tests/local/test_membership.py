@@ -539,7 +539,7 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
         return
     assert "given the same arguments, but worker" in said[2]
     assert "has checksum of fixed.weight=" in said[2]
-    assert all("no round has come about" in each for each in said[:2])
+    assert all("no round was completed" in each for each in said[:2])
 
 
 @pytest.mark.usefixtures("clock")
@@ -562,7 +562,7 @@ def test_a_worker_with_other_arguments_is_told_which(
     said = simulate(run, 3)
     found = re.fullmatch(f"workers must be given the same arguments, but (worker [0-9a-f]+) {line}", said.pop(rank))
     assert found is not None
-    reason = f"no round has come about in .*: workers must be given the same arguments, but {found[1]} has "
+    reason = f"no round was completed in .*: workers must be given the same arguments, but {found[1]} has "
     assert all(re.match(reason, other) for other in said)
 
 
@@ -584,7 +584,7 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
     sides = r"TopK\(.*0\.5.*\) and the others have compressor=TopK\(.*0\.25"
     assert re.match(re.escape(line) + sides, found[rank][0])
     others = [text for worker, (text, *_) in enumerate(found) if worker != rank]
-    assert all(re.match(r"no round has come about in .*: " + re.escape(line), text) for text in others)
+    assert all(re.match(r"no round was completed in .*: " + re.escape(line), text) for text in others)
     assert [rounds for _, rounds, _ in found] == [1, 1, 1]
 
 
@@ -612,7 +612,7 @@ def test_a_newcomer_with_other_arguments_is_told_which(arguments: dict[str, Any]
 @pytest.mark.usefixtures("clock")
 def test_patience_ends() -> None:
     worker = Worker(refused=range(10**6), settings={"patience": "2500ms"})
-    with pytest.raises(PeerLostError, match=r"no round has come about in 2\.5 s"):
+    with pytest.raises(PeerLostError, match=r"no round was completed in 2\.5 s"):
         worker.local.join()
     assert worker.manager.votes == 3
 

@@ -211,7 +211,7 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     nothing, all_of_it = pytest.approx((0.0, 0.0)), (0.0, pytest.approx(norm))
     assert left.local.lost == (0.0 if rounds == 0 else pytest.approx(norm))
     fate = "waits in its file" if rounds == 0 else "is lost"
-    assert f"of norm {norm:.3g}, {fate}, and its last 1 inner steps are lost: no round has come about" in caplog.text
+    assert f"of norm {norm:.3g}, {fate}, and its last 1 inner steps are lost: no round was completed" in caplog.text
     stays = of_state(lambda: state)
     assert balance(stays) == ((pytest.approx(norm), 0.0) if rounds == 0 or not told else all_of_it)
     back = of_state(lambda: state, settings={"memory_file": path})

@@ -246,7 +246,7 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
         ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
         ({"memory": "gradient"}, "memory must be one of buffer, ef21, got 'gradient'"),
         ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
-        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise goes with plain error feedback alone"),
+        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise needs plain error feedback"),
     ],
 )
 def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:

@@ -84,10 +84,10 @@ def not_joined(error: Exception) -> str:
     elif "environment variable" in reason:
         advice = "start it with torchrun, which sets the variables"
     elif "joined" in reason or "imed out" in reason:
-        advice = f"not every worker came to {place} in time; look whether all were started, and whether they reach it"
+        advice = f"not every worker connected to {place} in time; check that all were started and can reach it"
     else:
-        advice = f"look at MASTER_ADDR and MASTER_PORT ({place}) and GLOO_SOCKET_IFNAME"
-    return f"the workers could not meet: {advice} ({reason})"
+        advice = f"check MASTER_ADDR and MASTER_PORT ({place}) and GLOO_SOCKET_IFNAME"
+    return f"the process group cannot be initialized: {advice} ({reason})"
 
 
 _PAUSE = 0.02

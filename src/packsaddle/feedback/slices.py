@@ -236,8 +236,8 @@ class FlatParameters(Slice):
         for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
             if p.numel() and p.data_ptr() != base + offset * size:
                 raise RuntimeError(
-                    f"{name} was moved or replaced after the optimizer was made (by model.to(), or another "
-                    f"CompressedSGD?); make the optimizer last"
+                    f"{name} was moved or replaced after the optimizer was made, for example by model.to() or by "
+                    f"another CompressedSGD; make the optimizer last"
                 )
 
     def check_gradients(self) -> None:

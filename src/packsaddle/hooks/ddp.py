@@ -215,8 +215,8 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
         if "can only be called once" not in str(error):
             raise
         raise RuntimeError(
-            "this DistributedDataParallel has a communication hook already, and takes no second one; "
-            "for another hook wrap model.module anew"
+            "this DistributedDataParallel already has a communication hook, and supports only one; for another hook, "
+            "wrap model.module in a new DistributedDataParallel"
         ) from error
 
 

@@ -201,8 +201,8 @@ class FSDPHook(GradientHook, Exchanging):
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
-                    f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
-                    f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
+                    f"the loaded error memory of {name or ROOT} has {len(self._loose[name])} coordinates, but the "
+                    f"gradient has {len(gradient)}: load the state of the same model with the same sharding"
                 )
             self._sizes[name] = gradient.nbytes
             width = (len(sharded_modules(self._model)) - 1).bit_length()

@@ -94,8 +94,8 @@ def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
             raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
         if exchange_of(optimizer) is not None:
             raise RuntimeError(
-                f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
-                f"{name} anew"
+                f"optimizer already has LocalUpdates, and a second one would exchange its changes again: use the first "
+                f"one, or make a new {name}"
             )
 
 
@@ -125,8 +125,8 @@ def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
                 kind = type(optimizer).__name__
                 raise RuntimeError(
                     f"a parameter of shape {shape_and_name(group, j)} in group {i} of {kind} was added or "
-                    f"unfrozen after LocalUpdates was made, which would not exchange it: have all that will ever be "
-                    f"trained when it is made, and freeze (requires_grad_(False)) afterwards what is to wait"
+                    f"unfrozen after LocalUpdates was made, which would not exchange it: make LocalUpdates while all "
+                    f"parameters are trainable, and then freeze (requires_grad_(False)) those to be trained later"
                 )
 
 

@@ -115,14 +115,14 @@ class Perturber:
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:
-            problem = "lazy noise goes with plain error feedback alone: no ef21, momentum or storm"
+            problem = "lazy noise needs plain error feedback, without ef21, momentum and storm"
         elif grid is None:
             by = type(aggregator).__name__
             problem = f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by {by}"
         elif escape:
             problem = (
-                "lazy noise goes with no escape check, which looks at e: what is outstanding is drawn anew for "
-                "each look, so that resets would have another law; lazy=None draws noise eagerly there"
+                "lazy noise does not support an escape check, since each check would draw the outstanding noise again, "
+                "which changes the distribution of the resets; lazy=None draws noise eagerly"
             )
         elif noise.std != 0 and self._d and noise.lazy is not False:
             cells, size = grid

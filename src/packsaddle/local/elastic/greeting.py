@@ -119,10 +119,10 @@ class Greeting:
             return
         own = self._own
         if not own.roster.past:
-            ensure = "seed them alike" if own.site.size > 1 else "a Manager with init_sync=True sees to it"
+            ensure = "set the same seed on all" if own.site.size > 1 else "use a Manager with init_sync=True"
             raise ConfigError(f"workers must begin at the same parameters: {ensure}")
         if (mine.history, mine.anchor) != most(where):
-            _log.warning("worker %x has an anchor of its own, and takes that of the others", own.worker)
+            _log.warning("worker %x replaces its anchor, which differs from the other workers' anchors", own.worker)
             self._quorum.mark_as_behind()
         raise RoundFailedError("workers have different anchors")
 

@@ -225,7 +225,7 @@ class ElasticWorkers(Membership):
                 raise
             if self.site.any(time.monotonic() - arrived > until):
                 self._pending.roll_back()
-                raise PeerLostError(f"no round has come about in {until:g} s{f': {reason}' if reason else ''}")
+                raise PeerLostError(f"no round was completed in {until:g} s{f': {reason}' if reason else ''}")
             if self.site.any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
@@ -433,11 +433,11 @@ class ElasticWorkers(Membership):
         """Send all pending updates in one more round, uncompressed. Returns True if the round was applied or there were
         none to send, and False if it could not be committed within the grace period."""
         self._sends_all = True
-        until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
+        until, reason = time.monotonic() + self._sigterm.left, "the grace period is over"
         while self.site.any(self._pending.exist()) and not self.site.any((left := until - time.monotonic()) <= 0):
             try:
                 if not self.round(uncompressed=True, patience=left):
-                    reason = "the last round was not taken"
+                    reason = "the last round was rejected"
             except (PeerLostError, ConfigError, GuardError) as error:
                 reason = str(error)
                 break
