@@ -90,7 +90,9 @@ class Questions:
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # True: also estimate the density of all eigenvalues
     population: bool = False  # True: also certify the loss of the population from which the examples are drawn
-    distance: float | None = None  # largest distance in a profile; None: twice the escape distance if known, else 1
+    # Largest distance at which the loss is evaluated along each of the directions of least and of largest curvature.
+    # None: twice the escape distance if known, else 1.
+    distance: float | None = None
     lr: float | None = None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr

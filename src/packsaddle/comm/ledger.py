@@ -31,8 +31,8 @@ class Bytes:
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
     def part_of(self, processes: int) -> "Bytes":
-        """Return the bytes of one process, rounded up, if these bytes are divided equally among `processes`
-        processes."""
+        """Return the `Bytes` of one process if the bytes of this object are divided equally among `processes`
+        processes. Each of the three numbers is rounded up."""
         return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
 
     def __str__(self) -> str:

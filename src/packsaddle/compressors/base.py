@@ -75,7 +75,8 @@ class Summary:
 
     mu: str  # formula of the contraction mu
     message: str  # contents of a message
-    variants: Sequence[Mapping[str, Any]] = ({},)  # constructor arguments of each compared object, except the ratio
+    # Constructor arguments, without the ratio, of each object of the class that comparisons of compressors include.
+    variants: Sequence[Mapping[str, Any]] = ({},)
 
 
 class Compressor(ABC):
@@ -155,7 +156,8 @@ class Compressor(ABC):
         return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
-        """Return the expected dtype and length of each part for d coordinates, or None if parts are not checked."""
+        """Return the expected dtype and length of each part of a message, by the part's name, for a vector of d
+        coordinates. Returns None if the parts are not checked."""
         return None
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:

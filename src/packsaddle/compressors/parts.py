@@ -45,14 +45,14 @@ class Expected(NamedTuple):
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the `Expected` of a part of a message that contains n numbers. Their dtype must be one of `dtypes`, or any
-    floating-point dtype if `dtypes` is empty."""
+    """Return the expected dtypes and length of a part of a message that contains n numbers. Their dtype must be one of
+    `dtypes`, or any floating-point dtype if `dtypes` is empty."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes. If `most` is None, there must be exactly
-    `least` bytes. If `last` is not None, it is the required value of the last byte."""
+    """Return the expected dtype, uint8, and length, `least` to `most` bytes, of a part of a message. If `most` is None,
+    the length must be exactly `least`. If `last` is not None, it is the required value of the last byte."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 

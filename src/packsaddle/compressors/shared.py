@@ -55,7 +55,8 @@ class Drawn(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The context of a message: the kept cells (ranges of coordinates), and where their values are in the message."""
+    """The context of a message of `SharedSupport`, i.e. data that is not sent, but computed by every worker: the cells
+    (ranges of coordinates) of v that C(v) keeps, and the positions of their values in the message."""
 
     cells: Cells
     which: Tensor | None  # positions of the kept values in the part "values", int64[k], in increasing order; None: all

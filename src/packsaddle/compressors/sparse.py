@@ -446,8 +446,12 @@ class TopK(_CodedSupport, _OfEachTensor):
         return {"indices": indices, **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` fit a vector of d coordinates. If this compressor was given k, the number
-        of values may differ from k, since `apportion` varies it."""
+        """Raise MessageError unless the dtypes and lengths of `parts`, the parts of a message, are valid for a vector
+        of d coordinates.
+
+        If this compressor was constructed with k and not with a ratio, the number of values in the message may differ
+        from k, since the sender may have another k from `apportion`.
+        """
         if self.k is None:
             Compressor.check_parts(self, parts, d)
         else:

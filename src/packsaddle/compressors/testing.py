@@ -18,7 +18,8 @@ STANDARD_ERRORS = 5.0
 
 
 def nasty_vectors() -> dict[str, Tensor]:
-    """Return a dict of adversarial flat vectors, float[n]: zeros, a spike, ties, denormals, scales of 1e+-30, ....
+    """Return a dict of adversarial flat vectors, float[n], by name. Examples are zeros, a single nonzero
+    coordinate, equal magnitudes, denormal numbers, and Gaussian vectors multiplied by 1e30 or 1e-30.
 
     >>> from packsaddle.compressors.testing import nasty_vectors
     >>> sorted(nasty_vectors())[:3]

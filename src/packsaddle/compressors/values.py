@@ -22,7 +22,7 @@ from packsaddle.numerics.kernels import kernel
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
-VALUE_BLOCK = 256  # values per block
+VALUE_BLOCK = 256  # number of consecutive values that are encoded with the same scale or levels
 _LARGEST = {"int8": 127, "int4": 7}
 _PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte is the number of values modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels

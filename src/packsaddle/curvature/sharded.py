@@ -141,7 +141,8 @@ class ShardedCurvature(Curvature):
         try:
             return super()._totals(watch)
         finally:
-            # Without a backward pass FSDP keeps the outermost parameters unsharded, and would reuse them.
+            # After a forward pass without a backward pass, FSDP keeps the outermost module's parameters unsharded. The
+            # next forward pass would reuse them, although the shards may have been moved to another point by then.
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):

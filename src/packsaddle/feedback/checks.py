@@ -60,7 +60,7 @@ class Contraction:
         # Contraction of each tensor at the last measurement, by name; 1 for a tensor whose v is 0.
         self.by_tensor: Mapping[str, float] = {}
         # Squared norms of this step: for each vector v that was measured, first that of v, then that of its residual.
-        # Each is a float64[1], or with a slice a float64[tensors] that has one squared norm per tensor.
+        # Each is a float64[1] or, if the argument `of` was given, a float64[tensors] with one squared norm per tensor.
         self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:

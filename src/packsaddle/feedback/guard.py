@@ -265,7 +265,7 @@ class Guard:
         """Validate the vector to send, v, float[n], and fill it with zeros if it is invalid.
 
         Returns a bool[] that is True if v is invalid, and a report. On a CPU the report names the first invalid tensor.
-        If `update.norm`, an upper bound on the norm of v, is finite, v is valid and is not read.
+        If `update.norm` is finite, v is assumed to be valid and is not read.
         """
         report = Report()
         if self._flag == "none":

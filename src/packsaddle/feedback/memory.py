@@ -34,7 +34,9 @@ class Update:
     u is in the units of the memory: those of a parameter, or those of a gradient in hooks.
     """
 
-    norm: Tensor | None = None  # upper bound on ||e + u||, where e is the memory to which u was added; None: unknown
+    # Upper bound on the norm of e plus the scaled gradients, over the parameters with gradients, where e is the memory
+    # to which u was added. It does not include the weight decay and the noise in u. None: unknown.
+    norm: Tensor | None = None
     is_known_invalid = False  # True if a GradScaler found an Inf or NaN in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:

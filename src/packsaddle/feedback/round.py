@@ -262,7 +262,7 @@ class Round:
         if clip is not None and (clip.device.type != "cpu" or clip < 1):
             v = v * clip
             self._unsent = self.v[n:] * (1 - clip)
-        # Send the uncompressed part of v, the flag of an invalid v and the extras as one vector.
+        # Send three things as one vector: the uncompressed part of v, the flag that reports an invalid v, and `extras`.
         dense = v[n:]
         flag, at = f.guard.flag(dense, self.invalid)
         extras = [flag, *extras]

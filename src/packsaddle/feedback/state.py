@@ -60,9 +60,10 @@ class Vector:
     optional: bool = False  # True if the field may be missing: `get` then returns {}, and the saved value is None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write copies of the tensors into `state`.
+        """Write copies of the tensors of this field into `state`, in a dict by the parameter's key.
 
-        No-op if `path` does not end with ANY: such tensors are in the optimizer's own state, which torch saves.
+        No-op if `path` does not end with ANY, e.g. if it is ("state", ANY, NAME). The tensors of this field are then in
+        the optimizer's own state, which torch saves.
         """
         if self.path[-1] == ANY:
             found = {key: tensor.clone() for key, tensor in self.get().items()}

@@ -174,7 +174,7 @@ class GradientHook(Records, ABC):
         self._scale = 1.0  # factor by which a GradScaler has multiplied the gradients; 1: no scaler
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange in the pass
-        # Copy of `_codes` to the host, which may still be in progress; None: the pass has not ended.
+        # Copy of `_codes` to the host, which may still be in progress; None: the backward pass has not ended.
         self._outcome: Readback | None = None
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients are NaNs, since a pass was rejected
@@ -345,7 +345,8 @@ class GradientHook(Records, ABC):
         with self._lock:
             if not self._pass or not (self._outcome or interrupted):
                 return
-            # The codes are identical on all workers, so all workers commit every slice, or none does.
+            # The outcomes of the exchanges are identical on all workers. So either every worker commits all slices of
+            # the pass, or every worker rolls all of them back.
             codes = self._outcome.tolist() if self._outcome else []
             rejected = [code for code in codes if any(number != 0 for number in code)]  # NaN != 0 is True
             applied = self._outcome is not None and not rejected

@@ -228,8 +228,8 @@ class OtherOptimizers:
         alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Of these parameters, select those that are in a module together with exchanged parameters. Their names are
-        # those in the module that has the most of them.
+        # Of the parameters that no exchange covers, select those in a module that also has exchanged parameters. If
+        # there are several such modules, select the one that has the most parameters without an exchange.
         modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
         shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
         missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]

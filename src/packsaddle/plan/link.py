@@ -190,8 +190,8 @@ class Forecast:
 @dataclass(frozen=True)
 class Verdict:
     """Forecasts for a link, the fastest first: one for each compressor, and one for DistributedDataParallel without
-    compression. Forecasts of compressors whose number of steps was not measured, or of which only a lower bound is
-    known, are last."""
+    compression. The forecasts of some compressors are last, however fast: those for which the number of steps,
+    relative to uncompressed training, was not measured, or for which only a lower bound on this number is known."""
 
     forecasts: tuple[Forecast, ...]  # one forecast for each method, the fastest first (see the class)
 

@@ -74,7 +74,9 @@ class Gradient:
         self._flat = flat
         # Candidates for the largest coordinates of base + scale * u, the last result of `add` or `add_if_finite`.
         self.candidates = Candidates(flat.compressed_d)
-        self.norm: Tensor | None = None  # upper bound on the norm of base + scale * u, as computed last; None: unknown
+        # Upper bound on the norm of base + scale * gradient, as computed last, over the parameters with gradients. It
+        # does not include weight decay and noise. None: unknown.
+        self.norm: Tensor | None = None
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -152,7 +154,8 @@ class Gradient:
         in_one_pass = out is not base and out.flat.device.type == "cpu"
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
-        # The pass on a CPU also gives an upper bound on the norm of the result: the sum of the norms of its parts.
+        # The pass over memory on a CPU also computes an upper bound on the norm of the result, restricted to the
+        # parameters with gradients: the sum of the norms of the parts that belong to single parameters.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):

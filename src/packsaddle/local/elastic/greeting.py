@@ -98,13 +98,14 @@ class Greeting:
         return as_text({"compressor": compressor, "d": part.d, "round": self._own.rounds})
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages match on all workers. The right value is the one that most workers
-        have or, in a tie, the one of the lowest rank.
+        """Check that arguments, anchors and messages match on all workers. If they do not match, the right value is the
+        one that most workers have or, in a tie, the one of the lowest rank. Messages are compared only if the anchors
+        match.
 
-        Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker whose arguments or
-        messages are not the right ones, and on all workers if their anchors differ in their first round. In a later
-        round all workers raise RoundFailedError if anchors differ. A worker whose anchor is not the right one then
-        loads another worker's state at the next quorum.
+        If arguments or messages differ, ConfigError is raised on the workers that do not have the right value, and
+        RoundFailedError on the workers that have it. If anchors differ, RoundFailedError is raised on all workers. A
+        worker that does not have the right anchor then loads another worker's state at the next quorum. In the first
+        round of a worker, different anchors raise ConfigError on this worker instead.
         """
         if len({h.arguments for h in hellos}) > 1:
             text = self.arguments()

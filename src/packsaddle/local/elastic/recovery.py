@@ -115,8 +115,9 @@ class Recovery:
         else:
             self._pending.roll_back()
         is_stale = self._compare_attempts(included)
-        # Move the parameters x with the anchor: x <- start + (x - before). If the anchor includes the local update, or
-        # if there is none to keep, x <- start.
+        # Move the parameters x with the anchor: x <- start + (x - before), where `before` is the start point before the
+        # state is loaded, and `start` the one after that. If the new anchor includes the local update of this worker,
+        # or if there is no local update to keep, x <- start.
         self._state.load(state)
         for part, before in was:
             part.current = None

@@ -1,4 +1,9 @@
-"""Compiled loops that round values to a sign and a level of their block. See `compressors.values`."""
+"""Compiled loops that encode values in at most 4 bits each, and decode them. See `compressors.values`.
+
+The values are divided into blocks of consecutive values. With at most 3 bits, a value is encoded as its sign and the
+index of a level. A block has 1, 2 or 4 levels, which are means of magnitudes of its values. With 4 bits, a value is
+rounded to a multiple of a seventh of the largest magnitude of its block (the scale).
+"""
 
 import numpy as np
 import torch
