@@ -327,7 +327,7 @@ def speed_up(workers: int, method: str, mbit: float) -> float:
 
 
 def by_the_clock() -> float:
-    """Return the mean ratio, over seeds, of the times of one machine and of two workers with at most 0.002 more loss."""
+    """Return the mean ratio, over seeds, of the times of one machine and two workers with at most 0.002 more loss."""
     rows = nanogpt.rows(nanogpt.CLOCKED)
     two, alone = ({row["seed"]: row for row in rows if row["workers"] == workers} for workers in ("2", "1"))
     assert two.keys() == alone.keys() == {"0", "1", "2"}
