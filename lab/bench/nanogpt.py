@@ -56,6 +56,7 @@ ROWS, CLOCKED = FOLDER / "runs.csv", FOLDER / "clock.csv"
 BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
 WIDTH, HEADS, LAYERS = 128, 4, 4
 EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpdates`
+LINKS = (10, 50, 200, 1000)  # rates of links, in Mbit/s
 STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
 
 
@@ -310,7 +311,7 @@ class Reached:
         return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
 
 
-def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
+def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
     """Return the Markdown table of the trainings of `reached`: their steps, and their speed-up over one machine alone.
 
     They are means over seeds, with the range of the speed-ups if there are several. `links` are the rates of the links
@@ -324,6 +325,23 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50
         cells = [str(workers), method, rates, str(len(of_seeds)), f"{steps:,.0f}"]
         cells += [spread([one.speed_up(mbit) for one in of_seeds]) for mbit in links]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
+    """Return the Markdown table of the methods whose longest training, with seed 0, ends above the loss of one machine.
+
+    Since they need more steps than this training has, its speed-up is an upper limit.
+    """
+    heads = ["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    for workers, name in _settings(found):
+        last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
+        if workers > 1 and float(last["loss"]) > target:
+            one = Reached(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"]))
+            cells = [str(workers), name, f"{one.rate:g}", f"{one.steps:,.0f}", f"{float(last['loss']):.3f}"]
+            lines.append(f"| {' | '.join([*cells, *(f'{one.speed_up(mbit):.2f}' for mbit in links)])} |")
     return "\n".join(lines)
 
 
@@ -387,7 +405,8 @@ def main() -> None:
     if options.command == "table":
         every = rows(options.out or ROWS)
         found = at(every)
-        print("\n\n".join([table(found), speed_ups(found), speed_ups(searched(every)), table(found, STEPS // 2)]))
+        best = searched(every)
+        print("\n\n".join([table(found), speed_ups(found), speed_ups(best), limits(best), table(found, STEPS // 2)]))
         return
     if options.text is None:
         parser.error(f"{options.command} needs --text")

@@ -317,6 +317,8 @@ def nano_gpt() -> Iterator[str]:
     yield f"two workers with `overlap=2` need {hidden:.2f} times less time"
     without, four = (speed_up(workers, "local, agreement", 10) for workers in (2, 4))
     yield f"two workers need {without:.2f} times less time at 10 Mbit/s, and four workers {four:.2f} times less"
+    peers = nanogpt.limits(nanogpt.searched(nanogpt.rows(nanogpt.ROWS)), [10]).splitlines()[2:]
+    yield f"16 bits gains at most {max(float(line.split(' | ')[-1].rstrip(' |')) for line in peers):.2f} there"
     yield f"`overlap=2` needed {by_the_clock():.2f} times less time at 10 Mbit/s"
 
 

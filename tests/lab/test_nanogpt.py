@@ -15,6 +15,7 @@ from lab.bench.nanogpt import (
     Recipe,
     Text,
     at,
+    limits,
     reached,
     rows,
     searched,
@@ -50,6 +51,8 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
     card, found = (ROWS.parent / "README.md").read_text(), at(rows(ROWS))
     assert table(found) in card
     assert speed_ups(found) in card
+    assert speed_ups(searched(rows(ROWS))) in card
+    assert limits(searched(rows(ROWS))) in card
     assert table(found, 1000) in card
     mean = {
         key: fmean(
@@ -91,6 +94,9 @@ def test_a_speed_up_is_interpolated() -> None:
     assert reached([*found, *second[:2]]) == {(2, "local"): [one]}
     assert reached([*found, *second]) == {(2, "local"): [one, one]}
     assert "| 2 | local | 0.001 | 2 | 1,000 | 2.00 |" in speed_ups([*found, *second], [1000])
+    # A training that is too short has an upper limit on the speed-up.
+    assert "| 2 | local | 0.001 | 500 | 2.000 | 4.00 |" in limits(found[:2], [1000])
+    assert "local" not in limits(found, [1000])
     # At the better of two rates, of which neither is the recipe's.
     fast = [
         {**one, "rate": rate, "loss": loss} for one in found for rate, loss in (("0.002", one["loss"]), ("0.004", "9"))
