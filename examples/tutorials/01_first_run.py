@@ -125,8 +125,8 @@ print(*sorted(p.name for p in Path("report").iterdir()))
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.svg)
 #
-# Plotted against epochs, the compressed run is about an epoch behind the uncompressed run. Plotted against megabytes,
-# on a logarithmic axis, the uncompressed run has sent about 30 times as much as the compressed run.
+# Plotted against epochs, the compressed run is about an epoch behind the uncompressed run. The plot against
+# megabytes has a logarithmic axis: the uncompressed run has sent about 30 times as much as the compressed run.
 #
 # ## Next
 #

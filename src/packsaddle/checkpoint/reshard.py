@@ -5,11 +5,13 @@ A tensor that is equal to worker 0's tensor at the same path, by a sha256 of dty
 paths of such tensors, and their manifests contain a joint fingerprint of the tensors. If worker 0's file is from a
 different save, its tensors do not match the fingerprint.
 
-When the number of workers changes, values equal on all workers are kept, and tensors that differ are averaged. This
-preserves the parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the
-gradients of each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their
-parameters and optimizer states are averaged too, with the weights of that part (`Exchanging.weight_in`). The smallest
-scale of their GradScalers is used.
+When the number of workers changes, values equal on all workers are kept. Error memories, packsaddle's momenta, and
+floating-point buffers that differ are averaged over the saving workers. This preserves the parameters, the mean error
+memory (the total unapplied update), and mean momenta, which are linear in the gradients of each worker. Parameters and
+optimizer states may differ only if the workers train separately between exchanges, i.e. if one of the saved objects is
+a `LocalUpdates`. They are then averaged with the workers' weights in that object (`Exchanging.weight_in`). If the
+scales of the workers' GradScalers differ, the smallest is used. Other differences between models or between optimizer
+states raise CheckpointError.
 """
 
 import copy

@@ -287,8 +287,8 @@ def _local_store() -> Iterator[str]:
     store of the rendezvous listens at a single address instead of at all addresses of this machine."""
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-    # torch has no option for the address, so replace the method that creates the store. In a version of torch without
-    # that method, the store listens at all addresses.
+    # torch has no option for the address at which the store listens, so replace the method that creates the store. In a
+    # version of torch without that method, the store listens at all addresses.
     method = "_create_tcp_store_server"
     exists = hasattr(DynamicRendezvousHandler, method)
     bound = replaced(DynamicRendezvousHandler, method, lambda self, address, port: bound_store(address, port))
@@ -315,7 +315,7 @@ def preload_workers(module: str) -> None:
 
 @contextmanager
 def _restoring_signal_handlers() -> Iterator[None]:
-    """Context manager that restores the signal handlers, since torch's launcher replaces them.
+    """Context manager that on exit restores the signal handlers, since torch's launcher replaces them.
     Use it in the main thread."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:

@@ -45,7 +45,7 @@ class Span:
 
     first: int
     last: int
-    by_purpose: Mapping[str, Bytes]  # bytes of each single step, by purpose
+    by_purpose: Mapping[str, Bytes]  # bytes of one of these steps, by purpose
 
 
 class Ledger:
@@ -138,7 +138,7 @@ class Ledger:
 
     @property
     def total(self) -> Bytes:
-        """Total bytes over all steps and purposes."""
+        """The payload, and the bytes sent and received, over all steps and purposes."""
         return sum(self._totals.copy().values(), Bytes())
 
     @property

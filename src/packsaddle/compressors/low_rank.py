@@ -140,6 +140,7 @@ def scaled(matrix: Tensor) -> Tensor:
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis, float[n, r], of the columns of `matrix`, float[n, r] (Householder QR)."""
+    """Return an orthonormal basis, float[n, r], of the column space of `matrix`, float[n, r], by Householder QR. If the
+    columns are linearly dependent, the basis spans more than the column space."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)  # QR does not support half precision
     return torch.linalg.qr(matrix.to(dtype)).Q.to(matrix.dtype) if matrix.numel() else matrix

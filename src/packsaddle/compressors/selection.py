@@ -109,7 +109,8 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     to be compared with results of `as_integers`. In rare cases, fewer than k magnitudes reach the threshold."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
-    # Add a margin: four standard deviations, plus 8, since these are too few if the expected count is small.
+    # Add a margin of four standard deviations of the count, and 8 more, since four standard deviations are too small a
+    # margin if the expected count is small.
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
     return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
 

@@ -50,7 +50,7 @@ _OVERSAMPLE = 4  # default number of candidates for each kept coordinate
 class Drawn(NamedTuple):
     """The randomness of a sketch, a function of (seed, step)."""
 
-    numbers: Any  # for SharedTopK, the Keys of the projections; for SketchTopK, the RowHash of each row
+    numbers: Any  # for SharedTopK, the `Keys` that generate the projections; for SketchTopK, a RowHash per row
     first: int  # index of the coordinate or block that is preferred in ties; the next ones follow cyclically
 
 
@@ -125,8 +125,9 @@ class SharedSupport(KOfD):
 class SharedTopK(SharedSupport):
     """A compressor that keeps the blocks with the largest estimated energy of the workers' mean (after ARC-TopK, 2025).
 
-    k is given, or is `ratio` * d, rounded and at least 1. The vector is divided into B blocks v_j of b = `block_size`
-    coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
+    k, the number of coordinates to keep of the d coordinates of a vector, is given, or is `ratio` * d, rounded and at
+    least 1. The vector is divided into B blocks v_j of b = `block_size` coordinates. K is the smallest number with
+    K / B >= k/d. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
     float[r, b] with r = `projections`, has independent N(0, 1) entries, identical on all workers. First the projections
     G_j v_j are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709 uses the rows
     of each matrix as blocks). For given blocks C is linear, so the mean of the C(v_i) of all workers i is C(mean v_i):

@@ -38,7 +38,7 @@ class Cells:
     of the vector may be shorter. The values at m cells are a float tensor of m * size elements, with zeros beyond the
     end of the vector."""
 
-    index: Tensor  # cell numbers, distinct int64[m]
+    index: Tensor  # numbers of the cells in the subset, distinct, int64[m]
     size: int  # coordinates per cell
 
     def coordinates(self, d: int) -> Tensor:
@@ -82,9 +82,12 @@ class Cells:
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
 
     def _may_reach(self, rest: Tensor, n: int) -> bool:
-        """Return True if the shorter last cell `rest`, with the number n, may be one of these cells. On a CPU the
-        result is exact. On a GPU it is True for each vector with a shorter last cell, so that the host does not wait
-        for `index`."""
+        """Return True if the last cell of a vector is shorter than `size`, and may be in this subset of cells.
+
+        `rest` is the last cell, or empty if all cells have the full size. n is the number of the last cell. On a CPU
+        the result is exact. On a GPU it is True whenever `rest` is not empty, so that the host does not wait for
+        `index`.
+        """
         return len(rest) > 0 and (self.index.device.type != "cpu" or bool((self.index == n).any()))
 
     def _is_rest(self, whole: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
-# Largest valid 16-bit code of a scale, which stands for almost 2 times the part "unit". Scales above the unit are
-# valid, since a subnormal unit may have been rounded to less than the largest scale.
+# Largest valid 16-bit code of a scale. It stands for a scale of almost 2 times the unit, i.e. the largest scale, which
+# is sent as the part "unit" of a message. Codes for scales above the unit are valid, since a subnormal unit may have
+# been rounded to less than the largest scale.
 _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1
 
 

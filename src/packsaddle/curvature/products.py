@@ -280,7 +280,7 @@ class Differences(Products):
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of the step h of the differences
         self._rounding = 0.0  # norm of the rounding error of one gradient, measured; 0: not measured yet
-        # Smallest norm of the rounding error of one gradient that was measured; inf: none yet.
+        # Smallest of the values of `_rounding` measured so far; inf: not measured yet.
         self._quietest = math.inf
         self._count, self._next_check = 0, 1
         self._dithers = 0  # number of seeds that `of_batch` has used for stochastic rounding

@@ -195,7 +195,7 @@ class Attempts:
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             # The scaler would raise an error for an optimizer without gradients. So if gradients were discarded, count
-            # the attempt without a call of the scaler.
+            # the optimizer's attempt at a step, and do not call the scaler.
             if self.are_discarded and innermost(optimizer) in self._optimizers:
                 self._attempted(innermost(optimizer))
                 return None

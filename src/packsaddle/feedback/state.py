@@ -42,7 +42,7 @@ class Rule:
     path: Path
     kind: Kind
     like: Path = ()  # for "error": path of other entries; if an entry is missing, zeros of their shapes replace it
-    value: Any = None  # for kind "constant": the new value of an entry whose name is not in `State.identity`
+    value: Any = None  # for kind "constant": replaces the saved value of an entry that is not in `State`'s identity
 
 
 @dataclass(frozen=True)

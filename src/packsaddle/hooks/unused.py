@@ -17,11 +17,12 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """Flags for the p parameters of one exchange.
+    """Flags for the parameters of one exchange.
 
-    `here`, bool[p], is True for each parameter that this worker used in the backward pass. A parameter counts as used
-    if its gradient is not 0. If the gradient of a parameter is 0 on all workers, its mean gradient is set to 0. So no
-    update is lost if DistributedDataParallel regards the parameter as used, and copies this mean to p.grad.
+    `here`, bool[p] for p parameters, is True for each parameter that this worker used in the backward pass. A parameter
+    counts as used if its gradient is not 0. If the gradient of a parameter is 0 on all workers, its mean gradient is
+    set to 0. So no update is lost if DistributedDataParallel regards the parameter as used, and copies this mean to the
+    parameter's `grad`.
     """
 
     def __init__(self, part: ErrorFeedback, gradients: Mapping[str, Tensor]) -> None:

@@ -265,8 +265,11 @@ def _watch_steps() -> None:
 
 
 def stepped_optimizers() -> list[Optimizer]:
-    """Return all torch optimizers that have stepped since at least one of the existing `LocalUpdates` was made. For
-    each `LocalUpdates` they are ordered by their first steps."""
+    """Return one list of the torch optimizers that have stepped since one of the existing `LocalUpdates` was made.
+
+    It concatenates one list per `LocalUpdates`: the optimizers that have stepped since that object was made, in the
+    order of their first steps since then. So an optimizer may occur several times.
+    """
     return [o for watch in list(_watches) for found in watch.stepped.keyrefs() if (o := found()) is not None]
 
 

@@ -278,8 +278,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         return ran
 
     def _enter(self) -> bool:
-        """If workers join and leave during training, join the run unless this worker has joined already. Returns True
-        if this worker joined now, in which case its parameters may have been replaced by those of the other workers."""
+        """Join the run, unless this worker has joined already. Returns True if it joined now. In that case, its
+        parameters may have been replaced by those of the other workers. Returns False for a fixed set of workers, which
+        have joined at construction."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps)
         return entered

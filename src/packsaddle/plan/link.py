@@ -166,7 +166,7 @@ class Forecast:
     exchange: str  # name of the exchange: "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # rate in bytes/s below which compression beats DDP; None: at every rate, or at none
+    break_even: float | None  # payload bytes/s below which compression beats DDP; None: it always or never beats DDP
     steps: StepsNeeded | None  # number of steps that make the progress of one uncompressed step; None: not measured
 
     @property

@@ -68,8 +68,8 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the number of steps that each setting of local updates needs to reach a loss, divided by the number of
-    steps that uncompressed training needs.
+    """Return, for each setting of local updates, the number of steps that it needs to reach a target loss, divided by
+    the number of steps that uncompressed training needs to reach the same loss.
 
     The steps were measured with the inner `optimizer` for a few numbers of workers (see `measured_workers`). The result
     is for the smallest of these numbers that is at least `workers`. If all these numbers are below `workers`, the

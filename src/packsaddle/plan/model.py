@@ -167,8 +167,9 @@ def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]
 
 
 def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trained parameters for Muon, with their names: all matrices except embeddings and the weight of the
-    last linear layer, as torch's documentation of Muon recommends. Raises ConfigError if there are none."""
+    """Return the parameters that Muon should train, with their names: all matrices that require gradients, except
+    embeddings and the weight of the last linear layer, as torch's documentation of Muon recommends. Raises
+    ConfigError if there are none."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]
     apart = {id(module.weight) for module in ends}

@@ -158,7 +158,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Model of a step of `CompressedSGD`. Computing, coding and the exchange follow one another, without overlap."""
+    """Model of the time of a step of `CompressedSGD`: computing, coding (encoding and decoding) and the exchange are
+    sequential, without overlap."""
 
     cost: Cost  # messages and bytes on the critical path of the exchange
     compression: float  # seconds of encoding, of decoding, and of the rest of the optimizer's step

@@ -128,12 +128,12 @@ class Greeting:
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, text: str, hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' texts differ. `text` is this worker's text, and `must` says in the message
-        what workers must do. The error names a worker whose text is not the most frequent one, and the first line in
-        which the two texts differ.
+        """Compare `text`, such as this worker's arguments, with the other workers' texts, and raise an error unless all
+        texts are equal. `must` completes the message "workers must ...". Collective.
 
-        Raises ConfigError on a worker whose text is not the most frequent one,
-        and RoundFailedError on the other workers.
+        The error names a worker whose text is not the most frequent one, and the first line in which its text differs
+        from the most frequent one. It is a ConfigError on every worker whose text is not the most frequent one, and a
+        RoundFailedError on all other workers.
         """
         with self._own.site.fails_together():
             texts = self._channel.gather_text(text, self.device, "members")

@@ -1,9 +1,10 @@
 """This worker's pending updates, which the anchor does not include: they are in its error memories and parameters, in
-its memory file, and in an exchange in doubt.
+its memory file (see `memory_file`), and in an exchange in doubt.
 
-An exchange is in doubt while another worker may have committed it and this worker cannot determine that. It is in doubt
-from the start of this worker's confirmation until the vote or, if the confirmation fails, until the next quorum (see
-`workers`).
+An exchange is in doubt while another worker may have committed it and this worker cannot determine that. A round ends
+with a confirmation, i.e. an all-gather after the exchange, and a vote of the workers (see `workers`). The exchange is
+in doubt from the start of this worker's confirmation until the vote or, if the confirmation fails, until the next
+quorum, i.e. until the workers of the next round are determined.
 """
 
 import logging
