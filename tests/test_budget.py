@@ -21,7 +21,7 @@ ROOMS = {
     "compressors": (16, 1895),
     "curvature": (14, 1855),
     "feedback": (14, 1415),
-    "hooks": (7, 795),
+    "hooks": (7, 805),
     "integrations": (5, 670),
     "local": (34, 3605),
     "numerics": (14, 1330),
@@ -31,7 +31,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_405, 11_500, 27_235
+LIBRARY, LAB, TESTS = 18_420, 11_500, 27_245
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -220,9 +220,8 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     if any(all(row[key] == str(value) for key, value in setting.items()) for row in rows(path)):
         return
     torch.set_num_threads(1)
-    how = METHODS[name]
-    processes = 1 if how is None else workers
-    loss, sent, _ = packsaddle.simulate(lambda _: train(text, how, workers, seed, recipe), processes)[0]
+    processes = 1 if METHODS[name] is None else workers
+    loss, sent, _ = packsaddle.simulate(lambda _: train(text, METHODS[name], workers, seed, recipe), processes)[0]
     add_rows(path, [setting | {"loss": round(loss, 4), "sent": sent} | asdict(Origin.here(text=SHA256[:12]))])
 
 
@@ -259,8 +258,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def at(found: Sequence[Mapping[str, str]], rate: float = RATE) -> list[Mapping[str, str]]:
     """Return the rows of one learning rate, with the recipe's warm-up and batch."""
-    setting = Recipe(rate=rate)
-    wanted = setting.rate, setting.warm_up, setting.batch
+    wanted = rate, WARM_UP, BATCH
     return [row for row in found if (float(row["rate"]), int(row["warm_up"]), int(row["batch"])) == wanted]
 
 
@@ -276,14 +274,14 @@ def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
 
 def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
     """Return the Markdown table of all trainings of `steps` steps: mean loss over seeds, its range, megabytes sent."""
-    lines = ["| workers | method | loss | range, seeds | MB sent by a worker |", "| --- " * 5 + "|"]
+    lines = list[list[str]]()
     for workers, name in _settings(found, steps):
         mine = _of(found, workers, name, steps)
         losses = sorted(float(row["loss"]) for row in mine)
-        spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
-        sent = int(mine[0]["sent"]) / 1e6
-        lines.append(f"| {workers} | {name} | {statistics.fmean(losses):.3f} | {spread} | {sent:,.4g} |")
-    return "\n".join(lines)
+        extent = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
+        sent = f"{int(mine[0]['sent']) / 1e6:,.4g}"
+        lines.append([str(workers), name, f"{statistics.fmean(losses):.3f}", extent, sent])
+    return _markdown(["workers", "method", "loss", "range, seeds", "MB sent by a worker"], lines)
 
 
 @dataclass(frozen=True)
@@ -317,15 +315,13 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) 
     They are means over seeds, with the range of the speed-ups if there are several. `links` are the rates of the links
     in Mbit/s.
     """
-    heads = ["workers", "method", "rate", "seeds", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = list[list[str]]()
     for (workers, method), of_seeds in reached(found).items():
         rates = ", ".join(f"{rate:g}" for rate in sorted({one.rate for one in of_seeds}))
         steps = statistics.fmean(one.steps for one in of_seeds)
         cells = [str(workers), method, rates, str(len(of_seeds)), f"{steps:,.0f}"]
-        cells += [spread([one.speed_up(mbit) for one in of_seeds]) for mbit in links]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells + [spread([one.speed_up(mbit) for one in of_seeds]) for mbit in links])
+    return _markdown(["workers", "method", "rate", "seeds", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
 
 
 def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
@@ -333,16 +329,19 @@ def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> 
 
     Since they need more steps than this training has, its speed-up is an upper limit.
     """
-    heads = ["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = list[list[str]]()
     target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
     for workers, name in _settings(found):
         last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
         if workers > 1 and float(last["loss"]) > target:
             one = Reached(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"]))
             cells = [str(workers), name, f"{one.rate:g}", f"{one.steps:,.0f}", f"{float(last['loss']):.3f}"]
-            lines.append(f"| {' | '.join([*cells, *(f'{one.speed_up(mbit):.2f}' for mbit in links)])} |")
-    return "\n".join(lines)
+            lines.append(cells + [f"{one.speed_up(mbit):.2f}" for mbit in links])
+    return _markdown(["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def spread(numbers: Sequence[float]) -> str:

@@ -63,9 +63,8 @@ def demo(
     make_new(folder / "saddle")
     runs = train_all(saddle, folder / "saddle", how)
     print_runs(runs)
-    conclusion = saddle_conclusion([row(run) for run in runs])
-    pages = [write_report(runs, folder / "saddle" / "report", lead=conclusion)]
-    conclusions = [conclusion]
+    conclusions = [saddle_conclusion([row(run) for run in runs])]
+    pages = [write_report(runs, folder / "saddle" / "report", lead=conclusions[0])]
 
     # The second part.
     if text:

@@ -518,6 +518,11 @@ def refusals() -> None:
     passed(added)
     added.module.extra = nn.Parameter(torch.zeros(3))
     other: Any = torch.optim.SGD(network().parameters(), 0.1)
+    frozen, unfrozen = wrapped(network()), network()
+    next(frozen.module.parameters()).requires_grad_(False)
+    next(unfrozen.parameters()).requires_grad_(False)
+    unfrozen = wrapped(unfrozen)
+    next(unfrozen.module.parameters()).requires_grad_(True)
 
     def made(**options: Any) -> Callable[[], object]:
         return lambda: ps.register_ddp_hook(wrapped(network()), **folded(options, ps.TopK(0.1)))
@@ -536,6 +541,8 @@ def refusals() -> None:
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),
         "already has a communication hook, .*; for another hook, wrap model.module in": lambda: ps.attach(second),
         "must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: ps.register_ddp_hook(plain),
+        r"exchanges 6 parameters, but 5 are trainable now": lambda: ps.register_ddp_hook(frozen),
+        r"exchanges 5 parameters, but 6 are trainable now": lambda: ps.register_ddp_hook(unfrozen),
         "extra was added, replaced or unfrozen after DistributedDataParallel": lambda: passed(added),
         "has a sparse gradient, which is not supported": lambda: sparse(torch.tensor([1, 2])).sum().backward(),
     }

@@ -79,7 +79,8 @@ def register_ddp_hook(
     without its DistributedDataParallel, as in `model.module(x)`.
 
     Raises TypeError or ValueError if an argument is invalid or differs between workers. Raises RuntimeError if the
-    model already has a communication hook.
+    model already has a communication hook, or if its parameters were frozen or unfrozen after DistributedDataParallel
+    was made.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -105,6 +106,7 @@ def register_ddp_hook(
     check_scaler(scaler)
     optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+    _check_trained(model, [name for name, _ in named])
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
     trained = {id(p) for p in parameters_of(optimizers)}
@@ -218,6 +220,21 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
             "this DistributedDataParallel already has a communication hook, and supports only one; for another hook, "
             "wrap model.module in a new DistributedDataParallel"
         ) from error
+
+
+def _check_trained(model: DistributedDataParallel, trained: Sequence[str]) -> None:
+    """Raise RuntimeError if parameters of the model were frozen or unfrozen after the DistributedDataParallel was made.
+
+    The DistributedDataParallel exchanges the gradients of the parameters that were trainable then. `trained` are the
+    names of those that are trainable now.
+    """
+    exchanged = int(model._get_ddp_logging_data()["num_parameter_tensors"])
+    now = sum(name not in model.parameters_to_ignore for name in trained)
+    if now != exchanged:
+        raise RuntimeError(
+            f"DistributedDataParallel exchanges {exchanged} parameters, but {now} are trainable now: freeze and "
+            f"unfreeze parameters before you make DistributedDataParallel"
+        )
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:

@@ -105,7 +105,7 @@ class DDPHook(GradientHook, Exchanging):
         parameters = [p for bucket in buckets for p in bucket.parameters]
         if any(id(p) not in self._named for p in parameters):
             raise RuntimeError(
-                "a parameter was frozen or replaced after DistributedDataParallel was made and before the hook was"
+                "a parameter was replaced after DistributedDataParallel was made and before the hook was registered"
             )
         return [self._named[id(p)].name for p in parameters]
 
