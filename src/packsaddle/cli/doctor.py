@@ -42,7 +42,7 @@ class Interface:
 
     name: str
     addresses: tuple[str, ...]  # IPv4 before IPv6 addresses; empty: none are reported
-    state: str | None  # Linux's operstate: "up", "down", "unknown", ...
+    state: str | None  # state of the interface, Linux's operstate: "up", "down", "unknown", ...; None: not reported
     mbit: int | None  # link speed in Mbit/s; None for most virtual links
     loopback: bool
 

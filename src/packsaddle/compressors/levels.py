@@ -93,7 +93,7 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
     Args:
         codes: The sums level + top, uint8[d].
         top: The largest level.
-        bits: The number of bits of a level in the code of fixed width, one of the three codes of this module.
+        bits: The number of bits of each level in the fixed-width code, the third code that this module describes.
         counts: The `histogram` of `codes`, int64[256] on the CPU. If it is None, it is computed here, and the host
             waits for it if `codes` is on a GPU.
     """
@@ -145,7 +145,7 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
         coded: The output of `encode_levels`, uint8[...].
         d: The number of levels.
         top: The largest level.
-        bits: The number of bits of a level in the code of fixed width, one of the three codes of this module.
+        bits: The number of bits of each level in the fixed-width code, the third code that this module describes.
         head: The first two bytes of `coded`, or all bytes if `coded` is shorter. If it is None, the bytes are read
             here, and the host waits for a GPU.
     """

@@ -48,7 +48,8 @@ _OVERSAMPLE = 4  # default number of candidates for each kept coordinate
 
 
 class Drawn(NamedTuple):
-    """The randomness of a sketch, a function of (seed, step)."""
+    """The random choices of a sketch: the projections or hashes that it is computed with, and the coordinate that is
+    preferred in ties. They are functions of (seed, step)."""
 
     numbers: Any  # for SharedTopK, the `Keys` that generate the projections; for SketchTopK, a RowHash per row
     first: int  # index of the coordinate or block that is preferred in ties; the next ones follow cyclically

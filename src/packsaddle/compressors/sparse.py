@@ -173,7 +173,8 @@ class KOfD(Compressor):
 
 @dataclass(frozen=True)
 class _OfEachTensor(KOfD):
-    """Base of compressors that keep k of all coordinates or, with `per_tensor`, the fraction `ratio` of each tensor."""
+    """Base class of compressors that keep k coordinates of the whole vector. With `per_tensor` they keep the fraction
+    `ratio` of the coordinates of each tensor instead."""
 
     per_tensor: bool = False  # apply the ratio to each tensor separately, not to the whole vector
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`

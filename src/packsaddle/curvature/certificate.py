@@ -120,11 +120,11 @@ class Certificate:
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
     grad_norm_error: float | None  # sampling error of the gradient, as a standard error; None: `sample_of` is None
     lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
-    lambda_min_lower: float  # lower bound on lambda_min, fails with `failure_probability`; -inf: pilot search decided
-    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf: pilot search decided
-    lambda_max_upper: float  # upper bound on lambda_max, fails with `failure_probability`; inf: pilot search decided
+    lambda_min_lower: float  # lower bound on lambda_min; -inf if the pilot search decided the verdict
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf as for `lambda_min_lower`
+    lambda_max_upper: float  # upper bound on lambda_max; inf if the pilot search decided the verdict
     residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
-    failure_probability: float  # failure probability of `lambda_min_lower`; also that of `lambda_max_upper`
+    failure_probability: float  # largest probability that `lambda_min_lower` is wrong; the same for `lambda_max_upper`
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True if rho was measured along the escape direction, as a lower bound on rho

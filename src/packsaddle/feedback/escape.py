@@ -114,7 +114,7 @@ class EscapeCheck:
     def __init__(
         self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int, *, all_differ: bool = False
     ) -> None:
-        self.start = x.clone()  # the start point x_t', float[d]
+        self.start = x.clone()  # x_t', the parameters at the start of the current segment, float[d]
         self.start_step = 0  # t', the step at the start point
         self._of, self._x, self._averaged = of, x, of.d if all_differ else of.compressed_d
         self._rule, self._channel, self._seed = rule, channel, seed

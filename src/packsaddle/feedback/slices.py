@@ -126,10 +126,10 @@ class Slice:
         return found
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
-        """Add the noise of a step to `out`, float[d], a vector of the parameters in this slice, in place.
+        """Add a step's `noise` to `out`, float[d], a vector of the parameters in this slice, in place.
 
-        The noise has one number for each coordinate of the vector of all parameters. A coordinate of `out` gets its
-        number from there.
+        The noise is a vector with one number for each coordinate of all parameters. Each coordinate of `out` is the
+        coordinate of a parameter, and the number for this coordinate is added to it.
         """
         # Add noise to each range [first, last) of this slice that is contiguous in the vector of all parameters. In
         # that vector, the range starts at `begin`.

@@ -256,8 +256,9 @@ def register_fsdp_hook(
             mesh["replicate"].get_group() of a two-dimensional mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
-            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. The comparison of parameters
-            is at the end of a backward pass. Each shard counts its own skipped steps.
+            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Every `compare_every` steps
+            the replicas compare their parameters, at the end of a backward pass. `max_skipped` limits the number of
+            consecutive steps that the replicas of one shard skip. Steps that only other shards skip do not count.
         noise, start_step, seed: see `register_ddp_hook`.
 
     All replicas start from rank 0's parameters, which this function broadcasts. If the model is still on the meta

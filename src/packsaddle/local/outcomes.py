@@ -182,9 +182,12 @@ class Outcomes:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
-    """Delete the optimizer's state of each parameter whose state is non-finite, and return these parameters. Non-finite
-    settings in parameter groups are set to the optimizer's defaults. If a setting has no finite default, a tensor is
-    set to 0, and a number is not changed."""
+    """Delete the optimizer's state of each parameter whose state is non-finite, and return these parameters.
+
+    A setting of a parameter group that contains NaN or a non-finite tensor is set to the optimizer's default. If this
+    default is not a finite number, a setting that is a tensor is filled with zeros, and any other setting is not
+    changed.
+    """
     cleared = {p for p, entry in optimizer.state.items() if not _all_finite(entry)}
     for p in cleared:
         del optimizer.state[p]

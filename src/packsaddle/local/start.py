@@ -179,8 +179,8 @@ class UnsentSteps:
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:
-        """Cancel the warning about the unsent steps so far. Call when all workers have the same model, or when the
-        anchor (the parameters last agreed on) is read or saved."""
+        """Cancel the warning about the inner steps made so far whose changes were not sent. Call when all workers have
+        the same model, or when the anchor (the parameters last agreed on) is read or saved."""
         self._is_pending = False
 
     def _warn(self) -> None:

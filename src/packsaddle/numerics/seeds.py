@@ -109,10 +109,11 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
-    """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are not below n, until most
-    of them are below n. Changes `index` in place.
+    """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are n or larger. Changes
+    `index` in place. At the end the expected count of numbers that are n or larger is below 1/16. The caller must
+    permute those that remain.
 
-    The number of numbers that are not below n is not read after each step, since the host would wait for a GPU. It is
+    How many numbers are n or larger is not read after each application, since the host would wait for a GPU. It is
     estimated instead, with a margin of six standard deviations.
     """
     outside = torch.arange(len(index), device=index.device)

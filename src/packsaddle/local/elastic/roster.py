@@ -22,7 +22,7 @@ from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
 _REMEMBERED = 256  # maximum number of workers in the roster; if a round has more workers, their number
-_PAST = 64  # number of last rounds of which the roster has the value of `history`
+_PAST = 64  # number of the latest committed rounds for which the roster stores the hash `history`
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Roster:
 
 @dataclass
 class Account:
-    """One worker's counts of its attempts at rounds and its inner steps, its
-    weights, and the norms of its error memory."""
+    """One worker's record of the rounds that it was in: counts of its attempts at rounds and of its inner steps, the
+    weights of its updates in the workers' mean, and the norms of its error memory and of its last message."""
 
     attempts: int = 0  # number of the worker's attempts at rounds, committed or not
     included: int = 0  # number of its last attempt at a round that was committed with its update

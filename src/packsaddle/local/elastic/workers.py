@@ -213,8 +213,9 @@ class ElasticWorkers(Membership):
                 applied = self._once(uncompressed, seconds)
                 break
             except LeavingError:
-                # In a site this error means that the grace period is over. Other processes of the site may not be in
-                # this wait, and a collective with them would hang. So end this process without a collective.
+                # If this worker is a site of several processes, this error means that the grace period after SIGTERM is
+                # over. The other processes of the site may not be in this wait, and a collective with them would hang.
+                # So end this process without a collective.
                 if self.site.size > 1:
                     end_process(0 if self._pending.save() else 1)
                 self._exit()
@@ -299,8 +300,8 @@ class ElasticWorkers(Membership):
             self._energy += energy(r.exchanged.v)
             with self.site.fails_together():
                 self._exchange(r, hellos, weights)
-        # Confirm: this gather completes only if all workers have exchanged their updates. From here on, other workers
-        # may commit.
+        # Confirm: the gather below completes only if all workers have exchanged their updates. From here on, other
+        # workers may commit the round.
         self._pending.save(parts)
         device = self._greeting.device
         norm = torch.tensor([self._pending.norm_after()], dtype=wide(device), device=device)
@@ -387,7 +388,8 @@ class ElasticWorkers(Membership):
         raise RuntimeError(_FIXED["average"])
 
     def check_call(self, call: str, steps: int) -> None:
-        """No-op: workers that join and leave may make different numbers of calls."""
+        """No-op: workers that join and leave may make different numbers of collective calls, such as those that save a
+        checkpoint."""
 
     def exchanging(self, steps: int) -> bool:
         """Return True if a round followed the last inner step."""
