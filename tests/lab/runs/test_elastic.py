@@ -1,6 +1,5 @@
-"""Real processes that are told to stop, or killed: torch's launcher, and workers killed at random moments."""
+"""Real processes that are told to stop, or killed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,12 @@ from typing import Any
 import launched
 import pytest
 from commandline import command
-from forked_python import environment, python
+from forked_python import environment, fork_of, python
 from runs import CONFIG, differences, lines, result
 
 from packsaddle.comm import launching
 from packsaddle.comm.failures import TerminatedError, WorkerFailedError
 
-ROOT = Path(__file__).parents[3]
 PATIENCE = 120.0
 
 
@@ -69,6 +67,21 @@ def test_sigterm_stops_a_launched_run_that_goes_on_to_the_same_end(config: Path,
     assert not (launched / "summary.json").exists()
     assert command("lab", "run", "--resume", launched, *serial) == 0
     assert differences(result(straight), result(launched)) == []
+
+
+@pytest.mark.process
+def test_a_killed_run_goes_on_to_the_same_end(config: Path, tmp_path: Path) -> None:
+    """All processes get SIGKILL while they save checkpoints, of which the last one may be half written."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    saving = ("--workers", 2, "--checkpoint-every", 1)
+    assert command("lab", "run", config, *saving, "--serial", "--out", straight) == 0
+    with started(python(), "-m", "lab", "run", config, *saving, "--out", killed) as process:
+        until(lambda: len(lines(killed)) >= 2, process)
+        os.killpg(fork_of(process.pid), signal.SIGKILL)
+        process.communicate(timeout=PATIENCE)
+    assert not (killed / "summary.json").exists()
+    assert command("lab", "run", "--resume", killed, *saving, "--serial") == 0
+    assert differences(result(straight), result(killed)) == []
 
 
 def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +142,3 @@ def test_workers_that_are_told_to_end_have_time_to_save(
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert sent == [signal.SIGTERM] * 3  # the launcher, and by it its workers
-
-
-def test_workers_killed_at_random_moments() -> None:
-    words = [python(), ROOT / "lab" / "bench" / "chaos.py", "--runs", "1", "--workers", "2", "--seed", "1"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    trials = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(trial["workers"], trial["equal"]) for trial in trials] == [(2, True)]
-    assert sum(trial["kills"] + trial["stops"] for trial in trials) >= 1
