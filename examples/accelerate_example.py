@@ -47,7 +47,7 @@ def main() -> None:
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    # The line. Accelerate's own `ddp_comm_hook` knows torch's hooks alone, and ignores any other without a word.
+    # The added line. Accelerate's own argument `comm_hook` supports only torch's hooks, and silently ignores others.
     hook = packsaddle.attach(model, packsaddle.TopK(0.01), optimizer=optimizer, scaler=accelerator.scaler)
 
     progress, losses, steps = Progress(), [], 0
