@@ -103,7 +103,7 @@ print(whole or errors)
 # ## Check the network
 #
 # On several machines most first runs fail because each gloo worker announces the address of its machine's name. On many
-# systems this is 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows the address:
+# systems this address is 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows the address:
 
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
