@@ -61,7 +61,7 @@ def main() -> None:
             accuracy = (model(images).argmax(1) == labels).double().mean().item()
         accelerator.print(f"epoch {epoch}: test accuracy {accuracy:.1%}")
 
-    own.finish()  # exchanges what is pending: all workers have one model
+    own.finish()  # exchanges the pending updates
     report(accelerator.process_index, model, local, local.steps, losses)
     accelerator.end_training()
 

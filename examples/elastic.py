@@ -69,7 +69,7 @@ def train(arguments: argparse.Namespace) -> None:
         if local.exchanging:
             print(f"round {local.rounds}: loss {losses[-1]:.3f}, {local.workers} workers", flush=True)
 
-    local.flush()  # what is pending of all that are there is exchanged, and they have one model
+    local.flush()  # exchanges the pending updates of all present workers
     if losses:
         report(0, model, local, local.steps, losses)
     manager.shutdown(wait=False)

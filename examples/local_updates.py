@@ -92,7 +92,7 @@ def main() -> None:
             if arguments.checkpoint:
                 packsaddle.save_checkpoint(arguments.checkpoint, parts, step=step + 1)
 
-    local.flush()  # exchanges what is pending: all workers have one model
+    local.flush()  # exchanges the pending updates
     report(rank, model, local, arguments.steps, losses)
     dist.barrier()  # a worker that leaves early takes its connections away from the others
     dist.destroy_process_group()

@@ -73,7 +73,7 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
 
-    local.flush()  # exchanges what is pending: all processes have one model
+    local.flush()  # exchanges the pending updates
     report(dist.get_rank(), model, local, arguments.steps, losses)
     dist.barrier()  # a worker that leaves early takes its connections away from the others
     if is_elastic:

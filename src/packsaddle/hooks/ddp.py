@@ -228,7 +228,8 @@ def _check_trained(model: DistributedDataParallel, trained: Sequence[str]) -> No
     The DistributedDataParallel exchanges the gradients of the parameters that were trainable then. `trained` are the
     names of those that are trainable now.
     """
-    exchanged = int(model._get_ddp_logging_data()["num_parameter_tensors"])
+    logged: Callable[[], dict[str, Any]] = model._get_ddp_logging_data
+    exchanged = int(logged()["num_parameter_tensors"])
     now = sum(name not in model.parameters_to_ignore for name in trained)
     if now != exchanged:
         raise RuntimeError(
