@@ -32,7 +32,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -285,11 +285,8 @@ def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """A training of several workers that ends at the same loss as one machine alone.
-
-    It has a length in steps, and a number of bytes that each worker sends.
-    """
+class Trial:
+    """A training of several workers: its length in steps, and the number of bytes that each worker sends."""
 
     workers: int
     method: str
@@ -325,18 +322,14 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) 
 
 
 def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
-    """Return the Markdown table of the methods whose longest training, with seed 0, ends above the loss of one machine.
+    """Return the Markdown table of the trainings of `unreached`, with upper limits on the methods' speed-ups.
 
-    Since they need more steps than this training has, its speed-up is an upper limit.
+    The columns are like those of `speed_ups`, with the loss in place of the number of seeds.
     """
     lines = list[list[str]]()
-    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
-    for workers, name in _settings(found):
-        last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
-        if workers > 1 and float(last["loss"]) > target:
-            one = Reached(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"]))
-            cells = [str(workers), name, f"{one.rate:g}", f"{one.steps:,.0f}", f"{float(last['loss']):.3f}"]
-            lines.append(cells + [f"{one.speed_up(mbit):.2f}" for mbit in links])
+    for one, loss in unreached(found):
+        cells = [str(one.workers), one.method, f"{one.rate:g}", f"{one.steps:,.0f}", f"{loss:.3f}"]
+        lines.append(cells + [f"{one.speed_up(mbit):.2f}" for mbit in links])
     return _markdown(["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
 
 
@@ -350,13 +343,13 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{statistics.fmean(numbers):.2f}" + (f" ({low} to {high})" if low != high else "")
 
 
-def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Reached]]:
+def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Trial]]:
     """Return the trainings that end at the same loss as one machine alone with the same seed, by workers and method.
 
     The length of a training is interpolated, in the logarithm of the steps, between a training with a higher and one
     with a lower loss. Seeds without two such trainings are left out.
     """
-    trainings: dict[tuple[int, str], list[Reached]] = {}
+    trainings: dict[tuple[int, str], list[Trial]] = {}
     targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
     for (workers, name), (seed, target) in product(_settings(found), targets.items()):
         seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == seed}
@@ -365,9 +358,21 @@ def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Re
             low, high = max(n for n in seen if n < longer[0]), longer[0]
             above, below = (float(seen[n]["loss"]) - target for n in (low, high))
             steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
-            one = Reached(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
+            one = Trial(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
             trainings.setdefault((workers, name), []).append(one)
     return trainings
+
+
+def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, float]]:
+    """Yield each method's longest training with seed 0 and its loss, if this is above the loss of one machine alone.
+
+    The method needs more steps than this training has, so the speed-up of the training is an upper limit.
+    """
+    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    for workers, name in _settings(found):
+        last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
+        if workers > 1 and (loss := float(last["loss"])) > target:
+            yield Trial(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"])), loss
 
 
 def _of(

@@ -16,7 +16,7 @@ from packsaddle.comm.communicator import ring_all_reduce
 from packsaddle.errors import config_errors
 
 if TYPE_CHECKING:
-    from lab.runs.job import How
+    from lab.runs.job import How, Job
     from lab.runs.report.tables import Row
 
 MBIT = 50  # rate of the link for which the second part computes times, in Mbit/s
@@ -51,24 +51,27 @@ def demo(
     """
     from lab.runs.report import row, write_report
 
-    # Raise errors for invalid input and missing packages before anything runs.
     require_plots("the demo's reports")
-    with config_errors():
-        saddle = demo_configs(workers, epochs, seed)
-        text = local_demo_configs(workers, text_epochs, seed) if workers > 1 else {}
     folder = out or dated("demo")
     how: How = "serial" if serial else "processes"
+    with config_errors():
+        saddle = jobs_of(demo_configs(workers, epochs, seed), folder / "saddle")
+        text = jobs_of(local_demo_configs(workers, text_epochs, seed), folder / "slow-link") if workers > 1 else []
+
+    # Validate both parts before the folder is created, so that invalid input leaves no files.
+    for job in (*saddle, *text):
+        job.check(job.configs[0].workers)
+    make_new(folder)
 
     # The first part.
-    make_new(folder / "saddle")
-    runs = train_all(saddle, folder / "saddle", how)
+    runs = trained(saddle, how)
     print_runs(runs)
     conclusions = [saddle_conclusion([row(run) for run in runs])]
     pages = [write_report(runs, folder / "saddle" / "report", lead=conclusions[0])]
 
     # The second part.
     if text:
-        runs = train_all(text, folder / "slow-link", how)
+        runs = trained(text, how)
         links = link_rows([row(run) for run in runs], workers)
         print_links(links)
         conclusions.append(link_conclusion(links))
@@ -76,19 +79,22 @@ def demo(
     print("\n".join([*(f"report: {page}" for page in pages), *filter(None, conclusions)]))
 
 
-def train_all(configs: Mapping[str, Config], folder: Path, how: "How") -> list[Run]:
-    """Do runs in subfolders of `folder`, named by the keys of `configs`, and return them.
+def jobs_of(configs: Mapping[str, Config], folder: Path) -> list["Job"]:
+    """Return jobs for runs in subfolders of `folder`, named by the keys of `configs`.
 
-    Consecutive runs with the same number of workers share their processes.
+    Consecutive runs with the same number of workers are one job, and so share their processes.
     """
     from lab.runs.job import Job
 
-    for workers, names in groupby(configs, lambda name: configs[name].workers):
-        chosen = [*names]
-        job = Job(tuple(configs[name] for name in chosen), tuple(folder / name for name in chosen))
-        job.check(workers)
-        job.run(workers, how)
-    return [run for name in configs for run in read_runs([folder / name])]
+    groups = [[*names] for _, names in groupby(configs, lambda name: configs[name].workers)]
+    return [Job(tuple(configs[name] for name in names), tuple(folder / name for name in names)) for names in groups]
+
+
+def trained(jobs: Sequence["Job"], how: "How") -> list[Run]:
+    """Do the runs of the jobs, and return them in the order of the jobs."""
+    for job in jobs:
+        job.run(job.configs[0].workers, how)
+    return [run for job in jobs for folder in job.folders for run in read_runs([folder])]
 
 
 def saddle_conclusion(rows: Sequence["Row"]) -> str:

@@ -162,6 +162,9 @@ def local_demo_configs(workers: int, epochs: float, seed: int = 0) -> dict[str, 
     AdamW trains for as many steps in each. "alone" has one worker's batch. "dense-adamw" has the batches of all workers
     in one process, which is what DistributedDataParallel computes. "local-updates" has the workers.
     """
+    local = LocalConfig("adamw", every=8, betas=(0.9, 0.99), warm_up=0.1 * epochs, schedule="cosine", clip=1.0)
+    dense = replace(local, every=1, mean_momentum=0.0)
+    alone = replace(dense, warm_up=dense.warm_up / workers)
     shared = Config(
         data=DataConfig("text"),
         model=ModelConfig("char-transformer"),
@@ -170,21 +173,10 @@ def local_demo_configs(workers: int, epochs: float, seed: int = 0) -> dict[str, 
         batch_size=8,
         compressor=Identity(),
         weight_decay=0.1,
-        local=LocalConfig(
-            "adamw",
-            every=1,
-            betas=(0.9, 0.99),
-            warm_up=0.1 * epochs,
-            schedule="cosine",
-            clip=1.0,
-            mean_momentum=0.0,
-        ),
+        local=dense,
         seed=seed,
         log_every=25,
     )
-    assert shared.local is not None
-    alone = replace(shared.local, warm_up=0.1 * epochs / workers)
-    local = replace(shared.local, every=8, mean_momentum=None)
     return {
         "alone": replace(shared, label="one machine alone", epochs=epochs / workers, local=alone),
         "dense-adamw": replace(shared, label=f"dense training, {workers} workers", batch_size=8 * workers),

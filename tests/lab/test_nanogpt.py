@@ -11,9 +11,9 @@ from lab.bench.nanogpt import (
     RATE,
     ROWS,
     STEP_TIME,
-    Reached,
     Recipe,
     Text,
+    Trial,
     at,
     limits,
     reached,
@@ -48,11 +48,12 @@ def test_one_worker_with_local_updates_is_one_without() -> None:
 
 
 def test_the_card_has_the_tables_of_the_rows() -> None:
-    card, found = (ROWS.parent / "README.md").read_text(), at(rows(ROWS))
+    card, every = (ROWS.parent / "README.md").read_text(), rows(ROWS)
+    found, best = at(every), searched(every)
     assert table(found) in card
     assert speed_ups(found) in card
-    assert speed_ups(searched(rows(ROWS))) in card
-    assert limits(searched(rows(ROWS))) in card
+    assert speed_ups(best) in card
+    assert limits(best) in card
     assert table(found, 1000) in card
     mean = {
         key: fmean(
@@ -87,7 +88,7 @@ def test_a_speed_up_is_interpolated() -> None:
         {**row, "steps": "500", "loss": "2.0", "sent": "10"},
         {**row, "steps": "2000", "loss": "1.0", "sent": "40"},
     ]
-    one = Reached(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))
+    one = Trial(2, "local", 0.001, pytest.approx(1000), pytest.approx(20))
     assert reached(found) == {(2, "local"): [one]}
     # A seed counts if it has a longer and a shorter training, and each is compared with one machine of its seed.
     second = [{**each, "seed": "1"} for each in (*found, {**row, "steps": "1000", "loss": "1.5", "sent": "20"})]
@@ -104,9 +105,9 @@ def test_a_speed_up_is_interpolated() -> None:
     searching = [*found, *fast, {**found[1], "rate": "0.004", "steps": "1000", "loss": "1.5"}]
     ((best,),) = reached(searched(searching)).values()
     assert (best.rate, best.steps) == (0.004, pytest.approx(1000))
-    assert Reached(2, "local", 0.001, 1000, 0).speed_up(10) == pytest.approx(2)
+    assert Trial(2, "local", 0.001, 1000, 0).speed_up(10) == pytest.approx(2)
     as_long = 1000 * STEP_TIME * 10e6 / 8
-    assert Reached(2, "local", 0.001, 1000, as_long).speed_up(10) == pytest.approx(1)
+    assert Trial(2, "local", 0.001, 1000, as_long).speed_up(10) == pytest.approx(1)
     # Two of eight steps overlap with the exchange: a quarter of the training's time is hidden.
-    assert Reached(2, "local, overlap", 0.001, 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
-    assert Reached(2, "local, overlap", 0.001, 1000, as_long / 5).speed_up(10) == pytest.approx(2)
+    assert Trial(2, "local, overlap", 0.001, 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
+    assert Trial(2, "local, overlap", 0.001, 1000, as_long / 5).speed_up(10) == pytest.approx(2)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from runs import CONFIG as PLAIN
 from lab.cli.demo import link_conclusion, link_rows, saddle_conclusion
 from lab.runs import run_folder
 from lab.runs.report.tables import Row
-from lab.runs.tasks import images
+from lab.runs.tasks import images, text
 
 CONFIG = (
     PLAIN
@@ -181,14 +182,24 @@ def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert len({summaries[name]["steps"] for name in ("alone", "dense-adamw", "local-updates")}) == 1
 
 
+def test_the_demo_writes_nothing_if_its_input_is_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither into a folder that exists, nor if the second part cannot be run."""
+    assert command("lab", "demo", "--out", tmp_path) == 2
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # importing Python's own text fails
+    text._encoded.cache_clear()
+    assert command("lab", "demo", "--out", tmp_path / "demo") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def demo_row(**values: Any) -> Row:
+    return replace(Row("", 0, True, None, None, None, None, None, None, 1.0, None, 1.0), **values)
+
+
 def test_the_demo_ends_with_its_meaning() -> None:
     """From its table's rows; if the runs were too short to leave the saddle, it claims nothing."""
-
-    def demo_row(compression: float, epochs: float, *, left: bool) -> Row:
-        return Row("", 0, True, None, None, None, epochs, left, None, 1.0, compression, 1.0)
-
-    stalled = demo_row(1.0, 57.5, left=False)
-    noisy = [demo_row(1.0, 18.5, left=True), demo_row(54.0, 25.0, left=True), demo_row(47.3, 20.0, left=True)]
+    stalled = demo_row(compression=1.0, plateau_epochs=57.5, left_plateau=False)
+    runs = (1.0, 18.5), (54.0, 25.0), (47.3, 20.0)
+    noisy = [demo_row(compression=c, plateau_epochs=epochs, left_plateau=True) for c, epochs in runs]
     sentence = saddle_conclusion([stalled, *noisy])
     assert "after 18 to 25 epochs" in sentence
     assert "1/47 of the bytes" in sentence
@@ -198,18 +209,10 @@ def test_the_demo_ends_with_its_meaning() -> None:
 
 def test_the_demo_computes_the_times_of_a_link() -> None:
     """Computing, and then the bytes over 50 Mbit/s; dense training, which was one process, as long as its workers."""
-
-    def demo_row(loss: float, megabytes: float, seconds: float) -> Row:
-        return Row("", 0, True, None, loss, None, None, None, None, megabytes, None, seconds)
-
-    alone, dense, local = link_rows(
-        [demo_row(2.2, 200.0, 8.0), demo_row(2.0, 250.0, 19.0), demo_row(2.1, 2.5, 10.0)], 2
-    )
-    assert (alone.megabytes, dense.megabytes, local.megabytes) == (
-        0.0,
-        250.0,
-        2.5,
-    )  # W = 2: a ring sends the vector once
+    runs = (2.2, 200.0, 8.0), (2.0, 250.0, 19.0), (2.1, 2.5, 10.0)
+    alone, dense, local = link_rows([demo_row(test_loss=a, megabytes=b, seconds=c) for a, b, c in runs], 2)
+    # In a ring of two workers each sends as many bytes as a vector has.
+    assert (alone.megabytes, dense.megabytes, local.megabytes) == (0.0, 250.0, 2.5)
     assert (alone.seconds, dense.seconds, local.seconds) == pytest.approx((8.0, 10.0 + 40.0, 10.0 + 0.4))
     sentence = link_conclusion([alone, dense, local])
     assert "1/100 of the bytes" in sentence
