@@ -47,14 +47,18 @@ import packsaddle
 from lab.bench.hosts import Hosts
 from lab.bench.origin import Origin
 from lab.bench.rows_file import add_rows, read_rows
-from lab.race.inner import Half
+from lab.race.inner import Half, muon
+from lab.race.library import library_text
 from packsaddle.comm import process_group, resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+LIBRARY = "library"  # the name of the second text
 FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"
 ROWS, CLOCKED = FOLDER / "runs.csv", FOLDER / "clock.csv"
 BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
-WIDTH, HEADS, LAYERS = 128, 4, 4
+WIDTH, LAYERS = 128, 4
+WINDOWS = 1742  # windows of the last tenth of nanoGPT's text
+HEAD = 32  # width of an attention head
 EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpdates`
 LINKS = (10, 50, 200, 1000)  # rates of links, in Mbit/s
 STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
@@ -74,6 +78,11 @@ METHODS: dict[str, Method] = {
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
+    "local 4, two bits, agreement": {
+        "compressor": packsaddle.Compression(packsaddle.Rounded()),
+        "every": 4,
+        "outer": packsaddle.OuterAgreement(0.5),
+    },
     "local, overlap": {"overlap": 2},
     "local, agreement, overlap": {"outer": packsaddle.OuterAgreement(0.5), "overlap": 3},
     **{f"local SGD {every}, 16 bits": {**PEER, "every": every} for every in (8, 32, 128)},
@@ -85,17 +94,17 @@ METHODS: dict[str, Method] = {
 class Layer(nn.Module):
     """A transformer layer of nanoGPT: causal self-attention and an MLP, both after a norm and without biases."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        b, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, width // HEAD, HEAD).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(b, t, WIDTH))
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
 
@@ -105,15 +114,15 @@ class GPT(nn.Module):
     A call returns the mean loss of predicting the characters y from the characters x.
     """
 
-    def __init__(self, characters: int, seed: int) -> None:
+    def __init__(self, characters: int, seed: int, width: int = WIDTH, layers: int = LAYERS) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(characters, WIDTH), nn.Embedding(BLOCK, WIDTH)
-        self.layers, self.norm = nn.ModuleList(Layer() for _ in range(LAYERS)), nn.LayerNorm(WIDTH, bias=False)
+        self.tokens, self.places = nn.Embedding(characters, width), nn.Embedding(BLOCK, width)
+        self.layers, self.norm = nn.ModuleList(Layer(width) for _ in range(layers)), nn.LayerNorm(width, bias=False)
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 is_residual = name.endswith(("out.weight", "down.weight"))
-                p.data.normal_(0, 0.02 / (math.sqrt(2 * LAYERS) if is_residual else 1), generator=rng)
+                p.data.normal_(0, 0.02 / (math.sqrt(2 * layers) if is_residual else 1), generator=rng)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.tokens(x) + self.places.weight
@@ -130,34 +139,46 @@ class Text:
     train: Tensor
     held_out: Tensor
     characters: int
+    digest: str = ""  # first 12 digits of the SHA-256
 
     @classmethod
-    def read(cls, path: Path) -> "Text":
-        """Read nanoGPT's text from a file. Raises ValueError if the file has another text."""
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != SHA256:
-            raise ValueError(f"{path} must be tinyshakespeare, with the SHA-256 {SHA256}")
+    def read(cls, source: str) -> "Text":
+        """Read nanoGPT's text from a file, or the source of Python's standard library if `source` is "library".
+
+        Raises ValueError if the file has another text.
+        """
+        data = library_text().encode() if source == LIBRARY else Path(source).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if source != LIBRARY and digest != SHA256:
+            raise ValueError(f"{source} must be tinyshakespeare, with the SHA-256 {SHA256}")
         text = data.decode()
         code = {character: i for i, character in enumerate(sorted(set(text)))}
         codes = torch.tensor([code[character] for character in text])
         cut = int(0.9 * len(codes))
-        return cls(codes[:cut], codes[cut:], len(code))
+        return cls(codes[:cut], codes[cut:], len(code), digest[:12])
 
     @property
     def last(self) -> Tensor:
-        """The held-out windows, consecutive in the text, int64[n, 65]."""
+        """The held-out windows, consecutive in nanoGPT's text and evenly spaced in a longer one, int64[n, 65]."""
         starts = torch.arange((len(self.held_out) - 1) // BLOCK) * BLOCK
+        starts = starts[:: max(1, len(starts) // WINDOWS)]
         return self.held_out[starts[:, None] + torch.arange(BLOCK + 1)]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The length of a training, and its learning rate by nanoGPT's schedule: a linear warm-up, a cosine to a tenth."""
+    """A training: its length, its optimizer, its network, and its learning rate by nanoGPT's schedule.
+
+    The learning rate has a linear warm-up and a cosine to a tenth.
+    """
 
     steps: int = STEPS
     rate: float = RATE  # the highest learning rate
     warm_up: int = WARM_UP  # steps
     batch: int = BATCH  # windows of a step of one worker
+    inner: str = "adamw"  # or "muon", for hidden matrices
+    width: int = WIDTH
+    layers: int = LAYERS
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -178,25 +199,24 @@ class Trained(NamedTuple):
 def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> Trained:
     """Train as one of the workers."""
     # Make the recipe's network and optimizer. Only matrices have weight decay.
-    rank, net, begin = resolve(None).rank, GPT(text.characters, seed), time.monotonic()
-    matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
-    local = None if how is None else packsaddle.LocalUpdates(optimizer, model=net, **how)
+    rank, net = resolve(None).rank, GPT(text.characters, seed, recipe.width, recipe.layers)
+    begin, optimizers = time.monotonic(), make_optimizers(net, recipe)
+    local = None if how is None else packsaddle.LocalUpdates(optimizers, model=net, **how)
 
     # Each worker draws its own windows. Dense training, which is one process, draws the windows of all workers.
     mine = range(workers) if how is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
     step = 0
     while step < recipe.steps:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate_at(step)
         starts = torch.cat([torch.randint(len(text.train) - BLOCK, (recipe.batch,), generator=g) for g in generators])
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
-        optimizer.zero_grad()
+        net.zero_grad()
         net(windows[:, :-1], windows[:, 1:]).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step = local.position // workers if local is not None and local.paces[0] > EVERY else step + 1
 
     if local is not None:
@@ -214,6 +234,18 @@ def train(text: Text, how: Method, workers: int, seed: int, recipe: Recipe) -> T
     return Trained(total / len(text.last), sent, seconds)
 
 
+def make_optimizers(net: GPT, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the recipe's AdamW, which decays only matrices. "muon" is Muon for the layers' matrices before it."""
+    hidden = [p for p in net.layers.parameters() if p.dim() >= 2 and recipe.inner == "muon"]
+    rest = [p for p in net.parameters() if all(p is not each for each in hidden)]
+    groups = [
+        {"params": [p for p in rest if (p.dim() >= 2) is has_decay], "weight_decay": 0.1 * has_decay}
+        for has_decay in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
+    return [muon(hidden, recipe.rate), adamw] if hidden else [adamw]
+
+
 def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
     """Train one model and add its row to a file, unless the file already has this row."""
     setting = {"method": name, "workers": workers, "seed": seed} | asdict(recipe)
@@ -222,25 +254,26 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     torch.set_num_threads(1)
     processes = 1 if METHODS[name] is None else workers
     loss, sent, _ = packsaddle.simulate(lambda _: train(text, METHODS[name], workers, seed, recipe), processes)[0]
-    add_rows(path, [setting | {"loss": round(loss, 4), "sent": sent} | asdict(Origin.here(text=SHA256[:12]))])
+    add_rows(path, [setting | {"loss": round(loss, 4), "sent": sent} | asdict(Origin.here(text=text.digest))])
 
 
-def race(path: Path, source: Path, name: str, recipe: Recipe, seed: int, mbit: int) -> None:
-    """Time a training by two workers, which are processes on two hosts, and add its row to a file.
+def race(path: Path, source: str, name: str, count: int, recipe: Recipe, seed: int, mbit: int) -> None:
+    """Time a training by `count` workers, which are processes on as many hosts, and add its row to a file.
 
-    One machine alone is timed beside another training of one machine, with the next seed, on the other host.
+    One machine alone is timed beside other trainings of one machine, with the next seeds, on the other hosts.
     """
-    workers = 1 if METHODS[name] is None else 2
-    words = ["-m", "lab.bench.nanogpt", "worker", "--text", str(source), "--methods", name]
+    workers = 1 if METHODS[name] is None else count
+    words = ["-m", "lab.bench.nanogpt", "worker", "--text", source, "--methods", name]
     words += ["--steps", str(recipe.steps), "--rates", str(recipe.rate), "--warm-ups", str(recipe.warm_up)]
-    words += ["--batches", str(recipe.batch), "--workers", str(workers), "--seeds"]
-    with Hosts(2, mbit) as hosts:
+    words += ["--batches", str(recipe.batch), "--inner", recipe.inner, "--workers", str(workers), "--seeds"]
+    with Hosts(count, mbit) as hosts:
         if workers == 1:
-            outputs = hosts.run([[sys.executable, *words, str(seed + host)] for host in range(2)])
+            outputs = hosts.run([[sys.executable, *words, str(seed + host)] for host in range(count)])
         else:
             outputs = hosts.torchrun([*words, str(seed)])
-    row = {"method": name, "workers": workers, "seed": seed, "mbit": mbit} | asdict(recipe)
-    add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=SHA256[:12]))])
+    row = {"method": name, "workers": workers, "hosts": count, "seed": seed, "mbit": mbit} | asdict(recipe)
+    text = Text.read(source).digest
+    add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=text))])
 
 
 def race_as_worker(text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
@@ -395,7 +428,7 @@ def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "clock", "worker", "table"))
-    parser.add_argument("--text", type=Path, help="nanoGPT's input.txt")
+    parser.add_argument("--text", help="nanoGPT's input.txt, or \"library\" for the source of Python's library")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -403,6 +436,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
     parser.add_argument("--warm-ups", type=int, nargs="+", default=[WARM_UP])
     parser.add_argument("--batches", type=int, nargs="+", default=[BATCH], help="windows of a step of one worker")
+    parser.add_argument("--inner", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--mbit", type=int, default=10, help="rate of the link for `clock`, in Mbit/s")
     parser.add_argument("--out", type=Path, help="the file of the rows")
     options = parser.parse_args()
@@ -415,13 +451,15 @@ def main() -> None:
     if options.text is None:
         parser.error(f"{options.command} needs --text")
     text = Text.read(options.text)
-    recipes = [Recipe(*one) for one in product(options.steps, options.rates, options.warm_ups, options.batches)]
+    network = options.inner, options.width, options.layers
+    settings = product(options.steps, options.rates, options.warm_ups, options.batches)
+    recipes = [Recipe(*one, *network) for one in settings]
     if options.command == "worker":
         race_as_worker(text, options.methods[0], options.workers[0], options.seeds[0], recipes[0])
         return
     if options.command == "clock":
         for seed, (name, recipe) in product(options.seeds, zip(options.methods, recipes, strict=True)):
-            race(options.out or CLOCKED, options.text, name, recipe, seed, options.mbit)
+            race(options.out or CLOCKED, options.text, name, options.workers[0], recipe, seed, options.mbit)
         return
     for seed, workers, name, recipe in product(options.seeds, options.workers, options.methods, recipes):
         if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
