@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.bench import nanogpt
 from lab.bench.muon import CURVE, Runs
+from lab.bench.nanogpt import ROWS, SIZES, rows
+from lab.bench.speed_ups import LINKS, gaps, reached, searched
 from lab.docs.canvas import Canvas
 from lab.race.target_run import load_runs
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
-LINKS = (10, 50, 200, 1000)  # rates of the links, Mbit/s
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def speed_ups(canvas: Canvas) -> None:
     """
     plot, theme = Plot(canvas, LINKS, (0, 0.5, 1, 1.5, 2, 2.5, 3)), canvas.theme
     plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "Mbit/s in each direction")
-    found = nanogpt.reached(nanogpt.searched(nanogpt.rows(nanogpt.ROWS)))
+    found = reached(searched(rows(ROWS)))
     for key, words, at, color, style in (
         ((4, "local, agreement"), "LocalUpdates, 4 workers", (70, 2.38), theme.first, "-"),
         ((2, "local, overlap"), "2 workers, overlap=2", (100, 1.78), theme.second, "-"),
@@ -133,3 +133,35 @@ def speed_ups(canvas: Canvas) -> None:
         canvas.text(*plot.at(*at), words, color, weight="bold")
     canvas.axes.plot(*zip(plot.at(LINKS[0], 1), plot.at(LINKS[-1], 1), strict=True), color=theme.ink, lw=2)
     canvas.text(*plot.at(12, 0.86), "one machine alone", weight="bold")
+
+
+def workers(canvas: Canvas) -> None:
+    """Draw the speed-up over one machine alone against the number of workers, on two links.
+
+    The workers train by nanoGPT's recipe until they reach the loss of one machine alone.
+    """
+    plot, theme = Plot(canvas, (1, 2, 4, 8), (0, 1, 2, 3, 4, 5)), canvas.theme
+    plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "workers")
+    found = reached(searched(rows(ROWS)))
+    for method, link, words, at, color, style in (
+        ("local, agreement", 1000, "LocalUpdates, 1,000 Mbit/s", (1.1, 3.6), theme.first, "-"),
+        ("local, agreement", 10, "LocalUpdates, 10 Mbit/s", (3, 1.8), theme.second, "-"),
+        ("dense", 1000, "DDP, 1,000 Mbit/s", (4, 0.8), theme.muted, "--"),
+    ):
+        counts = sorted(count for count, name in found if name == method)
+        points = {count: [one.speed_up(link) for one in found[count, method]] for count in counts}
+        plot.curve({1: [1.0]} | points, color, linestyle=style)
+        canvas.text(*plot.at(*at), words, color, weight="bold")
+
+
+def sizes(canvas: Canvas) -> None:
+    """Draw the loss of four workers minus that of dense training, against the size of the network."""
+    plot, theme = Plot(canvas, (0.05, 0.1, 0.2, 0.4, 0.8), (0, 0.02, 0.04, 0.06, 0.08, 0.1)), canvas.theme
+    plot.frame("Loss minus that of dense training", "nanoGPT, four workers, AdamW", "million parameters")
+    every = rows(SIZES)
+    for method, words, at, color in (
+        ("local, agreement", "one bit every 8 steps", (0.1, 0.09), theme.first),
+        ("local 4, two bits, agreement", "two bits every 4 steps", (0.06, 0.02), theme.second),
+    ):
+        plot.curve({size.parameters / 1e6: size.gaps for size in gaps(every, method)}, color)
+        canvas.text(*plot.at(*at), words, color, weight="bold")

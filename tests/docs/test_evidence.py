@@ -18,6 +18,7 @@ from stored_rows import at_best_rate, read
 
 from lab.bench import nanogpt
 from lab.bench.result import shown
+from lab.bench.speed_ups import at, reached, searched, unreached
 from lab.race.contenders import parse
 from lab.race.curves import load
 from lab.race.target import TargetRace
@@ -302,7 +303,7 @@ def _range(found: list[float]) -> str:
 
 def nano_gpt() -> Iterator[str]:
     """nanoGPT's recipe: losses at its length, and the speed-up over one machine alone."""
-    rows = nanogpt.at(nanogpt.rows(nanogpt.ROWS))
+    rows = at(nanogpt.rows(nanogpt.ROWS))
 
     def loss(workers: int, method: str, seeds: int = 3) -> float:
         key = str(workers), method, str(nanogpt.STEPS)
@@ -317,7 +318,7 @@ def nano_gpt() -> Iterator[str]:
     yield f"two workers with `overlap=2` need {hidden:.2f} times less time"
     without, four = (speed_up(workers, "local, agreement", 10) for workers in (2, 4))
     yield f"two workers need {without:.2f} times less time at 10 Mbit/s, and four workers {four:.2f} times less"
-    peers = [one.speed_up(10) for one, _ in nanogpt.unreached(searched()) if one.method.startswith("local SGD")]
+    peers = [one.speed_up(10) for one, _ in unreached(best()) if one.method.startswith("local SGD")]
     yield f"16 bits gains at most {max(peers):.2f} there"
     ratio, difference = by_the_clock()
     yield f"`overlap=2` needed {ratio:.2f} times less time at 10 Mbit/s"
@@ -326,13 +327,13 @@ def nano_gpt() -> Iterator[str]:
 
 def speed_up(workers: int, method: str, mbit: float) -> float:
     """Return the time of one machine over that of workers, to its loss and each at its best rate; a mean over seeds."""
-    return fmean(one.speed_up(mbit) for one in nanogpt.reached(searched())[workers, method])
+    return fmean(one.speed_up(mbit) for one in reached(best())[workers, method])
 
 
 @cache
-def searched() -> Sequence[Mapping[str, str]]:
+def best() -> Sequence[Mapping[str, str]]:
     """Return the rows of nanoGPT's recipe at the best of the rates."""
-    return nanogpt.searched(nanogpt.rows(nanogpt.ROWS))
+    return searched(nanogpt.rows(nanogpt.ROWS))
 
 
 def by_the_clock() -> tuple[float, float]:

@@ -1,48 +1,41 @@
 """nanoGPT's recipe: its size, its schedule, its text, and one worker with local updates, which is one without."""
 
+import math
+from collections.abc import Callable
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lab.bench.nanogpt import (
-    GPT,
-    METHODS,
-    RATE,
-    ROWS,
-    STEP_TIME,
-    Recipe,
-    Text,
-    Trial,
-    at,
-    limits,
-    reached,
-    rows,
-    searched,
-    speed_ups,
-    table,
-    train,
-)
+import packsaddle
+from lab.bench.nanogpt import GPT, METHODS, NETWORKS, RATE, ROWS, Layer, Recipe, Trained, rows, train
+from lab.bench.speed_ups import STEP_TIME, Trial, at, gaps, limits, reached, searched, sizes, slope, speed_ups, table
+from lab.bench.texts import VOCABULARY, Text
+
+Gloo = Callable[..., list[Any]]
+SMALL = Recipe(width=32, layers=1, block=16, steps=8)
 
 
 def text() -> Text:
-    rng = torch.Generator().manual_seed(0)
-    return Text(torch.randint(65, (2000,), generator=rng), torch.randint(65, (200,), generator=rng), 65)
+    rng = np.random.default_rng(0)
+    return Text(rng.integers(65, size=2000), rng.integers(65, size=200), 65)
 
 
 def test_the_recipe() -> None:
     """0.80 million parameters without the positions, as nanoGPT prints; a tenth of the rate at the end."""
-    net = GPT(65, 0)
-    assert sum(p.numel() for p in net.parameters()) - net.places.weight.numel() == 795_904
+    assert GPT(65, 0).size == 795_904
     rates = [Recipe().rate_at(step) for step in (0, 100, 2000)]
     assert rates == pytest.approx([RATE / 101, RATE, RATE / 10])
     assert Recipe(rate=0.004, warm_up=1).rate_at(0) == pytest.approx(0.002)
-    assert len(text().last) == 3
+    assert text().last(64).shape == (3, 65)
 
 
 def test_one_worker_with_local_updates_is_one_without() -> None:
-    dense, *_ = train(text(), METHODS["dense"], 1, 0, Recipe(3))
-    local, sent, _ = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(3))
+    dense, *_ = train(text(), METHODS["dense"], 1, 0, Recipe(steps=3))
+    local, sent, _ = train(text(), METHODS["local, no mean momentum"], 1, 0, Recipe(steps=3))
     assert local == pytest.approx(dense, rel=1e-5)
     assert sent == 0
 
@@ -111,3 +104,60 @@ def test_a_speed_up_is_interpolated() -> None:
     # Two of eight steps overlap with the exchange: a quarter of the training's time is hidden.
     assert Trial(2, "local, overlap", 0.001, 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
     assert Trial(2, "local, overlap", 0.001, 1000, as_long / 5).speed_up(10) == pytest.approx(2)
+
+
+def test_a_gap_is_between_best_rates_of_one_seed_and_its_slope_is_that_of_a_line() -> None:
+    def row(method: str, seed: int, layers: int, loss: float, rate: float = 0.004) -> dict[str, str]:
+        values = {"method": method, "seed": seed, "layers": layers, "loss": loss, "rate": rate, "width": 32, "steps": 9}
+        return {key: str(value) for key, value in values.items()}
+
+    dense = [row("dense", seed, layers, 2.0 + seed) for seed in (0, 1) for layers in (1, 4)]
+    worse = row("dense", 0, 1, 5.0, rate=0.1), row("local", 0, 1, 4.0, rate=0.1)
+    ours = [row("local", 0, 1, 2.1), row("local", 1, 1, 3.3), row("local", 0, 4, 2.5), row("local", 2, 4, 0.0)]
+    small, large = gaps([*worse, *dense, *ours], "local")
+    assert (small.gaps, large.gaps) == (pytest.approx([0.1, 0.3]), pytest.approx([0.5]))
+    assert small.parameters == 32 * 65 + 12 * 32**2 + 3 * 32
+    # The line goes through the mean of the smaller size and the only point of the larger one.
+    growth, half = slope([small, large])
+    decades = math.log10(large.parameters / small.parameters)
+    assert growth == pytest.approx(0.3 / decades)
+    # One degree of freedom: the residuals are -0.1, 0.1 and 0, and Student's quantile is 12.706.
+    assert half == pytest.approx(12.706 * math.sqrt(0.02 / (decades**2 * 2 / 3)), rel=1e-4)
+    assert f"local: {growth:+.3f}" in sizes([*dense, *ours])
+
+
+def in_two_processes(name: str) -> Trained:
+    return train(text(), METHODS[name], 2, 0, SMALL)
+
+
+@pytest.mark.parametrize("name", ["dense", "local, agreement"])
+def test_processes_train_as_one(gloo: Gloo, name: str) -> None:
+    """Dense training by DistributedDataParallel is that of one process; local updates are those of the simulation."""
+    processes = 1 if name == "dense" else 2
+    alone = packsaddle.simulate(lambda _: in_two_processes(name), processes)[0]
+    for trained in gloo(in_two_processes, 2, name):
+        assert trained.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert trained.sent == alone.sent
+
+
+def test_tokens_are_those_of_the_file(tmp_path: Path) -> None:
+    codes = np.arange(40_000, dtype=np.uint16)  # some do not fit into int16
+    codes.tofile(tmp_path / "train.bin")
+    found = Text.read_tokens(tmp_path / "train.bin")
+    assert (len(found.train), len(found.held_out), found.vocabulary) == (36_000, 4_000, VOCABULARY)
+    assert found.last(1024)[:, [0, -1]].tolist() == [[36_000 + 1024 * i, 37_024 + 1024 * i] for i in range(3)]
+    drawn = found.draw(5, 16, torch.Generator().manual_seed(0))
+    assert (drawn.diff() == 1).all()
+    assert 0 <= drawn.min() < drawn.max() < 36_000
+    # Longer texts have as many held-out windows as nanoGPT's, up to rounding.
+    assert len(Text(codes[:0], np.resize(codes, 64 * 4_000), 65).last(64)) == 2000
+    codes[:19_999].tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"at least 20,000 tokens of 2 bytes, got 39,998 bytes"):
+        Text.read_tokens(tmp_path / "train.bin")
+
+
+def test_the_larger_network_has_124_million_parameters() -> None:
+    """GPT-2's 124.4 million have biases and positions besides, and fewer tokens."""
+    size = NETWORKS["124M"]
+    layer = sum(p.numel() for p in Layer(size.width, size.head).parameters())
+    assert (VOCABULARY * size.width + size.layers * layer + size.width) / 1e6 == pytest.approx(123.6, abs=0.05)

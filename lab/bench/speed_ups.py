@@ -1,0 +1,232 @@
+"""Tables of nanoGPT's recipe (`lab.bench.nanogpt`): losses, speed-ups over one machine alone, and gaps by size.
+
+    python -m lab.bench.speed_ups                                   # of experiments/nanogpt/runs.csv
+    python -m lab.bench.speed_ups experiments/nanogpt/library.csv   # of the second text
+    python -m lab.bench.speed_ups experiments/nanogpt/sizes.csv --sizes
+
+A speed-up compares the times in which W workers and one machine alone reach the loss of the latter after 2,000 steps.
+The length at which W workers reach it is interpolated in the logarithm of the steps. The times are computed: the steps,
+each of 55 ms, and then the bytes over the rate of the link, less what passes during the steps of `overlap`.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from scipy.stats import linregress, t
+
+from lab.bench.nanogpt import BATCH, EVERY, GPT, METHODS, RATE, ROWS, STEPS, WARM_UP, Network, rows
+
+LINKS = (10, 50, 200, 1000)  # rates of links, in Mbit/s
+STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
+CHARACTERS = 65  # of nanoGPT's text
+
+
+def at(found: Sequence[Mapping[str, str]], rate: float = RATE) -> list[Mapping[str, str]]:
+    """Return the rows of one learning rate, with the recipe's warm-up and batch."""
+    wanted = rate, WARM_UP, BATCH
+    return [row for row in found if (float(row["rate"]), int(row["warm_up"]), int(row["batch"])) == wanted]
+
+
+def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Return the row of each method, number of workers, length and seed at the rate with the lowest loss.
+
+    Rows with the recipe's own rate are left out, since it is not searched for, and those with another batch.
+    """
+    others = [row for row in found if float(row["rate"]) != RATE and int(row["batch"]) == BATCH]
+    by_loss = sorted(others, key=lambda row: -float(row["loss"]))
+    return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
+
+
+def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
+    """Return the Markdown table of all trainings of `steps` steps: mean loss over seeds, its range, megabytes sent."""
+    lines = list[list[str]]()
+    for workers, name in _settings(found, steps):
+        mine = _of(found, workers, name, steps)
+        losses = sorted(float(row["loss"]) for row in mine)
+        extent = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
+        sent = f"{int(mine[0]['sent']) / 1e6:,.4g}"
+        lines.append([str(workers), name, f"{statistics.fmean(losses):.3f}", extent, sent])
+    return _markdown(["workers", "method", "loss", "range, seeds", "MB sent by a worker"], lines)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of several workers: its length in steps, and the number of bytes that each worker sends."""
+
+    workers: int
+    method: str
+    rate: float  # the highest learning rate
+    steps: float
+    sent: float
+
+    def speed_up(self, mbit: float) -> float:
+        """Return the time of one machine alone, divided by the time of this training on a link of `mbit` Mbit/s.
+
+        The time of an exchange counts only as far as it exceeds the time of the steps that overlap with it.
+        """
+        how = METHODS[self.method]
+        overlap = how.get("overlap", 0) if how else 0
+        hidden = overlap * STEP_TIME * self.steps / EVERY  # all methods with overlap have this period
+        exchanges = 8 * self.sent / (mbit * 1e6)
+        return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
+
+
+def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
+    """Return the Markdown table of the trainings of `reached`: their steps, and their speed-up over one machine alone.
+
+    They are means over seeds, with the range of the speed-ups if there are several. `links` are the rates of the links
+    in Mbit/s.
+    """
+    lines = list[list[str]]()
+    for (workers, method), of_seeds in reached(found).items():
+        rates = ", ".join(f"{rate:g}" for rate in sorted({one.rate for one in of_seeds}))
+        steps = statistics.fmean(one.steps for one in of_seeds)
+        cells = [str(workers), method, rates, str(len(of_seeds)), f"{steps:,.0f}"]
+        lines.append(cells + [spread([one.speed_up(mbit) for one in of_seeds]) for mbit in links])
+    return _markdown(["workers", "method", "rate", "seeds", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
+
+
+def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
+    """Return the Markdown table of the trainings of `unreached`, with upper limits on the methods' speed-ups.
+
+    The columns are like those of `speed_ups`, with the loss in place of the number of seeds.
+    """
+    lines = list[list[str]]()
+    for one, loss in unreached(found):
+        cells = [str(one.workers), one.method, f"{one.rate:g}", f"{one.steps:,.0f}", f"{loss:.3f}"]
+        lines.append(cells + [f"{one.speed_up(mbit):.2f}" for mbit in links])
+    return _markdown(["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def spread(numbers: Sequence[float], digits: int = 2) -> str:
+    """Return the mean of some numbers as text, with their range if it is visible in `digits` after the point."""
+    low, mean, high = (f"{n:.{digits}f}" for n in (min(numbers), statistics.fmean(numbers), max(numbers)))
+    return mean + (f" ({low} to {high})" if low != high else "")
+
+
+def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Trial]]:
+    """Return the trainings that end at the same loss as one machine alone with the same seed, by workers and method.
+
+    The length of a training is interpolated, in the logarithm of the steps, between a training with a higher and one
+    with a lower loss. Seeds without two such trainings are left out.
+    """
+    trainings: dict[tuple[int, str], list[Trial]] = {}
+    targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
+    for (workers, name), (seed, target) in product(_settings(found), targets.items()):
+        seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == seed}
+        longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
+        if workers > 1 and longer and longer[0] > min(seen):
+            low, high = max(n for n in seen if n < longer[0]), longer[0]
+            above, below = (float(seen[n]["loss"]) - target for n in (low, high))
+            steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
+            one = Trial(workers, name, float(seen[high]["rate"]), steps, int(seen[high]["sent"]) * steps / high)
+            trainings.setdefault((workers, name), []).append(one)
+    return trainings
+
+
+def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, float]]:
+    """Yield each method's longest training with seed 0 and its loss, if this is above the loss of one machine alone.
+
+    The method needs more steps than this training has, so the speed-up of the training is an upper limit.
+    """
+    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    for workers, name in _settings(found):
+        last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
+        if workers > 1 and (loss := float(last["loss"])) > target:
+            yield Trial(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"])), loss
+
+
+def _of(
+    found: Sequence[Mapping[str, str]], workers: int, name: str, steps: int | None = None
+) -> list[Mapping[str, str]]:
+    """Return the rows of one method and number of workers, ordered by seed.
+
+    `steps` selects trainings of this length; None selects all.
+    """
+    mine = [row for row in found if row["method"] == name and int(row["workers"]) == workers]
+    return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
+
+
+def _settings(found: Sequence[Mapping[str, str]], steps: int | None = None) -> list[tuple[int, str]]:
+    """Return the numbers of workers and methods of all rows, or of those with this number of steps."""
+    return sorted({(int(row["workers"]), row["method"]) for row in found if steps in (None, int(row["steps"]))})
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The losses of local updates minus those of dense training with the same seed, for one size of the network."""
+
+    parameters: int  # of the network, without the positions
+    steps: int
+    dense: list[float]  # losses of dense training, by seed
+    gaps: list[float]
+
+
+def gaps(found: Sequence[Mapping[str, str]], method: str) -> list[Gap]:
+    """Return the gaps of a method, smallest network first. Each size, seed and method has its best learning rate."""
+    best: dict[tuple[int, int, str], dict[str, Mapping[str, str]]] = {}
+    for row in sorted(found, key=lambda row: -float(row["loss"])):
+        key = int(row["width"]), int(row["layers"]), row["method"]
+        best.setdefault(key, {})[row["seed"]] = row
+    by_size = list[Gap]()
+    for width, layers, name in best:
+        if name != method:
+            continue
+        dense, ours = best[width, layers, "dense"], best[width, layers, method]
+        seeds = sorted(dense.keys() & ours.keys())
+        losses = [[float(rows_of[seed]["loss"]) for seed in seeds] for rows_of in (dense, ours)]
+        parameters, steps = GPT(CHARACTERS, 0, Network(width, layers)).size, int(ours[seeds[0]]["steps"])
+        by_size.append(Gap(parameters, steps, losses[0], [b - a for a, b in zip(*losses, strict=True)]))
+    return sorted(by_size, key=lambda gap: gap.parameters)
+
+
+def slope(found: Sequence[Gap]) -> tuple[float, float]:
+    """Return how much the gap grows when the network has ten times the parameters, and half of its 95% interval.
+
+    It is the slope of a line through the gaps of all seeds, by least squares. Raises ValueError for one size.
+    """
+    points = [(math.log10(size.parameters), gap) for size in found for gap in size.gaps]
+    line = linregress(*zip(*points, strict=True))
+    return float(line.slope), float(t.ppf(0.975, len(points) - 2) * line.stderr)
+
+
+def sizes(found: Sequence[Mapping[str, str]]) -> str:
+    """Return the Markdown table of all gaps, and the slope of each method that has several sizes."""
+    lines, slopes = list[list[str]](), list[str]()
+    for method in sorted({row["method"] for row in found} - {"dense"}):
+        by_size = gaps(found, method)
+        for size in by_size:
+            cells = [f"{size.parameters / 1e6:.3f}", f"{size.steps:,}", method, str(len(size.gaps))]
+            lines.append([*cells, f"{statistics.fmean(size.dense):.3f}", spread(size.gaps, 3)])
+        if len(by_size) < 2:
+            continue
+        growth, half = slope(by_size)
+        slopes.append(f"{method}: {growth:+.3f} ({growth - half:+.3f} to {growth + half:+.3f}) for ten times the size")
+    return "\n\n".join([_markdown(["million parameters", "steps", "method", "seeds", "dense", "gap"], lines), *slopes])
+
+
+def main() -> None:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path, nargs="?", default=ROWS, help="the file of the rows")
+    parser.add_argument("--sizes", action="store_true", help="print the gaps by size")
+    options = parser.parse_args()
+    every = rows(options.path)
+    if options.sizes:
+        print(sizes(every))
+        return
+    found, best = at(every), searched(every)
+    print("\n\n".join([table(found), speed_ups(found), speed_ups(best), limits(best), table(found, STEPS // 2)]))
+
+
+if __name__ == "__main__":
+    main()
