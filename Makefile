@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures shape figures race gpu audit clean
+.PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures figures race gpu audit clean
 
 demo: .venv/.demo
 	$(BIN)/python -m lab demo
@@ -58,10 +58,6 @@ picture: .venv/.installed
 # The pictures of ideas in docs/pictures, light and dark.
 pictures: .venv/.installed
 	$(BIN)/python -m lab.docs.pictures
-
-# Sizes, imports, arguments, and how many files one step runs.
-shape: .venv/.installed
-	$(BIN)/python -m lab.bench.shape
 
 # The paper's figures, Table 1 and further studies at their smallest scale, a new folder under runs/ for each: do the
 # commands of their cards run? MNIST and CIFAR10 are folders of data; without one its studies are left out.

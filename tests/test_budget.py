@@ -1,6 +1,6 @@
 """The budget of the code: files and code lines of each room, and of the library, the lab and the tests.
 
-Who needs more removes as much elsewhere, or raises a number here and says why in the commit. `make shape` prints them.
+Who needs more removes as much elsewhere, or raises a number here and says why in the commit.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from code_size import code_lines, members, sizes, total
 
 import packsaddle
 
+pytestmark = pytest.mark.xdist_group("budget")  # files are counted once
 ROOT = Path(packsaddle.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # The most files and code lines of a room of the library; "" are the modules in its root.
@@ -31,7 +32,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_420, 11_500, 27_260
+LIBRARY, LAB, TESTS = 18_420, 11_500, 27_310
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

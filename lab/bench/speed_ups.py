@@ -26,10 +26,10 @@ STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core t
 CHARACTERS = 65  # of nanoGPT's text
 
 
-def at(found: Sequence[Mapping[str, str]], rate: float = RATE) -> list[Mapping[str, str]]:
-    """Return the rows of one learning rate, with the recipe's warm-up and batch."""
-    wanted = rate, WARM_UP, BATCH
-    return [row for row in found if (float(row["rate"]), int(row["warm_up"]), int(row["batch"])) == wanted]
+def untuned(found: Sequence[Mapping[str, str]], steps: int | None = None) -> list[Mapping[str, str]]:
+    """Return the rows of the recipe's own rate, warm-up and batch, with `steps` only those of this length."""
+    own = {"rate": RATE, "warm_up": WARM_UP, "batch": BATCH} | ({} if steps is None else {"steps": steps})
+    return [row for row in found if all(float(row[key]) == value for key, value in own.items())]
 
 
 def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -42,16 +42,20 @@ def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
 
 
-def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
-    """Return the Markdown table of all trainings of `steps` steps: mean loss over seeds, its range, megabytes sent."""
+def table(found: Sequence[Mapping[str, str]]) -> str:
+    """Return the Markdown table of trainings: mean loss over seeds, its range, and megabytes sent by a worker.
+
+    A method has a line for each number of workers and of steps.
+    """
     lines = list[list[str]]()
-    for workers, name in _settings(found, steps):
-        mine = _of(found, workers, name, steps)
-        losses = sorted(float(row["loss"]) for row in mine)
-        extent = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
-        sent = f"{int(mine[0]['sent']) / 1e6:,.4g}"
-        lines.append([str(workers), name, f"{statistics.fmean(losses):.3f}", extent, sent])
-    return _markdown(["workers", "method", "loss", "range, seeds", "MB sent by a worker"], lines)
+    for workers, name in _settings(found):
+        mine = _of(found, workers, name)
+        for steps in sorted({int(row["steps"]) for row in mine}):
+            of_seeds = [row for row in mine if int(row["steps"]) == steps]
+            rates = ", ".join(sorted({f"{float(row['rate']):g}" for row in of_seeds}))
+            losses, sent = [float(row["loss"]) for row in of_seeds], f"{int(of_seeds[0]['sent']) / 1e6:,.4g}"
+            lines.append([str(workers), name, f"{steps:,}", rates, str(len(losses)), spread(losses, 3), sent])
+    return _markdown(["workers", "method", "steps", "rate", "seeds", "loss", "MB"], lines)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, float
 
     The method needs more steps than this training has, so the speed-up of the training is an upper limit.
     """
-    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    alone = _of(found, 1, "dense", STEPS)
+    target = float(alone[0]["loss"]) if alone else math.inf
     for workers, name in _settings(found):
         last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
         if workers > 1 and (loss := float(last["loss"])) > target:
@@ -156,9 +161,9 @@ def _of(
     return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
 
 
-def _settings(found: Sequence[Mapping[str, str]], steps: int | None = None) -> list[tuple[int, str]]:
-    """Return the numbers of workers and methods of all rows, or of those with this number of steps."""
-    return sorted({(int(row["workers"]), row["method"]) for row in found if steps in (None, int(row["steps"]))})
+def _settings(found: Sequence[Mapping[str, str]]) -> list[tuple[int, str]]:
+    """Return the numbers of workers and methods of all rows."""
+    return sorted({(int(row["workers"]), row["method"]) for row in found})
 
 
 @dataclass(frozen=True)
@@ -224,8 +229,10 @@ def main() -> None:
     if options.sizes:
         print(sizes(every))
         return
-    found, best = at(every), searched(every)
-    print("\n\n".join([table(found), speed_ups(found), speed_ups(best), limits(best), table(found, STEPS // 2)]))
+    best = searched(every)
+    tables = [table(untuned(every, STEPS)), speed_ups(untuned(every)), table(best), speed_ups(best), limits(best)]
+    tables.append(table(untuned(every, STEPS // 2)))
+    print("\n\n".join(found for found in tables if found.count("\n") > 1))  # without those of a heading alone
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def reproduce(
         python -m lab.paper table1 --scale smoke
 
     Args:
-        what: The paper's fig1, fig2 or table1, or another study (docs/reproducing.md lists them).
+        what: The paper's fig1, fig2 or table1, or another study (experiments/README.md has their questions).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
         data_dir: Folder of the dataset: MNIST or CIFAR-10 as torchvision keeps them, or an image folder.
         download: Fetch the dataset into --data-dir if it is not there.

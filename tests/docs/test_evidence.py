@@ -18,7 +18,7 @@ from stored_rows import at_best_rate, read
 
 from lab.bench import nanogpt
 from lab.bench.result import shown
-from lab.bench.speed_ups import at, reached, searched, unreached
+from lab.bench.speed_ups import reached, searched, unreached, untuned
 from lab.race.contenders import parse
 from lab.race.curves import load
 from lab.race.target import TargetRace
@@ -303,7 +303,7 @@ def _range(found: list[float]) -> str:
 
 def nano_gpt() -> Iterator[str]:
     """nanoGPT's recipe: losses at its length, and the speed-up over one machine alone."""
-    rows = at(nanogpt.rows(nanogpt.ROWS))
+    rows = untuned(nanogpt.rows(nanogpt.ROWS))
 
     def loss(workers: int, method: str, seeds: int = 3) -> float:
         key = str(workers), method, str(nanogpt.STEPS)
