@@ -10,10 +10,18 @@ from local_updates import gradient
 from specs import local_options
 from torch import Tensor, nn
 
-from packsaddle import Compression, Identity, LocalUpdates, TopK, Workers, simulate
+from packsaddle import Compression, Identity, LocalUpdates, LowRank, TopK, Workers, simulate
 from packsaddle.comm import resolve
 
 WHOLE = Compression(Identity(), dense_below=0)
+
+
+class Clipped(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "SGD momentum": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.05),
@@ -23,6 +31,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "RAdam": lambda ps: torch.optim.RAdam(ps, lr=0.05),
     "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.05),
     "ASGD": lambda ps: torch.optim.ASGD(ps, lr=0.05),
+    "a subclass of AdamW": lambda ps: (torch.optim.AdamW(ps), Clipped(ps, lr=0.05))[1],  # torch wraps both steps
 }
 if hasattr(torch.optim, "Muon"):
     OPTIMIZERS["Muon"] = lambda ps: torch.optim.Muon(ps, lr=0.05)
@@ -265,6 +274,24 @@ def test_a_scaler_that_skips_on_one_worker_keeps_workers_in_step() -> None:
     assert scale2 == 2.0  # it has left a step out
     assert torch.equal(x, x2)
     assert float(x[0, 0]) == 2.0 - 0.125 * (8 * 1 + 7 * 2) / 2
+
+
+def test_rounds_in_autocast_lose_no_update() -> None:
+    """LowRank multiplies matrices, which autocast would do in bfloat16."""
+
+    def body(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        weight = nn.Parameter(torch.zeros(64, 64))
+        local = LocalUpdates(torch.optim.SGD([weight], lr=1.0), compressor=LowRank(4), every=2)
+        moved = torch.zeros(64, 64)
+        for step in range(6):
+            weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(10 * step + worker))
+            moved -= weight.grad
+            with torch.autocast("cpu", torch.bfloat16):
+                local.optimizers[0].step()
+        return moved, local.anchor()["parameter 0"], local.error()
+
+    (first, anchor, error), (second, *_) = simulate(body, 2)
+    torch.testing.assert_close(anchor.flatten() - error, (first + second).flatten() / 2, rtol=0, atol=1e-5)
 
 
 def test_closures() -> None:

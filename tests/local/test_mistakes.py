@@ -120,6 +120,52 @@ def test_checkpoints_read_own_states_in_silence(gloo: Gloo, tmp_path: Path) -> N
     gloo(checkpointed, 2, str(tmp_path))
 
 
+# ---- steps that are not counted
+
+
+def trained_by(other: Optimizer, model: nn.Module, worker: int) -> None:
+    for n in range(3):
+        other.zero_grad()
+        model(torch.randn(8, 40, generator=torch.Generator().manual_seed(10 * n + worker))).square().mean().backward()
+        other.step()
+
+
+def test_an_optimizer_that_is_not_counted_raises_an_error() -> None:
+    """As one that calls an inner optimizer without its own step() does."""
+
+    def body(worker: int) -> None:
+        model, _local = stepped(worker, 0)
+        with pytest.raises(
+            RuntimeError, match="AdamW steps on parameters that LocalUpdates exchanges, and no step of SGD"
+        ):
+            trained_by(AdamW(model.parameters()), model, worker)
+
+    simulate(body, 2)
+
+
+def test_an_optimizer_that_is_not_counted_may_train_after_a_flush() -> None:
+    def body(worker: int) -> None:
+        model, local = stepped(worker, 6)
+        with pytest.warns(UserWarning, match=r"or flush\(\) before another optimizer trains on") as found:
+            trained_by(AdamW(model.parameters()), model, worker)
+        assert [w.filename for w in found] == [__file__]
+        local.flush()
+        trained_by(AdamW(model.parameters()), model, worker)
+
+    simulate(body, 2)
+
+
+def test_a_flush_without_a_step_does_not_hide_that_workers_differ() -> None:
+    def body(worker: int) -> None:
+        model, local = stepped(worker, 0)
+        assert local.flush()
+        model.weight.data.add_(worker)
+        with pytest.raises(RuntimeError, match=r"worker 1 differs from worker 0: LocalUpdates has counted no step"):
+            local.flush()
+
+    simulate(body, 2)
+
+
 # ---- results in the background
 
 

@@ -188,6 +188,7 @@ USUAL: dict[str, tuple[list[str], Any, float]] = {
     "AdamW": (["AdamW"], None, 0.5),
     "RAdam and SGD": (["RAdam", "SGD"], None, 0.5),
     "SGD": (["SGD"], None, 0.0),
+    "Adamax": (["Adamax"], None, 0.0),
     "Muon and AdamW": (["Muon", "AdamW"], None, 0.0),
     "outer momentum": (["AdamW"], OuterSGD(), 0.0),
     "outer rate": (["AdamW"], OuterSGD(momentum=0.0), 0.5),

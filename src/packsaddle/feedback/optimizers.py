@@ -1,5 +1,6 @@
 """Hooks on the steps of one or several torch optimizers, including steps that a framework or a GradScaler makes."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,26 @@ def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
     return kwargs == {"closure": None} and not optimizer.state and all(rate == 0 for rate in rates)
 
 
+def _several_steps(optimizer: Optimizer) -> bool:
+    """Return True if several classes of an optimizer define `step`, as those of a subclass whose `step` calls
+    `super().step()`."""
+    return sum("step" in vars(each) for each in type(optimizer).__mro__ if each is not Optimizer) > 1
+
+
+def _is_inner_step(optimizer: Optimizer) -> bool:
+    """Return True within a call of `super().step()` by the `step` of a subclass, for which torch runs the step hooks
+    too.
+
+    The calls are counted on the stack, so that a step that raises an error leaves nothing to reset.
+    """
+    code = getattr(type(optimizer).step, "__code__", None)  # the code of torch's wrapper around every `step`
+    frame, calls = sys._getframe(), 0
+    while frame.f_back is not None and calls < 2:
+        frame = frame.f_back
+        calls += frame.f_code is code and frame.f_locals.get("self") is optimizer
+    return calls == 2
+
+
 class Attempts:
     """Counts the steps of one or several optimizers.
 
@@ -148,7 +169,8 @@ class Attempts:
 
     With a scaler, each call of the scaler's `step` is an attempt, even if it skips the step, so that all workers count
     the same steps. An optimizer without gradients, for which a scaler would raise an error, may step without the
-    scaler. The steps by which torch's checkpoints make the state of an optimizer do not count.
+    scaler. The steps by which torch's checkpoints make the state of an optimizer do not count. A step that calls
+    `super().step()` counts once.
 
     Raises TypeError if `scaler` is not a GradScaler. A step of an optimizer that has gradients raises RuntimeError if
     it bypasses the scaler.
@@ -170,7 +192,11 @@ class Attempts:
         self._counts = True  # False during a step that does not count, since it only makes the optimizer's state
         self.are_discarded = False  # True if the gradients of the current step were set to None
 
+        subclassed = {id(optimizer) for optimizer in optimizers if _several_steps(optimizer)}
+
         def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
+            if id(optimizer) in subclassed and _is_inner_step(optimizer):
+                return
             self._counts = not _only_makes_state(optimizer, kwargs)
             if not self._counts:
                 return
@@ -181,7 +207,8 @@ class Attempts:
             before(optimizer)
 
         def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            if self._counts and not self._in_scaler:
+            is_inner = id(optimizer) in subclassed and _is_inner_step(optimizer)
+            if self._counts and not self._in_scaler and not is_inner:
                 self._attempted(optimizer)
 
         for optimizer in optimizers:

@@ -169,12 +169,16 @@ class FixedWorkers:
             if ran:
                 if not has_ended:
                     self._announce()
-                anchors = [part.anchor.flat for part in self._fragments]
-                run = partial(self.lockstep.run, "checks its first step", steps)
-                check_first_step(self.channel, anchors, parameters, run, self._fragments[0].shards.digest)
+                self._check_start("checks its first step", steps, parameters)
             for tick, due in groupby(events, lambda event: event.tick):
                 ran |= self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
         return ran
+
+    def _check_start(self, call: Call, steps: int, parameters: Iterable[Tensor], *hint: str) -> None:
+        """Check that all workers have started at the same parameters (see `check_first_step`); collective."""
+        anchors = [part.anchor.flat for part in self._fragments]
+        run = partial(self.lockstep.run, call, steps)
+        check_first_step(self.channel, anchors, parameters, run, self._fragments[0].shards.digest, *hint)
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
         """Begin or end the exchanges that are due at one `tick`, the schedule's unit of time, of which a round has
@@ -262,8 +266,10 @@ class FixedWorkers:
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
         """Apply the running exchanges, then exchange all pending updates (see `LocalUpdates.flush`); collective.
         Returns True if all of these exchanges were applied, and False if at least one was rejected."""
-        steps = self._schedule.tick(steps)
         self._announce()
+        if steps == 0:
+            self._check_start("calls flush()", 0, (), "LocalUpdates has counted no step; call the optimizer's step()")
+        steps = self._schedule.tick(steps)
         if compressor is not None:
             self._check_flush(compressor, steps)
         applied = [self._end(part) for part in self._fragments if part.current is not None]

@@ -4,6 +4,7 @@ This module collects the parameters of these optimizers, and checks that every p
 exchanged.
 """
 
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -197,25 +198,63 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects optimizers that train other parameters of the model than those that `LocalUpdates` exchanges.
+    """Detects optimizers beside those whose steps `LocalUpdates` counts, and changes that it does not exchange.
 
-    `parameters` are the exchanged parameters. `check` raises RuntimeError if an optimizer has stepped on a parameter
-    that is not exchanged, but belongs to the same module as exchanged parameters. No error is raised if `checks` is
-    False.
+    `parameters` are the exchanged parameters, and `names` the names of the optimizers whose steps are counted. `check`
+    raises RuntimeError if an optimizer has stepped on a parameter that is not exchanged, but belongs to the same module
+    as exchanged parameters, unless `checks` is False. If an optimizer steps on exchanged parameters twice and no step
+    is counted, its second step raises RuntimeError; once a step has been counted, there is a warning instead. With
+    `is_alone`, i.e. with one worker, nothing is reported.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
-        self._ours, self._group, self._checks = parameters, group, checks
+    def __init__(self, parameters: Sequence[Tensor], names: str, group: Group, *, checks: bool, is_alone: bool) -> None:
+        self._ours, self._names, self._group, self._checks = parameters, names, group, checks
+        # No changes are to be exchanged, with one worker or since the last flush. Then other optimizers may train.
+        self._is_alone = self._is_over = is_alone
+        self._counted, self._in_step = 0, False  # counted steps; True from the beginning of such a step to its end
+        # The number of counted steps at the last step of each optimizer outside of these steps.
+        self._uncounted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._has_warned = False
         # For each optimizer, the ids of the parameters that had gradients in its first step.
         self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
         self._has_new = False  # True if an optimizer was recorded since the last `check`
         _watch_steps()
         _watches.add(self)
 
+    def begin(self) -> None:
+        """Note that a step which counts begins."""
+        self._in_step = True
+
+    def count(self) -> None:
+        """Note that a step has been counted."""
+        self._counted, self._in_step, self._is_over = self._counted + 1, False, self._is_alone
+
+    def flushed(self) -> None:
+        """Note that all changes were exchanged."""
+        self._is_over = True
+
     def note(self, optimizer: Optimizer) -> None:
         if optimizer not in self.stepped:
             self.stepped[optimizer] = {id(p) for p in parameters_of([optimizer]) if p.grad is not None}
             self._has_new = True
+        if not (self._is_over or self._in_step) and exchange_of(optimizer) is None:
+            self._check_counted(optimizer)
+
+    def _check_counted(self, optimizer: Optimizer) -> None:
+        """Raise RuntimeError, or warn, if this optimizer has stepped on exchanged parameters since the last counted
+        step."""
+        last = self._uncounted.get(optimizer)
+        self._uncounted[optimizer] = self._counted
+        if last != self._counted or self._has_warned or self.stepped[optimizer].isdisjoint(map(id, self._ours)):
+            return
+        found = (
+            f"{type(optimizer).__name__} steps on parameters that LocalUpdates exchanges, and no step of {self._names} "
+            f"is counted: pass LocalUpdates the optimizer whose step() is called"
+        )
+        if not self._counted:
+            raise RuntimeError(found)
+        self._has_warned = True
+        warnings.warn(f"{found}, or flush() before another optimizer trains on", stacklevel=6)
 
     def check(self) -> None:
         """Raise RuntimeError if an optimizer has stepped on parameters of the model that are not exchanged between

@@ -36,13 +36,15 @@ _USUAL = 0.5  # default of `mean_momentum` with Adam, the fraction with the lowe
 
 def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
     """Return the default of `LocalUpdates.mean_momentum`. The default is 0.5 if three conditions hold: an optimizer is
-    Adam or a variant of it, none is Muon, and `outer` has no momentum. Otherwise it is 0. The optimizers are recognized
-    by their class names. A function as `outer` counts as an optimizer with a momentum unless it has an attribute
-    `momentum` that is 0."""
-    names = [type(optimizer).__name__.lower() for optimizer in with_members(optimizers)]
+    Adam or a variant of it, none is Muon, and `outer` has no momentum. Otherwise it is 0. Optimizers other than torch's
+    are recognized by their class names. A function as `outer` counts as an optimizer with a momentum unless it has an
+    attribute `momentum` that is 0."""
+    found = list(with_members(optimizers))
+    names = [type(optimizer).__name__.lower() for optimizer in found]
     then = outer.then if isinstance(outer, OuterAgreement) else outer
     outer_momentum = 0.0 if then is None else getattr(then, "momentum", 1.0)
-    is_adam = any("adam" in name for name in names) and not any("muon" in name for name in names)
+    adams = [isinstance(o, _ADAMS) if _is_torchs(o) else "adam" in type(o).__name__.lower() for o in found]
+    is_adam = any(adams) and not any("muon" in name for name in names)
     return _USUAL if is_adam and not outer_momentum else 0.0
 
 
@@ -59,7 +61,7 @@ class MeanMomentum:
         # Replace an optimizer that joins others, such as a `JoinedOptimizer`, by the optimizers that it joins.
         self._optimizers = apart = [o for o in with_members(optimizers) if not isinstance(o, CompositeOptimizer)]
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
-        if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
+        if self._may_warn and all(map(_is_torchs, apart)):
             raise ValueError(
                 f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(apart)} has "
                 f"none: set mean_momentum=0"
@@ -136,6 +138,10 @@ class MeanMomentum:
             return None
         m, v = local_part(state["exp_avg"]), local_part(v)
         return (m, v, beside(m, update, update.dtype)) if m.shape == v.shape == local_part(p).shape else None
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
 def _has_momentum(group: Mapping[str, Any]) -> bool:

@@ -74,6 +74,7 @@ def check_first_step(
     parameters: Iterable[Tensor],
     do: Callable[[Callable[[], object]], None],
     digest: Callable[[Tensor], Tensor],
+    hint: str = "load weights on all workers, or before LocalUpdates is made",
 ) -> None:
     """Check after the first step that workers started at the same parameters, and that nothing else exchanges
     gradients.
@@ -81,9 +82,9 @@ def check_first_step(
     Collective with several workers, and a no-op with one worker. `anchors` has the values of the parameters at which
     this worker started, one vector for each fragment (part of the model). `parameters` have the gradients of this
     worker's first step. `do` runs the collective that is passed to it as a function, and `digest` sums integers over
-    the processes of a worker. Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all
-    workers. Gradients with fewer than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0
-    then warns instead.
+    the processes of a worker. Raises RuntimeError if anchors differ, with `hint` as the advice, or if gradients are
+    bitwise identical on all workers. Gradients with fewer than 16 different values, not counting 0, Inf and NaN, may be
+    equal by chance: rank 0 then warns instead.
     """
     if channel.group.size == 1:
         return
@@ -99,8 +100,7 @@ def check_first_step(
     others = [worker for worker, (anchor, _) in enumerate(prints) if anchor != prints[0][0]]
     if others:
         raise RuntimeError(
-            f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
-            f"weights on all workers, or before LocalUpdates is made"
+            f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: {hint}"
         )
     if any(grad != prints[0][1] for _, grad in prints):
         return

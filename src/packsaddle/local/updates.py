@@ -47,6 +47,7 @@ from packsaddle.local.inner import (
     check_parameters,
     equal_arguments,
     named_parameters,
+    names_of,
 )
 from packsaddle.local.lockstep import Call
 from packsaddle.local.moments import usual_fraction
@@ -230,7 +231,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = to.group.size > 1 or is_elastic
         warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and self.join_process_group
-        others = OtherOptimizers(list(parameters.values()), to.group, checks=model is None and is_shared)
+        names, checks = names_of(self.optimizers), model is None and is_shared
+        others = OtherOptimizers(list(parameters.values()), names, to.group, checks=checks, is_alone=not is_shared)
         self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
         if model is not None and warn_own_state and is_shared:
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
@@ -249,6 +251,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
                 trained[id(p)].note_step()
         self._set_anchor_before_first_step()
         self._has_begun = True
+        self._watches.others.begin()
         if self._enter():
             self._attempts.are_discarded = True
             # Discard the gradients, which were computed before the other workers' parameters were loaded.
@@ -265,6 +268,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Run the checks of `_before_step` here too, since `_before_step` is not called for a step that a scaler skips.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
+        self._watches.others.count()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._enter()
@@ -273,9 +277,14 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
         # fail too.
         self._watches.unsent.clear()
-        ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
+        with self._without_autocast():
+            ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
         self._watches.unsent.record(self.steps, exchanged=self.exchanging)
         return ran
+
+    def _without_autocast(self) -> torch.autocast:
+        """Return a context without autocast, in which the products of compressors would lose digits."""
+        return torch.autocast(self._whole.parameters[0].device.type, enabled=False)
 
     def _enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case, its
@@ -450,7 +459,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
-        applied = self._workers.flush(compressor, self.steps)
+        with self._without_autocast():
+            applied = self._workers.flush(compressor, self.steps)
+        self._watches.others.flushed()
         # A worker that has joined within this call continues at the step count of the worker that sent its state.
         self.steps = max(self.steps, self._workers.steps)
         return applied
