@@ -17,10 +17,10 @@ import torch
 from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
 
 import packsaddle
-from packsaddle import CheckpointError, LocalUpdates, load_checkpoint, save_checkpoint
+from packsaddle import CheckpointError, LocalUpdates, Workers, load_checkpoint, save_checkpoint
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.comm.failures import PeerLostError
-from packsaddle.comm.group import Solo
+from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -152,6 +152,58 @@ def test_a_refusal_of_one_worker_is_all_workers(tmp_path: Path) -> None:
     (message,) = set(simulate(worker, 2))
     assert message.startswith("worker 1: extra['f'] is a function")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one folder", "a folder each"])
+def test_workers_save_the_same_step_or_nothing(each: bool, tmp_path: Path) -> None:
+    """Files of different steps would rotate the last whole checkpoint away."""
+
+    def worker(rank: int) -> list[str]:
+        folder, parts, errors = tmp_path / str(rank * each), Small().parts, []
+        save_checkpoint(folder, parts, step=1)
+        for step in range(2, 8, 2):
+            with pytest.raises(CheckpointError) as caught:
+                save_checkpoint(folder, parts, step=step + rank)
+            errors.append(str(caught.value).split(":")[0])
+        assert loaded(folder, parts).step == 1
+        return errors
+
+    said = [f"step must be equal on all workers, got {n} on worker 0 and {n + 1} on worker 1" for n in (2, 4, 6)]
+    assert simulate(worker, 2) == [said] * 2
+    assert {p.name for p in tmp_path.glob("*/*")} == {"step-00000001"}
+
+
+def paced(folder: Path, late: int, found: bool) -> tuple[list[int], torch.Tensor]:
+    """Train with six steps of worker 0 in the time of two steps of worker 1. If not `found`, save `late` steps after
+    each exchange began, until the third; else continue from there. Return the steps that were saved, and the end."""
+    rank = resolve(None).rank
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    workers = Workers(weight="steps", steps=[6, 2])
+    local = LocalUpdates(optimizer, every=4, overlap=2, model=model, workers=workers)
+    parts, saved = {"model": model, "optimizer": optimizer, "local": local}, []
+    if found:
+        loaded(folder, parts)
+    for step in range(local.steps, 4 * local.paces[rank]):
+        optimizer.zero_grad()
+        model(torch.randn(8, 20, generator=torch.Generator().manual_seed(2 * step + rank))).square().mean().backward()
+        optimizer.step()
+        if not found and (step + 1 - late) % local.paces[rank] == 0 and 8 <= local.position <= 24:
+            assert local.exchanging == (late == 0)
+            save_checkpoint(folder, parts, step=local.position)
+            saved.append(local.position)
+    local.flush()
+    return saved, model.weight.detach()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_paced_workers_save_their_position(late: int, tmp_path: Path) -> None:
+    """One step later, worker 1 has applied the delayed exchange and worker 0 has not, so `local.rounds` differ."""
+    straight = simulate(lambda rank: paced(tmp_path, late, found=False), 2)
+    assert [saved for saved, _ in straight] == [[8, 16, 24]] * 2
+    for _, weight in simulate(lambda rank: paced(tmp_path, late, found=True), 2):
+        assert torch.equal(weight, straight[0][1])
 
 
 def test_folder_of_two_steps(tmp_path: Path) -> None:
