@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import warnings
@@ -12,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
@@ -453,6 +455,25 @@ def test_what_is_plain_comes_back(tmp_path: Path) -> None:
     for name in ("parameter", "buffer"):
         assert torch.equal(found.extra.pop(name), extra.pop(name))
     assert found.extra == extra
+
+
+def test_a_learning_rate_of_numpy_is_saved_as_a_float(tmp_path: Path) -> None:
+    def build() -> dict[str, Any]:
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + np.cos(np.pi * step / 10)))
+        return {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    parts, other = build(), build()
+    parts["optimizer"].step()
+    parts["schedule"].step()
+    save_checkpoint(tmp_path, parts, step=1, extra={"seen": {np.int64(3)}, "best": (np.float32(0.1), np.bool_(True))})
+    assert type(parts["optimizer"].param_groups[0]["lr"]) is np.float64  # the run itself is unchanged
+    extra = loaded(tmp_path, other).extra
+    rate = other["optimizer"].param_groups[0]["lr"]
+    assert rate == 0.1 * 0.5 * (1 + math.cos(math.pi / 10)) == other["schedule"].get_last_lr()[0]
+    assert extra == {"seen": {3}, "best": (float(np.float32(0.1)), True)}
+    assert [type(value) for value in (rate, *extra["seen"], *extra["best"])] == [float, int, float, bool]
 
 
 def saves_beside_a_full_disk(folder: Path, full: str, each: bool) -> tuple[list[str], list[str], int]:

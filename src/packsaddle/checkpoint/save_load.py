@@ -12,7 +12,7 @@ from packsaddle.checkpoint.files import (
     CheckpointError,
     DamagedError,
     Manifest,
-    check_plain,
+    plain,
     ranks_in,
     read_content,
     read_manifest,
@@ -143,9 +143,8 @@ def _check_same_step(step: int, collectives: ObjectCollectives) -> None:
 def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int) -> Content:
     """Return the content of this worker's file: the states of `parts`, and `extra`. Raises CheckpointError if they
     cannot be saved in `folder` as step `step`."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    for name, value in {**states, "extra": extra}.items():
-        check_plain(value, name)
+    states = {name: plain(part.state_dict(), name) for name, part in parts.items()}
+    extra = plain(extra, "extra")
 
     # Later steps in the folder belong to another run, and would be loaded in place of this step.
     later = [s for s in _write(step_folder(folder, step), partial(steps_in, folder)) if s > step]
