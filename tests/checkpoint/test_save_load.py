@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import warnings
@@ -12,15 +13,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
 
 import packsaddle
-from packsaddle import CheckpointError, LocalUpdates, load_checkpoint, save_checkpoint
+from packsaddle import CheckpointError, LocalUpdates, Workers, load_checkpoint, save_checkpoint
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.comm.failures import PeerLostError
-from packsaddle.comm.group import Solo
+from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -152,6 +154,58 @@ def test_a_refusal_of_one_worker_is_all_workers(tmp_path: Path) -> None:
     (message,) = set(simulate(worker, 2))
     assert message.startswith("worker 1: extra['f'] is a function")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one folder", "a folder each"])
+def test_workers_save_the_same_step_or_nothing(each: bool, tmp_path: Path) -> None:
+    """Files of different steps would rotate the last whole checkpoint away."""
+
+    def worker(rank: int) -> list[str]:
+        folder, parts, errors = tmp_path / str(rank * each), Small().parts, []
+        save_checkpoint(folder, parts, step=1)
+        for step in range(2, 8, 2):
+            with pytest.raises(CheckpointError) as caught:
+                save_checkpoint(folder, parts, step=step + rank)
+            errors.append(str(caught.value).split(":")[0])
+        assert loaded(folder, parts).step == 1
+        return errors
+
+    said = [f"step must be equal on all workers, got {n} on worker 0 and {n + 1} on worker 1" for n in (2, 4, 6)]
+    assert simulate(worker, 2) == [said] * 2
+    assert {p.name for p in tmp_path.glob("*/*")} == {"step-00000001"}
+
+
+def paced(folder: Path, late: int, found: bool) -> tuple[list[int], torch.Tensor]:
+    """Train with six steps of worker 0 in the time of two steps of worker 1. If not `found`, save `late` steps after
+    each exchange began, until the third; else continue from there. Return the steps that were saved, and the end."""
+    rank = resolve(None).rank
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    workers = Workers(weight="steps", steps=[6, 2])
+    local = LocalUpdates(optimizer, every=4, overlap=2, model=model, workers=workers)
+    parts, saved = {"model": model, "optimizer": optimizer, "local": local}, []
+    if found:
+        loaded(folder, parts)
+    for step in range(local.steps, 4 * local.paces[rank]):
+        optimizer.zero_grad()
+        model(torch.randn(8, 20, generator=torch.Generator().manual_seed(2 * step + rank))).square().mean().backward()
+        optimizer.step()
+        if not found and (step + 1 - late) % local.paces[rank] == 0 and 8 <= local.position <= 24:
+            assert local.exchanging == (late == 0)
+            save_checkpoint(folder, parts, step=local.position)
+            saved.append(local.position)
+    local.flush()
+    return saved, model.weight.detach()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_paced_workers_save_their_position(late: int, tmp_path: Path) -> None:
+    """One step later, worker 1 has applied the delayed exchange and worker 0 has not, so `local.rounds` differ."""
+    straight = simulate(lambda rank: paced(tmp_path, late, found=False), 2)
+    assert [saved for saved, _ in straight] == [[8, 16, 24]] * 2
+    for _, weight in simulate(lambda rank: paced(tmp_path, late, found=True), 2):
+        assert torch.equal(weight, straight[0][1])
 
 
 def test_folder_of_two_steps(tmp_path: Path) -> None:
@@ -401,6 +455,25 @@ def test_what_is_plain_comes_back(tmp_path: Path) -> None:
     for name in ("parameter", "buffer"):
         assert torch.equal(found.extra.pop(name), extra.pop(name))
     assert found.extra == extra
+
+
+def test_a_learning_rate_of_numpy_is_saved_as_a_float(tmp_path: Path) -> None:
+    def build() -> dict[str, Any]:
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + np.cos(np.pi * step / 10)))
+        return {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    parts, other = build(), build()
+    parts["optimizer"].step()
+    parts["schedule"].step()
+    save_checkpoint(tmp_path, parts, step=1, extra={"seen": {np.int64(3)}, "best": (np.float32(0.1), np.bool_(True))})
+    assert type(parts["optimizer"].param_groups[0]["lr"]) is np.float64  # the run itself is unchanged
+    extra = loaded(tmp_path, other).extra
+    rate = other["optimizer"].param_groups[0]["lr"]
+    assert rate == 0.1 * 0.5 * (1 + math.cos(math.pi / 10)) == other["schedule"].get_last_lr()[0]
+    assert extra == {"seen": {3}, "best": (float(np.float32(0.1)), True)}
+    assert [type(value) for value in (rate, *extra["seen"], *extra["best"])] == [float, int, float, bool]
 
 
 def saves_beside_a_full_disk(folder: Path, full: str, each: bool) -> tuple[list[str], list[str], int]:

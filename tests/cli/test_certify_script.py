@@ -61,6 +61,9 @@ def constant_loss():
 def two():
     return 1, 2
 
+def number():
+    return 3, *problem()[1:]
+
 def broken():
     raise KeyError("no data")
 
@@ -219,6 +222,7 @@ MISTAKES = {
     ("", "zero.pt"): "the function must be given as module:function, got 'script_of_mine'",
     (":one", "zero.pt"): "script_of_mine has no function 'one'",
     (":two", "zero.pt"): "script_of_mine:two must return a model, a loss function and batches, got",
+    (":number", "zero.pt"): "the model of script_of_mine:number must be a torch.nn.Module, got int",
     (":broken", "zero.pt"): "script_of_mine:broken failed: KeyError: 'no data'",
     (":problem", "none.pt"): "checkpoint none.pt does not exist",
     (":problem", "damaged.pt"): "checkpoint damaged.pt cannot be read: ",

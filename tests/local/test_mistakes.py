@@ -101,6 +101,24 @@ def test_states_of_one_model_are_silent(way: str) -> None:
     simulate(body, 2)
 
 
+@pytest.mark.parametrize("options", [{}, {"warn_own_state": False}], ids=["warns", "unless asked"])
+def test_a_second_phase_forgets_the_anchor_of_the_first(options: dict[str, Any]) -> None:
+    """The first `LocalUpdates` is in a cycle with its optimizer's hooks, so it lives until gc collects cycles."""
+
+    def body(worker: int) -> None:
+        model, first = stepped(worker, 4)
+        first.flush()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        second = LocalUpdates(optimizer, every=4, model=model, **options)
+        model(torch.ones(8, 40) * worker).square().mean().backward()
+        optimizer.step()
+        second.flush()
+        model.state_dict()
+        assert len(model._state_dict_pre_hooks) == (0 if options else 1)
+
+    simulate(body, 2)
+
+
 def test_no_hook_is_left_in_the_model() -> None:
     def body(worker: int) -> int:
         model = stepped(worker, 4)[0]

@@ -277,6 +277,7 @@ REFUSALS = {
     ("1gbit", "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
     (*SIZED, "--batch", "3"): "--batch is for measuring the compute time",
     (*SIZED, "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
+    (*SIZED, "--workers", "0"): "workers must be at least 2 (one worker sends nothing), got 0",
     (*SIZED, "--latency", "-1"): "latency of a link must be from 0 to 1e+09 seconds",
     (*SIZED, "--compressor", "topq"): "compressor must be one of best, randomk",
     (*SIZED, "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",

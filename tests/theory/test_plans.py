@@ -388,7 +388,9 @@ REFUSALS = {
     "theory --d 10 --epsilon 0.1 --compressor topkk": "got 'topkk' (did you mean topk?)",
     "theory --d 10 --epsilon 0.1 --compressor topk --ratio 2": "ratio of TopK must be in (0, 1], got 2.0",
     "theory --d 10 --epsilon 0.1 --compressor sign --ratio 0.5": "ratio is for one of randomk",
-    "table --d 10 --epsilon 1.5": "epsilon must be in (0, 1) for the orders of Table 1, got 1.5",
+    "table --d 10 --epsilon 1.5": "epsilon must be at least 1e-20 and below 1 for the orders of Table 1, got 1.5",
+    "table --d 10 --epsilon 1e-90": "epsilon must be at least 1e-20 and below 1 for the orders of Table 1, got 1e-90",
+    "table --d 1e16 --epsilon 0.1": "d must be from 1 to 1e15, got 10000000000000000",
 }
 
 

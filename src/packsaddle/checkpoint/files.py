@@ -7,6 +7,7 @@ The manifest is written last, so the tensor file is complete if there is a manif
 file: the manifest is JSON, and tensors are loaded with weights_only=True after their sha256 was verified.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,23 +150,28 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return content
 
 
-def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError if `value`, a nested state to save, contains a type that torch.load(weights_only=True)
-    rejects. The error calls the value `where`."""
+def plain(value: Any, where: str) -> Any:
+    """Return a copy of `value`, a nested state to save, in which numpy's scalars are Python's, such as a learning rate
+    that was computed with numpy. Tensors are not copied. Raises CheckpointError if the state contains another type that
+    torch.load(weights_only=True) rejects; the error calls the value `where`."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if type(value) in (dict, OrderedDict, Counter):
+        copied = copy.copy(value)  # keeps `_metadata` of a module's state_dict
         for key, inner in value.items():
             if not _is_plain_key(key):
                 raise CheckpointError(f"{where} has a key {key!r} of type {type(key).__name__}, which is not plain")
-            check_plain(inner, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple, set):
-        for i, inner in enumerate(value):
-            check_plain(inner, f"{where}[{i}]")
-    elif type(value) not in (Tensor, nn.Parameter, *_PLAIN, *torch.serialization.get_safe_globals()):
+            copied[key] = plain(inner, f"{where}[{key!r}]")
+        return copied
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(inner, f"{where}[{i}]") for i, inner in enumerate(value))
+    if type(value) not in (Tensor, nn.Parameter, *_PLAIN, *torch.serialization.get_safe_globals()):
         hint = ": make it a dict" if isinstance(value, Mapping) else ""
         raise CheckpointError(
             f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists and "
             f"dictionaries{hint}"
         )
+    return value
 
 
 def _is_plain_key(key: Any) -> bool:

@@ -12,7 +12,7 @@ from packsaddle.checkpoint.files import (
     CheckpointError,
     DamagedError,
     Manifest,
-    check_plain,
+    plain,
     ranks_in,
     read_content,
     read_manifest,
@@ -78,9 +78,9 @@ def save_checkpoint(
     group if there is one, else this process alone.
 
     Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
-    message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if a
-    state has values other than tensors and plain types, or if the folder has checkpoints of later steps, since
-    `load_checkpoint` would load one of these instead.
+    message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if
+    `step` differs between workers, if a state has values other than tensors and plain types, or if the folder has
+    checkpoints of later steps, since `load_checkpoint` would load one of these instead.
 
     >>> import tempfile
     >>> import torch
@@ -96,7 +96,9 @@ def save_checkpoint(
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "saves a checkpoint")
     collectives = ObjectCollectives(group, device_of(parts))
-    content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
+    run_on_all(collectives, partial(_check_numbers, step, keep))
+    _check_same_step(step, collectives)
+    content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step))
     target = step_folder(folder, step)
     is_new = not target.exists()
 
@@ -118,16 +120,31 @@ def save_checkpoint(
     return target
 
 
-def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
-    """Return the content of this worker's file: the states of `parts`, and `extra`. Raises CheckpointError if they
-    cannot be saved in `folder` as step `step`."""
+def _check_numbers(step: int, keep: int) -> None:
     if keep < 2:  # while one step is being written, the previous step must remain
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    for name, value in {**states, "extra": extra}.items():
-        check_plain(value, name)
+
+
+def _check_same_step(step: int, collectives: ObjectCollectives) -> None:
+    """Raise CheckpointError on all workers if their values of `step` differ; collective. Files of different steps are
+    not one checkpoint."""
+    steps = collectives.gather(step)
+    for worker, other in enumerate(steps):
+        if other != steps[0]:
+            raise CheckpointError(
+                f"step must be equal on all workers, got {steps[0]} on worker 0 and {other} on worker {worker}: if "
+                f"workers make different numbers of steps, save after a step for which local.exchanging is true, with "
+                f"step=local.position"
+            )
+
+
+def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int) -> Content:
+    """Return the content of this worker's file: the states of `parts`, and `extra`. Raises CheckpointError if they
+    cannot be saved in `folder` as step `step`."""
+    states = {name: plain(part.state_dict(), name) for name, part in parts.items()}
+    extra = plain(extra, "extra")
 
     # Later steps in the folder belong to another run, and would be loaded in place of this step.
     later = [s for s in _write(step_folder(folder, step), partial(steps_in, folder)) if s > step]

@@ -94,6 +94,8 @@ def certify_script(
 
 
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
+    from torch import nn
+
     from packsaddle.curvature.population import check_population
 
     # Make the model, loss and batches, and load the checkpoint.
@@ -101,6 +103,8 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     if not (isinstance(problem, tuple) and len(problem) == 3 and callable(problem[1])):
         raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(problem).__name__}")
     model, given, batches = problem
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model of {function} must be a torch.nn.Module, got {type(model).__name__}")
     _load(model, checkpoint)
 
     def loss_fn(model: Any, batch: Any) -> Any:

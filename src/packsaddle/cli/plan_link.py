@@ -192,7 +192,8 @@ def _plan(
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     speeds = options.of_workers
-    given, workers = _given(rate, options.latency), _workers(workers or len(speeds) or None)
+    given = _given(rate, options.latency)
+    workers = _workers(workers if workers is not None else len(speeds) or None)
     if speeds and len(speeds) != workers:
         raise ConfigError(f"--speeds must have a number for each of the {workers} workers, got {len(speeds)}")
     if options.d is None and options.model is None:

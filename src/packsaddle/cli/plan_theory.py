@@ -214,7 +214,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
 
     Args:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000.
-        epsilon: Target: gradient norm at most epsilon, in (0, 1).
+        epsilon: Target: gradient norm at most epsilon, at least 1e-20 and below 1.
         json: Print one JSON document.
     """
     with config_errors("--"):

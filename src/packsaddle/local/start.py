@@ -126,15 +126,24 @@ class StateDictWarning:
     the anchor, on which all workers last agreed. A script that saves this state dict on rank 0 would save the model of
     one worker.
 
-    `owner` is the `LocalUpdates` of the model. The hook is removed when `owner` is garbage-collected. `differs(owner)`
-    returns True if the parameters differ from the anchor. The hook does not warn within the context `own_state`, in
-    which packsaddle's checkpoints read each worker's parameters. A copy of the model has a no-op in place of the hook.
+    `owner` is the `LocalUpdates` of the model. The hook is removed when `owner` is garbage-collected, or by
+    `remove_from` when the model gets another `LocalUpdates`. `differs(owner)` returns True if the parameters differ
+    from the anchor. The hook does not warn within the context `own_state`, in which packsaddle's checkpoints read each
+    worker's parameters. A copy of the model has a no-op in place of the hook.
     """
 
     def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
         self._differs, self._owner, self._has_warned = differs, weakref.ref(owner), False
-        hook = model.register_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
-        weakref.finalize(owner, hook.remove)
+        self._hook = model.register_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        weakref.finalize(owner, self._hook.remove)
+
+    @staticmethod
+    def remove_from(model: nn.Module) -> None:
+        """Remove the hook of an earlier `LocalUpdates` of the model, whose anchor is out of date. The earlier one may
+        still exist: it is in a reference cycle with the hooks of its optimizers."""
+        for hook in list(model._state_dict_pre_hooks.values()):
+            if isinstance(hook, StateDictWarning):
+                hook._hook.remove()
 
     def __call__(self, *_: object) -> None:
         owner = self._owner()

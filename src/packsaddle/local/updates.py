@@ -234,8 +234,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         names, checks = names_of(self.optimizers), model is None and is_shared
         others = OtherOptimizers(list(parameters.values()), names, to.group, checks=checks, is_alone=not is_shared)
         self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
-        if model is not None and warn_own_state and is_shared:
-            StateDictWarning(model, self, LocalUpdates._is_off_anchor)
+        if model is not None:
+            StateDictWarning.remove_from(model)
+            if warn_own_state and is_shared:
+                StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Methods that run at each inner step.
