@@ -178,7 +178,7 @@ class GradientHook(Records, ABC):
         self._outcome: Readback | None = None
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients are NaNs, since a pass was rejected
-        self._fresh = True  # False if p.grad also has gradients of earlier passes
+        self._fresh = True  # False if p.grad also has the NaNs of an earlier pass
         self.may_be_unused = False  # True if a backward pass may leave some parameters unused (see `Usage`)
 
     def __repr__(self) -> str:
