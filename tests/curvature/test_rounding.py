@@ -94,5 +94,6 @@ def test_workers_agree_on_products_in_double() -> None:
         return tuple(derivatives(own, f, batches[rank]).product_in_double(v) for f in (loss_fn, failing))
 
     for found, none in simulate(work, 3):
-        assert found is not None and float((found - exact).norm()) <= 1e-12 * float(exact.norm())
+        assert found is not None
+        assert float((found - exact).norm()) <= 1e-12 * float(exact.norm())
         assert none is None
