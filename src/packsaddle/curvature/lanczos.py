@@ -50,6 +50,8 @@ Number = Tensor | float
 _EVALUATIONS = 100
 # Smallest rounding error of a product A v, in units of the last place of ||A||; typical for long sums
 _ROUNDING = 16
+# Below this square of a norm the squares of some coordinates may underflow, so the vector is multiplied by `_UP`.
+_UNDERFLOW, _UP = 1e-280, 2.0**500
 # Smallest valid failure probability: for smaller ones the quantile of the Beta distribution underflows.
 _LEAST_PROBABILITY = 1e-100
 
@@ -151,7 +153,7 @@ class Ritz:
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # `term` is log p_j^2, `total` the log of their sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
-            pivot = alpha - below - (before * before / pivot if before else 0.0)
+            pivot = alpha - below - (before * (before / pivot) if before else 0.0)
             pivot = pivot if pivot > least else least
             before = beta
             term += 2 * math.log(pivot / (beta if beta > floor else floor))
@@ -236,7 +238,7 @@ class Lanczos:
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])
         self._error = max([self._error, *map(abs, found)])
         self._alphas.append(alpha)
-        beta = math.sqrt(square)
+        beta = math.sqrt(square) if square > _UNDERFLOW else self._norm(w.mul(_UP)) / _UP
 
         # The Ritz values are the eigenvalues of the tridiagonal matrix. The process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)

@@ -396,7 +396,7 @@ class Differences(Products):
         # If each gradient has an independent rounding error of norm e, rounding adds 5/8 (e / h)^2 to apart^2, and
         # 0.94 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
-        curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
+        curved = max(math.sqrt(max(squares, 0.0)), trial.noise / 64) / 3
         # Between h and 17 h / 16, the term h^2 M_3 / 6 changes by 0.129 of its value.
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
