@@ -369,6 +369,33 @@ def test_a_bad_micro_batch_spoils_the_step_and_no_other(gloo: Gloo, empties: boo
         assert found == (True, int(empties), 1)
 
 
+def around_a_skipped_step(set_to_none: bool) -> list[bool]:
+    """Whether each of three steps moved the parameters. The training script itself skips the second, whose gradients
+    are NaNs. The last layer belongs to the root module."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, model, moved = meshes(), network(), []
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh["shard"])
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook.protect(optimizer)
+    for t in range(3):
+        optimizer.zero_grad(set_to_none)
+        (loss(model, t) * (math.nan if t == 1 and dist.get_rank() == 2 else 1.0)).backward()
+        before = local_shards(model)
+        if local_shards(model, gradient=True).isfinite().all():
+            optimizer.step()
+        moved.append(not torch.equal(before, local_shards(model)))
+    return moved
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_the_step_after_a_skipped_one_is_applied(gloo: Gloo, set_to_none: bool) -> None:
+    for moved in gloo(around_a_skipped_step, 4, set_to_none):
+        assert moved == [True, False, True]
+
+
 class Branches(nn.Module):
     """Three blocks of one shape, of which a forward pass uses one."""
 

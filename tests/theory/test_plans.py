@@ -390,7 +390,7 @@ REFUSALS = {
     "theory --d 10 --epsilon 0.1 --compressor sign --ratio 0.5": "ratio is for one of randomk",
     "table --d 10 --epsilon 1.5": "epsilon must be at least 1e-20 and below 1 for the orders of Table 1, got 1.5",
     "table --d 10 --epsilon 1e-90": "epsilon must be at least 1e-20 and below 1 for the orders of Table 1, got 1e-90",
-    "table --d 1e16 --epsilon 0.1": "d must be from 1 to 1e15, got 10000000000000000",
+    "table --d 10000000000000000 --epsilon 0.1": "d must be from 1 to 1e15, got 10000000000000000",
 }
 
 

@@ -145,7 +145,7 @@ class Certificate:
     hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
     hvp_error: float  # estimated error of a Hessian-vector product with a unit vector, included in all bounds
     hvp_step: float | None  # last step h of the differences of gradients; None: double backward was used
-    hvps: int  # number of Hessian-vector products over all examples
+    hvps: int  # number of Hessian-vector products over all examples, including those by a float64 copy of the model
     backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
     bytes_sent: int  # number of bytes that this worker sent for the certificate
     seconds: float  # duration of the certification

@@ -305,6 +305,24 @@ class Curvature:
         model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
+    def product_in_double(self, v: Tensor) -> Tensor | None:
+        """Return the Hessian-vector product H v, float64[d], computed with a float64 copy of the model; collective.
+
+        Returns None if the copy of any worker raises an error, as with kernels for 16 bits, or if the loss casts to a
+        shorter dtype.
+        """
+        self.products += 1
+        self.passes += 2
+        total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
+        dtypes, failed = {torch.float64}, False
+        try:
+            if (double := self.in_double()) is not None:
+                total = double.hessian_vector(v, lambda loss: dtypes.add(loss.dtype)).mul_(double.examples)
+                failed = len(dtypes) > 1 or double.precision > torch.finfo(torch.float64).eps
+        except Exception:  # a loss may raise any error with dtypes that it was not written for
+            failed = True
+        return None if self.on_any_worker(failed) else self.sum(total).div_(self.examples)
+
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
         """Return the gradient of the mean loss at x + distance * direction, float64[d], where x are the current
         parameters; collective. 16-bit parameters are rounded stochastically."""

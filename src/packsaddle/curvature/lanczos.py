@@ -23,7 +23,9 @@ failure probability.
 In exact arithmetic the process ends with a beta of 0. If the products A q_k have rounding errors, as in float32, this
 beta is at the level of the errors instead, and the next Lanczos vector consists of noise. So the bounds replace every
 beta below `Ritz.rounding` with `Ritz.rounding`, which is measured. An exact product A q_k has the component 0 along
-each of q_0 to q_{k-2}, and beta_k along q_{k-1}, so deviations from these components are errors of the products.
+each of q_0 to q_{k-2}, and beta_k along q_{k-1}, so deviations from these components are errors of the products. These
+deviations miss errors that are symmetric, like those of A itself, so `Ritz.rounding` is at least `relative_error` times
+||A||, which the caller measures.
 
 Products by differences of gradients have an error, whose norm tau is known. If they are linear, they are the products
 of a matrix whose distance from A is at most tau, so its eigenvalues differ from those of A by at most tau (Weyl).
@@ -46,7 +48,10 @@ from torch import Tensor
 Number = Tensor | float
 # Maximum number of evaluations of the sum of p_j^2 in the computation of one bound; a dozen usually suffice.
 _EVALUATIONS = 100
-_ROUNDING = 16  # rounding error of a product A v, in units of the last place of ||A||; typical for long sums
+# Smallest rounding error of a product A v, in units of the last place of ||A||; typical for long sums
+_ROUNDING = 16
+# Below this square of a norm the squares of some coordinates may underflow, so the vector is multiplied by `_UP`.
+_UNDERFLOW, _UP = 1e-280, 2.0**500
 # Smallest valid failure probability: for smaller ones the quantile of the Beta distribution underflows.
 _LEAST_PROBABILITY = 1e-100
 
@@ -148,7 +153,7 @@ class Ritz:
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # `term` is log p_j^2, `total` the log of their sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
-            pivot = alpha - below - (before * before / pivot if before else 0.0)
+            pivot = alpha - below - (before * (before / pivot) if before else 0.0)
             pivot = pivot if pivot > least else least
             before = beta
             term += 2 * math.log(pivot / (beta if beta > floor else floor))
@@ -167,8 +172,9 @@ class Lanczos:
             vector is orthogonalized against them twice. The computation of a Ritz vector needs one more product for
             each vector that was not stored.
         precision: unit roundoff of the products.
-        error: returns the current estimate of the error of a product with a unit vector. It excludes the rounding error
-            that `precision` describes.
+        relative_error: returns the current estimate of the rounding error of a product, relative to ||A||. The error
+            assumed is at least 16 times `precision`.
+        error: returns the current estimate of the error of a product with a unit vector.
         n: the size of A, if each worker has only a part of every vector; by default the length of `start`.
         dot: the inner product of two vectors; collective if each worker has only a part of them. It returns a float, or
             a float64[], for which the host waits once per step.
@@ -183,6 +189,7 @@ class Lanczos:
         *,
         max_vectors: int | None = None,
         precision: float = torch.finfo(torch.float64).eps,
+        relative_error: Callable[[], float] = lambda: 0.0,
         error: Callable[[], float] = lambda: 0.0,
         n: int | None = None,
         dot: Callable[[Tensor, Tensor], Number] = torch.dot,
@@ -191,7 +198,7 @@ class Lanczos:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
-        self._known_error, self._dot = error, dot
+        self._relative_error, self._known_error, self._dot = relative_error, error, dot
         # Largest magnitude, over all products so far, of a component of A q_k that would be 0 in exact arithmetic.
         self._error = 0.0
         self.products = 0  # number of products A v so far, including those computed for Ritz vectors
@@ -231,7 +238,7 @@ class Lanczos:
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])
         self._error = max([self._error, *map(abs, found)])
         self._alphas.append(alpha)
-        beta = math.sqrt(square)
+        beta = math.sqrt(square) if square > _UNDERFLOW else self._norm(w.mul(_UP)) / _UP
 
         # The Ritz values are the eigenvalues of the tridiagonal matrix. The process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
@@ -249,6 +256,7 @@ class Lanczos:
         # norm that `_known_error` returns. By Marchenko and Pastur the norm of such a matrix is about 1 + sqrt(k / n)
         # times the norm of a column.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
+        relative = max(_ROUNDING * self._precision, self._relative_error())
         # The residual ||A v - theta_min v|| is beta |y_k|, where y_k is the last component of theta_min's eigenvector y
         # of the tridiagonal matrix.
         return Ritz(
@@ -258,7 +266,7 @@ class Lanczos:
             tuple(thetas.tolist()),
             tuple(vectors[0].square().tolist()),
             beta * abs(float(vectors[-1, 0])),
-            max(_ROUNDING * self._precision * scale, 2 * self._error, known),
+            max(relative * scale, 2 * self._error, known),
             exhausted,
             orthogonal,
         )

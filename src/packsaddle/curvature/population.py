@@ -9,7 +9,7 @@ gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector 
             (Borell's inequality, and ||C|| <= tr C); s^2 is measured as sum_b n_b ||g_b - g_n||^2 / ((B - 1) n).
 upper bound v is found on every second batch and measured on the B' other batches, which are independent of v: the
             v^T H_b v have expected value v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean plus
-            Student's t-quantile for B' - 1 degrees of freedom times its standard error.
+            Student's t-quantile for B' - 1 degrees of freedom times its standard error, plus the error of the products.
 lower bound lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
             largest eigenvalue exceeds t with probability d exp(-t^2 / (2 ||E Z^2||)) at most (Tropp, Found. Comput.
             Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
@@ -185,13 +185,13 @@ def certify_population(
         def measure(products: Products) -> PopulationCertificate:
             seen, fresh = map(products.of, halves)
             lanczos = lanczos_over(seen, search)
-            lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
+            ritz = lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
             # Any vector v gives a valid upper bound on lambda_min(H), so the search may stop before v is an
             # eigenvector.
             v = lanczos.ritz_vector()
             products.copy_estimates(seen)
             fresh.copy_estimates(seen)
-            _, off_by = fresh.checked(v)
+            off_by = max(fresh.checked(v)[1], ritz.rounding)
             rho = hessian_lipschitz or products.rho(v)
             threshold = threshold_of(epsilon, rho)
             limit = 0.0 if threshold is None else threshold

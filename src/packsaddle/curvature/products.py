@@ -10,9 +10,13 @@ Both terms are measured at x and along v. Hessian-vector products with steps h a
 rounding. Those with steps h and 2 h differ by rounding and by h^2 M_3 / 2, which is three times the second term. From
 the measured terms h is chosen such that the first term is twice the second.
 
-A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`). If a loss
-contains such a function, Hessian-vector products by double backward are compared with differences of gradients for two
+Double backward in a dtype shorter than float64 has rounding errors, which cancellation inside the network can make much
+larger than the unit roundoff. They are measured by comparison with the product of a float64 copy of the model, for two
 vectors v: the first v of the search, and the v whose curvature decides if the point is a saddle.
+
+A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`). If a loss
+contains such a function, Hessian-vector products by double backward are compared with differences of gradients for the
+same two vectors v.
 """
 
 import math
@@ -81,16 +85,16 @@ class Products(ABC):
     """Interface of the Hessian-vector products of a mean loss over the batches of all workers. Calls are collective,
     except `of_batch`.
 
-    `error` is an upper bound on ||H v - product|| for the unit vectors v of all calls so far. It excludes rounding
-    errors, for which `precision` is the unit roundoff.
+    `error` is the largest ||H v - product|| that was measured for unit vectors v so far. `relative_error` is the same
+    for rounding alone, relative to ||H v||, for a random v.
     """
 
     name: str
     # Message of the error by which double backward failed; None: it did not fail, or was not tried.
     reason: str | None = None
-    # Unit roundoff of the Hessian-vector products; the resulting rounding error is not included in `error`
-    precision: float
+    precision: float  # unit roundoff of the Hessian-vector products
     error: float = 0.0
+    relative_error: float = 0.0
     unproven = False  # True if `checked` must verify the product along the direction that decides a verdict
 
     def __init__(self, curvature: Curvature) -> None:
@@ -137,6 +141,10 @@ class DoubleBackward(Products):
 
     The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss.
 
+    If `precision` is coarser than float64's, the rounding errors of the first product and of the products of `checked`
+    are measured with a float64 copy of the model. If no such copy works, half of the digits of the first product are
+    assumed wrong, and the products of `checked` are compared with differences of gradients.
+
     If the loss contains custom functions (`autograd.Function`), the first product and the products of `checked` are
     compared with differences of gradients. Raises DoubleBackwardError if the two products differ by more than twice the
     sum of their errors, or if these errors are too large for a comparison.
@@ -161,11 +169,12 @@ class DoubleBackward(Products):
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
-        self._begun, self._largest = True, max(self._largest, self.curvature.norm(product))
-        if not self._repeats:
+        norm = self.curvature.norm(product)
+        first, self._begun, self._largest = not self._repeats, True, max(self._largest, norm)
+        if first:
             apart = self.curvature.norm(self.curvature.hessian_vector(v).sub_(product))
             allowed = min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS)
-            if apart > allowed * self.curvature.norm(product):
+            if apart > allowed * norm:
                 raise ValueError(
                     "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
                     "everything that is random"
@@ -174,7 +183,27 @@ class DoubleBackward(Products):
         self.unproven = self.curvature.on_any_worker(bool(self._custom))
         if self.unproven:
             self._compare(v, product)
-        return product, 0.0
+        error = self._rounding_error(v, product, first)
+        self.error = max(self.error, error)
+        if first and norm:
+            self.relative_error = error / norm
+        return product, error
+
+    def _rounding_error(self, v: Tensor, product: Tensor, first: bool) -> float:
+        """Return the rounding error of `product`, the Hessian-vector product with v, or 0 in float64; collective.
+
+        It is the distance from the product of a float64 copy of the model. Without such a copy it is the distance from
+        differences of gradients plus their error. Their error is too large for the `first` product, whose relative
+        error is assumed to be the square root of the unit roundoff.
+        """
+        if self.precision <= torch.finfo(torch.float64).eps:
+            return 0.0
+        exact, error = self.curvature.product_in_double(v), 0.0
+        if exact is None and first:
+            return math.sqrt(self.precision) * self.curvature.norm(product)
+        if exact is None:
+            exact, error = Differences(self.curvature).checked(v)
+        return self.curvature.norm(exact.sub_(product)) + error
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
         """Compare `product`, the Hessian-vector product with v by double backward, with differences of gradients;
@@ -215,13 +244,15 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Copy from `other` the largest norm of a Hessian-vector product, if it exceeds the largest norm here.
+        """Copy from `other` the relative rounding error, and the largest norm of a Hessian-vector product if it exceeds
+        the largest norm here.
 
         If `other` has passed the test for a random loss, which computes the first product twice, the test is skipped
         here.
         """
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
+        self.relative_error = other.relative_error
 
     def change(self, v: Tensor) -> float:
         h = _RHO_DISTANCE
@@ -365,7 +396,7 @@ class Differences(Products):
         # If each gradient has an independent rounding error of norm e, rounding adds 5/8 (e / h)^2 to apart^2, and
         # 0.94 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
-        curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
+        curved = max(math.sqrt(max(squares, 0.0)), trial.noise / 64) / 3
         # Between h and 17 h / 16, the term h^2 M_3 / 6 changes by 0.129 of its value.
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
@@ -414,6 +445,7 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
         curvature.random_vector(search.generator),
         max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
         precision=products.precision,
+        relative_error=lambda: products.relative_error,
         error=lambda: 0.0 if matvec else products.error,
         n=curvature.d,
         dot=curvature.inner,

@@ -209,7 +209,8 @@ class CurvatureSearch:
         vectors are orthonormal and the products are exact, and otherwise it is measured by one more product.
         """
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
-        if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
+        # The product of the first step was checked already.
+        if not ritz.orthogonal or ((self.products.error or self.products.unproven) and ritz.steps > 1):
             quotient, error = self._measure_quotient()
             if error > ritz.rounding:
                 self.ritz = ritz = replace(ritz, rounding=error)

@@ -139,18 +139,18 @@ class ErrorMemory:
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
-    def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Correct the new error memory of the parameters that this worker did not use in the backward pass, and for
-        which it sent zeros. Call after `absorb`.
+    def restore_unused(self, sent: Tensor, by_any: Tensor) -> None:
+        """Correct the new error memory of the parameters of which this worker sent zeros instead of v, or which no
+        worker used in the backward pass. Call after `absorb`.
 
-        `used`, bool[p], is True for each of the slice's p parameters that this worker used. `by_any`, bool[p], is True
-        for each parameter that at least one worker used.
+        `sent`, bool[p], is True for each of the slice's p parameters of which this worker sent v. `by_any`, bool[p], is
+        True for each parameter that at least one worker used.
 
-        If this worker did not use a parameter, the old error memory is added to the new one, which is the residual of
-        the zeros. If no worker used the parameter, the residual of the zeros is discarded first.
+        If this worker sent zeros, the old error memory is added to the new one, which is the residual of the zeros. If
+        no worker used the parameter, the mean is discarded, so the old error memory replaces the new one.
         """
-        for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
-            new.mul_(anywhere).add_(old * ~here)
+        for new, old, is_sent, anywhere in zip(self._next.views, self._now.views, sent, by_any, strict=True):
+            new.mul_(anywhere).add_(old * ~(is_sent & anywhere))
 
     def close(self, *, apply: bool) -> None:
         """Commit the new error memory if `apply` is True, and otherwise roll back to the old one."""

@@ -116,7 +116,8 @@ def register_ddp_hook(
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, scaler)
-    hook.may_be_unused = model.find_unused_parameters
+    if model.find_unused_parameters:
+        hook.record_use()
     # Options and parameters must match on all workers.
     same = {**agreement(rules), "lr": [float(group["lr"]) for each in optimizers for group in each.param_groups]}
     same["arithmetic"] = arithmetic(found[0].parameter.device)

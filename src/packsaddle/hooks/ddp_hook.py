@@ -4,7 +4,7 @@ DistributedDataParallel may rebuild its buckets after the first step or two, so 
 set of parameters that share a bucket.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,6 +67,8 @@ class DDPHook(GradientHook, Exchanging):
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets that DDP has passed to this hook so far
+        # Names of the parameters used since the last exchange (see `Usage`); None: workers use all parameters.
+        self._used: set[str] | None = None
         # State of the running backward pass, or of the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._failure: Exception | None = None  # the first exception in this backward pass; None: no exception so far
@@ -74,6 +76,17 @@ class DDPHook(GradientHook, Exchanging):
     @property
     def device(self) -> torch.device:
         return self._places[0].parameter.device
+
+    def record_use(self) -> None:
+        """Record which parameters each backward pass uses, since workers may use only some of them. Call at most
+        once."""
+        used = self._used = set()
+
+        def on_gradient(name: str, _: Tensor) -> None:
+            used.add(name)
+
+        for place in self._places:
+            place.parameter.register_post_accumulate_grad_hook(partial(on_gradient, place.name))
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Start to average the gradients of a bucket. DDP calls this method in the backward pass.
@@ -97,8 +110,12 @@ class DDPHook(GradientHook, Exchanging):
         self._waiting.append((bucket, promise))
         if bucket.is_last or self.rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
-            work = partial(self._average, [b for b, _ in waiting])
+            # The exchange runs in the background, so it gets a copy of the names.
+            used = None if self._used is None else frozenset(self._used)
+            work = partial(self._average, [b for b, _ in waiting], used)
             self._background.submit(work, [(p, b.buffer) for b, p in waiting])
+        if bucket.is_last and self._used is not None:
+            self._used.clear()
         return promise.future
 
     def _names(self, buckets: Sequence[Bucket]) -> list[str]:
@@ -109,9 +126,10 @@ class DDPHook(GradientHook, Exchanging):
             )
         return [self._named[id(p)].name for p in parameters]
 
-    def _average(self, buckets: Sequence[Bucket]) -> None:
+    def _average(self, buckets: Sequence[Bucket], used: Collection[str] | None) -> None:
         """Average the gradients in `buckets` over workers as one vector, in place.
 
+        `used` has the names of the parameters that this worker has used, or is None if workers use all parameters.
         If this raises an error, DDP nevertheless passes the other buckets of the backward pass. For these the same
         error is raised.
         """
@@ -125,7 +143,7 @@ class DDPHook(GradientHook, Exchanging):
                 if buckets[0].index == 0:
                     self._begin()
                 part = self._slice(frozenset(gradients))
-            code = self._exchange(part, gradients)
+            code = self._exchange(part, gradients, used=used)
         except Exception as error:
             self._failure = error
             raise

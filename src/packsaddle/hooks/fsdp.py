@@ -151,9 +151,6 @@ class FSDPHook(GradientHook, Exchanging):
             check_not_capturing("the hook", gradient.device)
             self._open()
             self._seen = {}
-            # If p.grad already has gradients of earlier passes, FSDP adds those of this pass. Only the gradients of
-            # this pass are exchanged.
-            self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self.rules.noise.at_step(self._steps)])
             # This callback runs after FSDP's own callback, which sets p.grad, since it is queued later.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
@@ -181,7 +178,11 @@ class FSDPHook(GradientHook, Exchanging):
         if not self._pass:
             return
         bad = (torch.stack(self._codes) != 0).any()
-        for _, gradient in local_shards(self._model, gradients=True):
+        gradients = [gradient for _, gradient in local_shards(self._model, gradients=True)]
+        # FSDP has added the gradients of this pass to p.grad, which may still have the NaNs of a rejected pass. To
+        # check it, the host waits for a GPU, but only if the optimizer has made no step since that pass.
+        self._fresh = not self._rejected or not any(bool(gradient.isnan().any()) for gradient in gradients)
+        for gradient in gradients:
             fill_where(gradient, bad.to(gradient.device), float("nan"))
         if self._steps and self._drift.due(self._steps - 1):
             named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]

@@ -8,7 +8,7 @@ DistributedDataParallel may form other buckets after loading.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any, Literal, get_args
@@ -104,8 +104,8 @@ class BucketTarget:
     """Writes the mean update of an exchange to the gradients of a slice (parameters exchanged together). The user's
     optimizer then applies these gradients to the parameters (line 11 of Algorithm 1).
 
-    `used`, bool[p], is False for each parameter whose gradient is set to zeros instead of its mean. If it is None, no
-    gradient is set to zeros.
+    `used`, bool[p], is False for each parameter whose gradient is not set to its mean, since no worker used the
+    parameter in this pass (see `Usage`). If it is None, all gradients are set.
     """
 
     of: Slice
@@ -123,8 +123,9 @@ class BucketTarget:
         """
         total = self.of.zeros()
         g.write_to(total.flat)
-        clear_unused(total.views, self.used)
         outs = [self.gradients[place.name] for place in self.of.places]
+        for view, out, used in zip(total.views, outs, self.used, strict=True) if self.used is not None else ():
+            view.copy_(torch.where(used, view, out / self.scale))
         exact = all(out.element_size() >= total.flat.element_size() for out in outs)
         for view, out in zip(total.views, outs, strict=True):
             torch.mul(view, self.scale, out=out)
@@ -178,8 +179,7 @@ class GradientHook(Records, ABC):
         self._outcome: Readback | None = None
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients are NaNs, since a pass was rejected
-        self._fresh = True  # False if p.grad also has gradients of earlier passes
-        self.may_be_unused = False  # True if a backward pass may leave some parameters unused (see `Usage`)
+        self._fresh = True  # False if p.grad also has the NaNs of an earlier pass
 
     def __repr__(self) -> str:
         # Use `_steps`, since `steps` may wait for the device.
@@ -289,7 +289,11 @@ class GradientHook(Records, ABC):
         return compressor
 
     def _exchange(
-        self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
+        self,
+        part: ErrorFeedback,
+        gradients: Mapping[str, Tensor],
+        identity: Sequence[Tensor] = (),
+        used: Collection[str] | None = None,
     ) -> Tensor:
         """Replace the gradients of the slice `part` (parameters exchanged together) with their means over workers
         (lines 10-12 of Algorithm 1); collective.
@@ -299,6 +303,8 @@ class GradientHook(Records, ABC):
             gradients: the gradients, by name of the parameter.
             identity: tensors of 0s and 1s, [b] each, which identify the slice. They must be equal on all workers, which
                 is checked in the exchange.
+            used: the names of the parameters that this worker has used since the last exchange (see `Usage`), or None
+                if workers use all parameters.
 
         Returns `Verdict.code`, float[3], which is 0 if the exchange is applied. It is committed or rolled back with the
         whole pass.
@@ -310,9 +316,9 @@ class GradientHook(Records, ABC):
         # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. `r.exchange` then computes the mean
         # of C(v).
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
-        usage = Usage(part, gradients) if self.may_be_unused else None
-        flags = [] if usage is None else [usage.here]
-        clear_unused(part.slice.views(v), None if usage is None else usage.here)
+        usage = Usage(part, gradients, used) if used is not None else None
+        flags = [] if usage is None else [usage.used]
+        clear_unused(part.slice.views(v), None if usage is None else usage.sent)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
         # Lines 11 and 12 of Algorithm 1, except that the user's optimizer applies the mean gradients to the parameters
