@@ -16,15 +16,15 @@ REPOSITORY = Path(__file__).parents[1]
 # The most files and code lines of a room of the library; "" are the modules in its root.
 ROOMS = {
     "": (4, 195),
-    "checkpoint": (8, 830),
-    "cli": (17, 1770),
+    "checkpoint": (8, 845),
+    "cli": (17, 1775),
     "comm": (17, 1880),
     "compressors": (16, 1895),
-    "curvature": (14, 1855),
-    "feedback": (14, 1415),
-    "hooks": (7, 805),
+    "curvature": (14, 1885),
+    "feedback": (14, 1430),
+    "hooks": (7, 820),
     "integrations": (5, 670),
-    "local": (34, 3605),
+    "local": (34, 3655),
     "numerics": (14, 1330),
     "options": (5, 265),
     "plan": (7, 705),
@@ -32,7 +32,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_420, 11_500, 27_310
+LIBRARY, LAB, TESTS = 18_545, 11_500, 27_560
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -86,7 +86,8 @@ class DDPHook(GradientHook, Exchanging):
             used.add(name)
 
         for place in self._places:
-            place.parameter.register_post_accumulate_grad_hook(partial(on_gradient, place.name))
+            noted = partial(on_gradient, place.name)
+            place.parameter.register_post_accumulate_grad_hook(noted)  # type: ignore[no-untyped-call]
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Start to average the gradients of a bucket. DDP calls this method in the backward pass.

@@ -279,14 +279,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
         # fail too.
         self._watches.unsent.clear()
-        with self._without_autocast():
+        with self._whole.without_autocast():
             ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
         self._watches.unsent.record(self.steps, exchanged=self.exchanging)
         return ran
-
-    def _without_autocast(self) -> torch.autocast:
-        """Return a context without autocast, in which the products of compressors would lose digits."""
-        return torch.autocast(self._whole.parameters[0].device.type, enabled=False)
 
     def _enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case, its
@@ -461,7 +457,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
-        with self._without_autocast():
+        with self._whole.without_autocast():
             applied = self._workers.flush(compressor, self.steps)
         self._watches.others.flushed()
         # A worker that has joined within this call continues at the step count of the worker that sent its state.

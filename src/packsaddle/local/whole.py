@@ -30,6 +30,10 @@ class WholeAnchor:
     def parameters(self) -> list[Tensor]:
         return [each.parameter for each in self.trained.values()]
 
+    def without_autocast(self) -> torch.autocast:
+        """Return a context without autocast, in which the products of compressors would lose digits."""
+        return torch.autocast(self.parameters[0].device.type, enabled=False)
+
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. The tensors are
         nn.Parameters, so that an outer optimizer can make its steps on them."""
