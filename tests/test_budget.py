@@ -21,7 +21,7 @@ ROOMS = {
     "comm": (17, 1880),
     "compressors": (16, 1895),
     "curvature": (14, 1885),
-    "feedback": (14, 1430),
+    "feedback": (14, 1435),
     "hooks": (7, 820),
     "integrations": (5, 670),
     "local": (34, 3655),
@@ -32,7 +32,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_545, 11_500, 27_560
+LIBRARY, LAB, TESTS = 18_550, 11_500, 27_560
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -135,33 +135,15 @@ def speed_ups(canvas: Canvas) -> None:
     canvas.text(*plot.at(12, 0.86), "one machine alone", weight="bold")
 
 
-def workers(canvas: Canvas) -> None:
-    """Draw the speed-up over one machine alone against the number of workers, on two links.
-
-    The workers train by nanoGPT's recipe until they reach the loss of one machine alone.
-    """
-    plot, theme = Plot(canvas, (1, 2, 4, 8), (0, 1, 2, 3, 4, 5)), canvas.theme
-    plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "workers")
-    found = reached(searched(rows(ROWS)))
-    for method, link, words, at, color, style in (
-        ("local, agreement", 1000, "LocalUpdates, 1,000 Mbit/s", (1.1, 3.6), theme.first, "-"),
-        ("local, agreement", 10, "LocalUpdates, 10 Mbit/s", (3, 1.8), theme.second, "-"),
-        ("dense", 1000, "DDP, 1,000 Mbit/s", (4, 0.8), theme.muted, "--"),
-    ):
-        counts = sorted(count for count, name in found if name == method)
-        points = {count: [one.speed_up(link) for one in found[count, method]] for count in counts}
-        plot.curve({1: [1.0]} | points, color, linestyle=style)
-        canvas.text(*plot.at(*at), words, color, weight="bold")
-
-
 def sizes(canvas: Canvas) -> None:
     """Draw the loss of four workers minus that of dense training, against the size of the network."""
-    plot, theme = Plot(canvas, (0.05, 0.1, 0.2, 0.4, 0.8), (0, 0.02, 0.04, 0.06, 0.08, 0.1)), canvas.theme
+    plot = Plot(canvas, (0.05, 0.1, 0.2, 0.4, 0.8), (-0.04, 0, 0.04, 0.08), y_limits=(-0.05, 0.1), left=60)
+    theme = canvas.theme
     plot.frame("Loss minus that of dense training", "nanoGPT, four workers, AdamW", "million parameters")
     every = rows(SIZES)
     for method, words, at, color in (
-        ("local, agreement", "one bit every 8 steps", (0.1, 0.09), theme.first),
-        ("local 4, two bits, agreement", "two bits every 4 steps", (0.06, 0.02), theme.second),
+        ("local, agreement", "one bit every 8 steps", (0.07, 0.085), theme.first),
+        ("local 4, two bits, agreement", "two bits every 4 steps", (0.12, -0.03), theme.second),
     ):
         plot.curve({size.parameters / 1e6: size.gaps for size in gaps(every, method)}, color)
         canvas.text(*plot.at(*at), words, color, weight="bold")

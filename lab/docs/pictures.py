@@ -17,7 +17,7 @@ from torch import Tensor
 
 import packsaddle
 from lab.docs.canvas import THEMES, Canvas, svg
-from lab.docs.measured import losses, speed_ups, times
+from lab.docs.measured import losses, sizes, speed_ups, times
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
@@ -416,6 +416,7 @@ PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "losses": (losses, 436),
     "times": (times, 436),
     "speed-ups": (speed_ups, 436),
+    "sizes": (sizes, 436),
     "unequal-speeds": (unequal_speeds, 370),
     "two-way": (two_way, 512),
     "error-memory": (error_memory, 430),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import packsaddle
-from lab.bench.nanogpt import GPT, METHODS, NETWORKS, RATE, ROWS, Layer, Recipe, Trained, rows, train
+from lab.bench.nanogpt import GPT, METHODS, NETWORKS, RATE, ROWS, SIZES, Layer, Recipe, Trained, rows, train
 from lab.bench.speed_ups import (
     STEP_TIME,
     Trial,
@@ -60,6 +60,9 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
     assert speed_ups(best) in card
     assert limits(best) in card
     assert table(untuned(every, 1000)) in card
+    library, by_size = searched(rows(ROWS.with_name("library.csv"))), rows(SIZES)
+    for each in (table(library), speed_ups(library), limits(library), *sizes(by_size).split("\n\n")[:1]):
+        assert each in card
     mean = {
         key: fmean(
             float(row["loss"]) for row in found if (row["workers"], row["method"], row["steps"]) == (*key, "2000")

@@ -1,7 +1,8 @@
 """Hooks on the steps of one or several torch optimizers, including steps that a framework or a GradScaler makes."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -144,20 +145,6 @@ def _several_steps(optimizer: Optimizer) -> bool:
     return sum("step" in vars(each) for each in type(optimizer).__mro__ if each is not Optimizer) > 1
 
 
-def _is_inner_step(optimizer: Optimizer) -> bool:
-    """Return True within a call of `super().step()` by the `step` of a subclass, for which torch runs the step hooks
-    too.
-
-    The calls are counted on the stack, so that a step that raises an error leaves nothing to reset.
-    """
-    code = getattr(type(optimizer).step, "__code__", None)  # the code of torch's wrapper around every `step`
-    frame, calls = sys._getframe(), 0
-    while frame.f_back is not None and calls < 2:
-        frame = frame.f_back
-        calls += frame.f_code is code and frame.f_locals.get("self") is optimizer
-    return calls == 2
-
-
 class Attempts:
     """Counts the steps of one or several optimizers.
 
@@ -192,10 +179,11 @@ class Attempts:
         self._counts = True  # False during a step that does not count, since it only makes the optimizer's state
         self.are_discarded = False  # True if the gradients of the current step were set to None
 
-        subclassed = {id(optimizer) for optimizer in optimizers if _several_steps(optimizer)}
+        # For optimizers with several steps, the number of those that have begun and not ended, by the optimizer's id.
+        self._begun = {id(optimizer): 0 for optimizer in optimizers if _several_steps(optimizer)}
 
         def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
-            if id(optimizer) in subclassed and _is_inner_step(optimizer):
+            if self._is_inner(optimizer, 1):
                 return
             self._counts = not _only_makes_state(optimizer, kwargs)
             if not self._counts:
@@ -207,13 +195,14 @@ class Attempts:
             before(optimizer)
 
         def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            is_inner = id(optimizer) in subclassed and _is_inner_step(optimizer)
-            if self._counts and not self._in_scaler and not is_inner:
+            if not self._is_inner(optimizer, -1) and self._counts and not self._in_scaler:
                 self._attempted(optimizer)
 
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(outside(begin))
             optimizer.register_step_post_hook(outside(end))
+            if id(optimizer) in self._begun:
+                self._renew_in_each_step(optimizer)
         if scaler is None:
             return
         # Count the calls of the scaler's `step`. A scaler that skips a step may call neither the optimizer nor its
@@ -236,6 +225,25 @@ class Attempts:
             return result
 
         scaler.step = attempt  # type: ignore[method-assign]
+
+    def _renew_in_each_step(self, optimizer: Optimizer) -> None:
+        """Replace `optimizer.step` by a method that also forgets the steps of an earlier call that raised an error."""
+        step = optimizer.step
+
+        @wraps(step)
+        def renewed(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._begun[id(optimizer)] = 0
+            return step(*args, **kwargs)
+
+        optimizer.step = MethodType(renewed, optimizer)  # type: ignore[method-assign]
+
+    def _is_inner(self, optimizer: Optimizer, change: int) -> bool:
+        """Note that a step of the optimizer begins (`change` 1) or ends (-1), and return True if another step of the
+        same call has not ended. torch runs the hooks also for a `super().step()` in a subclass's `step`."""
+        if id(optimizer) not in self._begun:
+            return False
+        self._begun[id(optimizer)] += change
+        return self._begun[id(optimizer)] > max(change, 0)
 
     def _attempted(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:

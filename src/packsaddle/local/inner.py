@@ -198,7 +198,7 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects optimizers beside those whose steps `LocalUpdates` counts, and changes that it does not exchange.
+    """Detects optimizers whose steps `LocalUpdates` does not count, and changes that it does not exchange.
 
     `parameters` are the exchanged parameters, and `names` the names of the optimizers whose steps are counted. `check`
     raises RuntimeError if an optimizer has stepped on a parameter that is not exchanged, but belongs to the same module
