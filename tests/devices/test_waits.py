@@ -15,7 +15,10 @@ from packsaddle.compressors import compressors, describe
 Outcomes = dict[Key, Outcome]
 Waits = int | tuple[int, ...]
 NEVER = ("torch: SGD", "torch: AdamW", "torch: DDP", "torch: FSDP2", "DDP hook, uncoded", "DDP hook, RandomK")
-HOOKS = ("DDP hook", "DDP hook, unprotected", "DDP hook, TopK model", "FSDP hook")
+HOOKS = (
+    *("DDP hook", "DDP hook, unprotected", "DDP hook, find_unused_parameters", "DDP hook, TopK model"),
+    "FSDP hook",
+)
 ONCE = ("", ", noise", ", momentum", ", SharedTopK", ", TopK", ", TopK two-way", ", QSGD uncoded", ", LowRank")
 ROUNDS = ("", ", fused", ", capturable", ", Muon and AdamW", ", outer", ", mean_momentum", ", clip", ", TopK int2")
 OVERLAPS = ("", " agreement", " TopK int2")

@@ -170,12 +170,18 @@ def muon(model: nn.Module) -> Training:
     return Training(model, optimizers, ps.LocalUpdates(optimizers, every=EVERY))
 
 
-def ddp(*args: Any, hooked: bool = True, scaled: bool = False, protects: bool = True, **options: Any) -> Make:
-    """Return a function that makes a training with DistributedDataParallel, and with packsaddle's hook if `hooked`."""
+def ddp(
+    *args: Any, hooked: bool = True, scaled: bool = False, protects: bool = True, finds: bool = False, **options: Any
+) -> Make:
+    """Return a function that makes a training with DistributedDataParallel, and with packsaddle's hook if `hooked`.
+
+    With `finds` it finds unused parameters.
+    """
 
     def make(model: nn.Module) -> Training:
         where = next(model.parameters()).device
-        net = DistributedDataParallel(model, device_ids=None if where.type == "cpu" else [where.index])
+        devices = None if where.type == "cpu" else [where.index]
+        net = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=finds)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         scaler = torch.amp.GradScaler(where.type) if scaled else None
         if hooked:
@@ -245,6 +251,7 @@ HOOKS: dict[str, Make] = {
     "torch: DDP, GradScaler": ddp(hooked=False, scaled=True),
     "DDP hook": ddp(),
     "DDP hook, unprotected": ddp(protects=False),
+    "DDP hook, find_unused_parameters": ddp(finds=True),
     "DDP hook, coded": ddp(QSGD),
     "DDP hook, uncoded": ddp(ps.QSGD(127, coded=False)),
     "DDP hook, RandomK": ddp(ps.RandomK(0.05), noise=1e-3),
