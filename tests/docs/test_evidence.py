@@ -18,7 +18,7 @@ from stored_rows import at_best_rate, read
 
 from lab.bench import nanogpt
 from lab.bench.result import shown
-from lab.bench.speed_ups import reached, searched, unreached, untuned
+from lab.bench.speed_ups import gaps, reached, searched, slope, unreached, untuned
 from lab.race.contenders import parse
 from lab.race.curves import load
 from lab.race.target import TargetRace
@@ -323,6 +323,20 @@ def nano_gpt() -> Iterator[str]:
     ratio, difference = by_the_clock()
     yield f"`overlap=2` needed {ratio:.2f} times less time at 10 Mbit/s"
     yield f"Their loss was {difference:.3f} higher"
+    second = reached(searched(nanogpt.rows(nanogpt.ROWS.with_name("library.csv"))))
+    two, four = ((one.speed_up(10) for one in second[key]) for key in ((2, "local, overlap"), (4, "local, agreement")))
+    yield f"two workers need {fmean(two):.2f} times less time at 10 Mbit/s, and four workers {fmean(four):.2f} times"
+
+
+def by_size() -> Iterator[str]:
+    """The gap to dense training, by size of the network."""
+    found = gaps(nanogpt.rows(nanogpt.SIZES), "local, agreement")
+    sizes = [f"{size.parameters / 1e6:.1g}" for size in found]
+    yield f"networks of {sizes[0]} to {sizes[-1]} million parameters"
+    *means, last = (f"{fmean(size.gaps):.3f}" for size in found)
+    yield f"minus that of dense training is {', '.join(means)} and {last}"
+    growth, half = slope(found)
+    yield f"changes the gap by {growth:.2f} ({growth - half:.2f} to {growth + half:.2f})"
 
 
 def speed_up(workers: int, method: str, mbit: float) -> float:
@@ -435,7 +449,7 @@ def summary(name: str) -> dict[str, Any]:
 
 
 def test_evidence() -> None:
-    claims = [*losses(Race(2)), *nano_gpt(), *clock(), *other_tasks(), *plan(), *saddles()]
+    claims = [*losses(Race(2)), *nano_gpt(), *by_size(), *clock(), *other_tasks(), *plan(), *saddles()]
     assert len(claims) > 25
     check(page("docs/evidence.md"), claims)
 
