@@ -35,7 +35,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -55,6 +55,7 @@ from lab.bench.rows_file import add_rows, read_rows
 from lab.bench.texts import Text
 from lab.race.inner import Half, muon
 from packsaddle.comm import process_group, resolve
+from packsaddle.comm.communicator import ObjectCollectives
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"
 ROWS, CLOCKED, SIZES = FOLDER / "runs.csv", FOLDER / "clock.csv", FOLDER / "sizes.csv"
@@ -65,7 +66,7 @@ EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpd
 # A method is None for dense training, or further arguments of `LocalUpdates`, which send one bit per coordinate every 8
 # steps. Local SGD and DiLoCo send their updates in 16 bits and uncompressed, as their other implementations can.
 Method = Mapping[str, Any] | None
-DILOCO = packsaddle.OuterSGD(0.7, 0.5)
+DILOCO, AGREEMENT = packsaddle.OuterSGD(0.7, 0.5), packsaddle.OuterAgreement(0.5)
 PEER: Mapping[str, Any] = {
     "compressor": packsaddle.Compression(Half(), dense_below=0),
     "mean_momentum": 0.0,
@@ -75,14 +76,14 @@ METHODS: dict[str, Method] = {
     "dense": None,
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
-    "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
+    "local, agreement": {"outer": AGREEMENT},
     "local 4, two bits, agreement": {
         "compressor": packsaddle.Compression(packsaddle.Rounded()),
         "every": 4,
-        "outer": packsaddle.OuterAgreement(0.5),
+        "outer": AGREEMENT,
     },
     "local, overlap": {"overlap": 2},
-    "local, agreement, overlap": {"outer": packsaddle.OuterAgreement(0.5), "overlap": 3},
+    "local, agreement, overlap": {"outer": AGREEMENT, "overlap": 3},
     **{f"local SGD {every}, 16 bits": {**PEER, "every": every} for every in (8, 32, 128)},
     **{f"DiLoCo {every}, 16 bits": {**PEER, "every": every, "outer": DILOCO} for every in (32, 128)},
     "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # for two workers only
@@ -245,7 +246,9 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     Under torchrun each process is a worker, and rank 0 adds the row.
     """
     setting = {"method": name, "workers": workers, "seed": seed} | asdict(recipe)
-    if any(all(row[key] == str(value) for key, value in setting.items()) for row in rows(path)):
+    # Rank 0 decides: on other machines there may be no such file.
+    group, is_made = resolve(None), any(all(row[k] == str(v) for k, v in setting.items()) for row in rows(path))
+    if ObjectCollectives(group, torch.device("cpu")).gather(is_made)[0]:
         return
     how, origin = METHODS[name], asdict(Origin.here(text=text.digest))
     if device != "cpu":
@@ -255,17 +258,20 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     else:
         processes = 1 if how is None else workers
         trained = packsaddle.simulate(lambda _: train(text, how, workers, seed, recipe, device), processes)[0]
-    if resolve(None).rank == 0:
+    if group.rank == 0:
         add_rows(path, [setting | {"loss": round(trained.loss, 4), "sent": trained.sent} | origin])
 
 
-def race(path: Path, source: str, name: str, count: int, recipe: Recipe, seed: int, mbit: int) -> None:
+def race(
+    path: Path, source: Sequence[str], digest: str, name: str, count: int, recipe: Recipe, seed: int, mbit: int
+) -> None:
     """Time a training by `count` workers, which are processes on as many hosts, and add its row to a file.
 
-    One machine alone is timed beside other trainings of one machine, with the next seeds, on the other hosts.
+    One machine alone is timed beside other trainings of one machine, with the next seeds, on the other hosts. `source`
+    has the options for the text, of which `digest` is the hash, and for the size of the network.
     """
     workers = 1 if METHODS[name] is None else count
-    words = ["-m", "lab.bench.nanogpt", "worker", "--text", source, "--methods", name]
+    words = ["-m", "lab.bench.nanogpt", "worker", *source, "--methods", name]
     words += ["--steps", str(recipe.steps), "--rates", str(recipe.rate), "--warm-ups", str(recipe.warm_up)]
     words += ["--batches", str(recipe.batch), "--inner", recipe.inner, "--workers", str(workers), "--seeds"]
     with Hosts(count, mbit) as hosts:
@@ -274,8 +280,7 @@ def race(path: Path, source: str, name: str, count: int, recipe: Recipe, seed: i
         else:
             outputs = hosts.torchrun([*words, str(seed)])
     row = {"method": name, "workers": workers, "hosts": count, "seed": seed, "mbit": mbit} | asdict(recipe)
-    text = Text.read(source).digest
-    add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=text))])
+    add_rows(path, [row | json.loads(outputs[0]) | asdict(Origin.here(threads=1, text=digest))])
 
 
 def race_as_worker(text: Text, name: str, workers: int, seed: int, recipe: Recipe) -> None:
@@ -295,9 +300,9 @@ def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "clock", "worker"))
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="nanoGPT's input.txt, or \"library\" for the source of Python's library")
-    source.add_argument("--tokens", type=Path, help="a file of GPT-2's tokens in nanoGPT's format, uint16")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", help="nanoGPT's input.txt, or \"library\" for the source of Python's library")
+    texts.add_argument("--tokens", type=Path, help="a file of GPT-2's tokens in nanoGPT's format, uint16")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -322,8 +327,10 @@ def main() -> None:
         race_as_worker(text, options.methods[0], options.workers[0], options.seeds[0], recipes[0])
         return
     if options.command == "clock":
+        source = ["--tokens", str(options.tokens)] if options.text is None else ["--text", options.text]
+        out, words, count = options.out or CLOCKED, [*source, "--size", options.size], options.workers[0]
         for seed, (name, recipe) in product(options.seeds, zip(options.methods, recipes, strict=True)):
-            race(options.out or CLOCKED, options.text, name, options.workers[0], recipe, seed, options.mbit)
+            race(out, words, text.digest, name, count, recipe, seed, options.mbit)
         return
     torch.set_num_threads(1)
     with process_group() if is_torchelastic_launched() else nullcontext():

@@ -38,8 +38,13 @@ def searched(found: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     Rows with the recipe's own rate are left out, since it is not searched for, and those with another batch.
     """
     others = [row for row in found if float(row["rate"]) != RATE and int(row["batch"]) == BATCH]
-    by_loss = sorted(others, key=lambda row: -float(row["loss"]))
-    return list({(row["method"], row["workers"], row["steps"], row["seed"]): row for row in by_loss}.values())
+    return list(_best(others, "method", "workers", "steps", "seed").values())
+
+
+def _best(found: Sequence[Mapping[str, str]], *names: str) -> dict[tuple[str, ...], Mapping[str, str]]:
+    """Return the row with the lowest loss for each combination of values in the columns `names`."""
+    by_loss = sorted(found, key=lambda row: -float(row["loss"]))
+    return {tuple(row[name] for name in names): row for row in by_loss}
 
 
 def table(found: Sequence[Mapping[str, str]]) -> str:
@@ -178,18 +183,16 @@ class Gap:
 
 def gaps(found: Sequence[Mapping[str, str]], method: str) -> list[Gap]:
     """Return the gaps of a method, smallest network first. Each size, seed and method has its best learning rate."""
-    best: dict[tuple[int, int, str], dict[str, Mapping[str, str]]] = {}
-    for row in sorted(found, key=lambda row: -float(row["loss"])):
-        key = int(row["width"]), int(row["layers"]), row["method"]
-        best.setdefault(key, {})[row["seed"]] = row
+    best: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
+    for (*size, seed), row in _best(found, "width", "layers", "method", "seed").items():
+        best.setdefault(tuple(size), {})[seed] = row
     by_size = list[Gap]()
-    for width, layers, name in best:
-        if name != method:
-            continue
+    for width, layers in (key[:2] for key in best if key[2] == method):
         dense, ours = best[width, layers, "dense"], best[width, layers, method]
         seeds = sorted(dense.keys() & ours.keys())
         losses = [[float(rows_of[seed]["loss"]) for seed in seeds] for rows_of in (dense, ours)]
-        parameters, steps = GPT(CHARACTERS, 0, Network(width, layers)).size, int(ours[seeds[0]]["steps"])
+        parameters = GPT(CHARACTERS, 0, Network(int(width), int(layers))).size
+        steps = int(ours[seeds[0]]["steps"])
         by_size.append(Gap(parameters, steps, losses[0], [b - a for a, b in zip(*losses, strict=True)]))
     return sorted(by_size, key=lambda gap: gap.parameters)
 

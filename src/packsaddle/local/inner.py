@@ -211,10 +211,10 @@ class OtherOptimizers:
         self._ours, self._names, self._group, self._checks = parameters, names, group, checks
         # No changes are to be exchanged, with one worker or since the last flush. Then other optimizers may train.
         self._is_alone = self._is_over = is_alone
-        self._counted, self._in_step = 0, False  # counted steps; True from the beginning of such a step to its end
-        # The number of counted steps at the last step of each optimizer outside of these steps.
-        self._uncounted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-        self._has_warned = False
+        self._has_counted = self._has_warned = False
+        self._in_step = False  # True from the beginning of a step that counts to its end
+        # Other optimizers that have stepped since the last counted step
+        self._uncounted: WeakSet[Optimizer] = WeakSet()
         # For each optimizer, the ids of the parameters that had gradients in its first step.
         self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
         self._has_new = False  # True if an optimizer was recorded since the last `check`
@@ -227,7 +227,8 @@ class OtherOptimizers:
 
     def count(self) -> None:
         """Note that a step has been counted."""
-        self._counted, self._in_step, self._is_over = self._counted + 1, False, self._is_alone
+        self._has_counted, self._in_step, self._is_over = True, False, self._is_alone
+        self._uncounted.clear()
 
     def flushed(self) -> None:
         """Note that all changes were exchanged."""
@@ -243,15 +244,15 @@ class OtherOptimizers:
     def _check_counted(self, optimizer: Optimizer) -> None:
         """Raise RuntimeError, or warn, if this optimizer has stepped on exchanged parameters since the last counted
         step."""
-        last = self._uncounted.get(optimizer)
-        self._uncounted[optimizer] = self._counted
-        if last != self._counted or self._has_warned or self.stepped[optimizer].isdisjoint(map(id, self._ours)):
+        is_second = optimizer in self._uncounted
+        self._uncounted.add(optimizer)
+        if not is_second or self._has_warned or self.stepped[optimizer].isdisjoint(map(id, self._ours)):
             return
         found = (
             f"{type(optimizer).__name__} steps on parameters that LocalUpdates exchanges, and no step of {self._names} "
             f"is counted: pass LocalUpdates the optimizer whose step() is called"
         )
-        if not self._counted:
+        if not self._has_counted:
             raise RuntimeError(found)
         self._has_warned = True
         warnings.warn(f"{found}, or flush() before another optimizer trains on", stacklevel=6)
