@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import is_torchelastic_launched
+from torch.distributed import broadcast_object_list, is_torchelastic_launched
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,7 +55,6 @@ from lab.bench.rows_file import add_rows, read_rows
 from lab.bench.texts import Text
 from lab.race.inner import Half, muon
 from packsaddle.comm import process_group, resolve
-from packsaddle.comm.communicator import ObjectCollectives
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"
 ROWS, CLOCKED, SIZES = FOLDER / "runs.csv", FOLDER / "clock.csv", FOLDER / "sizes.csv"
@@ -247,8 +246,10 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     """
     setting = {"method": name, "workers": workers, "seed": seed} | asdict(recipe)
     # Rank 0 decides: on other machines there may be no such file.
-    group, is_made = resolve(None), any(all(row[k] == str(v) for k, v in setting.items()) for row in rows(path))
-    if ObjectCollectives(group, torch.device("cpu")).gather(is_made)[0]:
+    is_made = [any(all(row[k] == str(v) for k, v in setting.items()) for row in rows(path))]
+    if is_torchelastic_launched():
+        broadcast_object_list(is_made, device=torch.device("cpu"))
+    if is_made[0]:
         return
     how, origin = METHODS[name], asdict(Origin.here(text=text.digest))
     if device != "cpu":
@@ -258,7 +259,7 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, recipe: Rec
     else:
         processes = 1 if how is None else workers
         trained = packsaddle.simulate(lambda _: train(text, how, workers, seed, recipe, device), processes)[0]
-    if group.rank == 0:
+    if resolve(None).rank == 0:
         add_rows(path, [setting | {"loss": round(trained.loss, 4), "sent": trained.sent} | origin])
 
 
