@@ -2,26 +2,26 @@
 
 One table for each of six settings, at equal tokens:
 
-    char-4   a character transformer, 0.36 million parameters, on the reference of the Python
-             language; 800 steps of four workers with 8 windows each
-    gpt-2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
-             two workers with 8 windows each
-    gpt-4    the same with four workers
-    char-2   char-4 with two workers and 16 windows each: dense training is that of char-4
-    char-8   char-4 with eight workers and 4 windows each: dense training is that of char-4
-    char-16  the same with sixteen workers and 2 windows each
+    char-w4   a character transformer, 0.36 million parameters, on the reference of the Python language; 800 steps of
+              four workers with 8 windows each
+    gpt-w2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
+              two workers with 8 windows each
+    gpt-w4    the same with four workers
+    char-w2   char-w4 with two workers and 16 windows each: dense training is that of char-w4
+    char-w8   char-w4 with eight workers and 4 windows each: dense training is that of char-w4
+    char-w16  the same with sixteen workers and 2 windows each
 
 Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
 goes from a rate to a better neighbor until both neighbors are worse. Workers are simulated in
 one process (see `packsaddle.simulate`); dense training is one process with all workers' windows. Muon trains hidden
 matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match_rms_adamw`).
 
-    python -m lab.bench.muon char-4 search     # every method, seed 0; makes the missing runs
-    python -m lab.bench.muon gpt-2 search --target 1.6     # the rate that reaches this loss in the fewest steps
-    python -m lab.bench.muon gpt-2 refine      # the rates halfway to the neighbors of each method's best
-    python -m lab.bench.muon char-4 seeds      # seeds 1 and 2 at each method's best rate
-    python -m lab.bench.muon char-4 table
-    python -m lab.bench.muon all compare       # one table of the methods that char-4, gpt-2 and gpt-4 have in common
+    python -m lab.bench.muon char-w4 search    # every method, seed 0; makes the missing runs
+    python -m lab.bench.muon gpt-w2 search --target 1.6    # the rate that reaches this loss in the fewest steps
+    python -m lab.bench.muon gpt-w2 refine     # the rates halfway to the neighbors of each method's best
+    python -m lab.bench.muon char-w4 seeds     # seeds 1 and 2 at each method's best rate
+    python -m lab.bench.muon char-w4 table
+    python -m lab.bench.muon all compare      # one table of the methods that char-w4, gpt-w2 and gpt-w4 share
 """
 
 import argparse
@@ -66,12 +66,12 @@ class Setting:
 
 
 SETTINGS = {
-    "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800, compares_ends=True),
-    "char-2": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 2, 800, batch=16),
-    "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
-    "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
-    "char-8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),
-    "char-16": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 16, 800, batch=2),
+    "char-w4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800, compares_ends=True),
+    "char-w2": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 2, 800, batch=16),
+    "gpt-w2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
+    "gpt-w4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
+    "char-w8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),
+    "char-w16": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 16, 800, batch=2),
 }
 
 
@@ -386,7 +386,7 @@ def compare(folder: Path) -> str:
 
     It has columns for three settings, with AdamW and with Muon as the inner optimizer.
     """
-    settings = {name: Runs(name, folder / f"{name}.csv") for name in ("char-4", "gpt-2", "gpt-4")}
+    settings = {name: Runs(name, folder / f"{name}.csv") for name in ("char-w4", "gpt-w2", "gpt-w4")}
     columns = [(inner, name) for inner in ("Muon", "AdamW") for name in settings]
     lines = [
         "| | of dense | " + " | ".join(f"{inner}, {name}" for inner, name in columns) + " |",
@@ -400,8 +400,8 @@ def compare(folder: Path) -> str:
                 method += ", beta1 0.8"
             best = runs.best(method) if runs.rows(method) else []
             cells.append(f"{_mean(best):.3f}" + f" ({len(best)})" * (len(best) < 3) if best else "")
-        # The bytes are those of the setting char-4 with Muon; they are the same with AdamW.
-        sent, dense = (float(settings["char-4"].best(f"Muon, {m}")[0]["kB_a_step"]) for m in (words, "dense"))
+        # The bytes are those of the setting char-w4 with Muon; they are the same with AdamW.
+        sent, dense = (float(settings["char-w4"].best(f"Muon, {m}")[0]["kB_a_step"]) for m in (words, "dense"))
         lines.append(f"| {words} | {_fraction(sent, dense)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lab.bench.muon import CURVE, Runs
 from lab.bench.nanogpt import ROWS, SIZES, rows
-from lab.bench.speed_ups import LINKS, gaps, reached, searched
+from lab.bench.speed_ups import LINKS, gaps, reached, searched, unreached
 from lab.docs.canvas import Canvas
 from lab.race.target_run import load_runs
 
@@ -78,7 +78,7 @@ def losses(canvas: Canvas) -> None:
     plot.frame("Validation loss of a small GPT, two workers", "", "megabytes that a worker has sent")
 
     # Draw the curves, which are means over seeds, and write their names.
-    runs = Runs("gpt-2", ROOT / "experiments" / "muon" / "gpt-2.csv")
+    runs = Runs("gpt-w2", ROOT / "experiments" / "muon" / "gpt-w2.csv")
     for method, (name, color, at, wrap) in methods.items():
         best = runs.best(method)
         curves = [[float(loss) for loss in row["curve"].split()] for row in best]
@@ -133,6 +133,32 @@ def speed_ups(canvas: Canvas) -> None:
         canvas.text(*plot.at(*at), words, color, weight="bold")
     canvas.axes.plot(*zip(plot.at(LINKS[0], 1), plot.at(LINKS[-1], 1), strict=True), color=theme.ink, lw=2)
     canvas.text(*plot.at(12, 0.86), "one machine alone", weight="bold")
+
+
+def workers(canvas: Canvas) -> None:
+    """Draw the speed-up over one machine alone at 10 Mbit/s, against the number of workers.
+
+    Hollow points are upper limits: these trainings end above the loss of one machine alone.
+    """
+    plot, theme = Plot(canvas, (1, 2, 4, 8), (0, 1, 2, 3, 4)), canvas.theme
+    plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, 10 Mbit/s", "workers")
+    best = searched(rows(ROWS))
+    found, above = reached(best), {(one.workers, one.method): one for one, _ in unreached(best)}
+    for method, words, at, color in (
+        ("local, agreement", "LocalUpdates, one bit", (1.1, 2.6), theme.first),
+        ("local SGD 128, 16 bits", "local SGD, 16 bits", (3.2, 0.55), theme.second),
+        ("DiLoCo 32, 16 bits", "DiLoCo, 16 bits", (1.2, 0.35), theme.kept),
+    ):
+        points: dict[float, list[float]] = {1: [1.0]}
+        for count in plot.xs[1:]:
+            limit = above.get((int(count), method))
+            if trials := found.get((int(count), method), [] if limit is None else [limit]):
+                points[count] = [one.speed_up(10) for one in trials]
+        plot.curve(points, color)
+        limits = [count for count in points if (int(count), method) in above.keys() - found.keys()]
+        hollow = [plot.at(count, points[count][0]) for count in limits]
+        canvas.axes.plot([x for x, _ in hollow], [y for _, y in hollow], "o", color=theme.page, ms=3)
+        canvas.text(*plot.at(*at), words, color, weight="bold")
 
 
 def sizes(canvas: Canvas) -> None:

@@ -147,7 +147,7 @@ def simulated(method: Method, workers: int, target: float) -> list[dict[str, str
 
     The best rate is the one at which seed 0 reaches the target in the fewest steps.
     """
-    path = SIMULATED / f"gpt-{workers}.csv"
+    path = SIMULATED / f"gpt-w{workers}.csv"
     if not method.row or not path.exists():
         return []
     with path.open(newline="") as file:

@@ -60,7 +60,7 @@ def test_local_updates_of_muon() -> None:
         "Muon and AdamW, `LocalUpdates`, every 8, `Rounded()`, 2 bits": "Muon, local 8, Rounded int2",
         "Muon and AdamW, `LocalUpdates`, every 8, 1 bit (the default)": "Muon, local 8, Sign",
     }
-    four, two = muon("char-4"), muon("gpt-2")
+    four, two = muon("char-w4"), muon("gpt-w2")
     guide = (DOCS / "local-updates.md").read_text()
     for name, method in methods.items():
         (line,) = [line for line in guide.splitlines() if line.startswith(f"| {name} |")]
@@ -69,7 +69,7 @@ def test_local_updates_of_muon() -> None:
         assert cells == expected, name
     # What a mean momentum gains with AdamW, and loses with Muon.
     sign, mixed = "local 8, Sign", "local 8, Sign, mean momentum 0.5"
-    first = muon("char-4", seeds="0")
+    first = muon("char-w4", seeds="0")
     said = r"loss of ([\d.]+) with it and of ([\d.]+) without it.*?loss \(([\d.]+), and ([\d.]+) without it, seed 0"
     gain = re.search(said, re.sub(r"\s+", " ", guide))
     assert gain

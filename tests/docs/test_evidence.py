@@ -130,10 +130,11 @@ def two(numbers: list[float]) -> list[str]:
 def losses(race: Race) -> Iterator[str]:
     """Losses and bytes at equal steps."""
     dense = race.loss("ddp")
-    muon, adamw = trained("gpt-2", "Muon, dense")[0], trained("gpt-2", "AdamW, dense, beta1 0.8")
-    one, two_bits = (trained("gpt-2", f"Muon, local 8, {c}")[0] - muon for c in ("Sign", "TopK 1/2 int2"))
+    muon, adamw = trained("gpt-w2", "Muon, dense")[0], trained("gpt-w2", "AdamW, dense, beta1 0.8")
+    one, two_bits = (trained("gpt-w2", f"Muon, local 8, {c}")[0] - muon for c in ("Sign", "TopK 1/2 int2"))
     default = "AdamW, local 8, Sign, mean momentum 0.5"
-    alone, more = (trained(f"gpt-{n}", default)[0] - trained(f"gpt-{n}", "AdamW, dense, beta1 0.8")[0] for n in (2, 4))
+    base = "AdamW, dense, beta1 0.8"
+    alone, more = (trained(f"gpt-w{n}", default)[0] - trained(f"gpt-w{n}", base)[0] for n in (2, 4))
     yield f"by {one:.3f} with one bit, and by {two_bits:.3f} with two bits"
     yield f"the loss is higher than dense training's by {alone:.3f} with two workers, and by {more:.3f} with four"
     names = "TopK(0.1) hook=bucket", "powersgd-4"
@@ -146,7 +147,7 @@ def losses(race: Race) -> Iterator[str]:
     assert round(race.sent("ddp") / race.sent(hook), 0) in (6, 7)
     yield "within 1% of dense training's at a sixth of the bytes"
     for inner in ("Muon", "AdamW"):
-        few = trained("gpt-2", f"{inner}, local 8, Sign{', mean momentum 0.5' if inner == 'AdamW' else ''}")[1]
+        few = trained("gpt-w2", f"{inner}, local 8, Sign{', mean momentum 0.5' if inner == 'AdamW' else ''}")[1]
         assert round(adamw[1] / few) == 203
     yield "1/203 of the bytes of DDP, start and end not counted"
 
@@ -154,7 +155,7 @@ def losses(race: Race) -> Iterator[str]:
     assert round(race.sent("local-sgd-8") / race.sent(f"{SIGN} every=8")) == 25
     assert abs(race.loss("local-sgd-8") - race.loss(f"{SIGN} every=8")) < 0.012
     yield "within 0.012, at 25 times the bytes"
-    for setting in ("gpt-2", "gpt-4", "char-4"):
+    for setting in ("gpt-w2", "gpt-w4", "char-w4"):
         theirs, ours = (
             trained(setting, f"Muon, {m}") for m in ("DiLoCo 32, 0.5", "local 32, TopK 1/2 int2, outer 0.7 0.5")
         )
@@ -504,13 +505,13 @@ def test_link_page() -> None:
 def front() -> Iterator[str]:
     """The README's measurements."""
     names = "Muon, local 8, Sign", "Muon, dense"
-    (loss, sent), (muon, whole) = (trained("char-4", name) for name in names)
+    (loss, sent), (muon, whole) = (trained("char-w4", name) for name in names)
     yield f"`LocalUpdates` is {loss - muon:.3f} higher than DDP's at a {whole / sent:.0f}th of DDP's bytes"
-    (loss, sent), (muon, whole) = (trained("gpt-2", name) for name in names)
+    (loss, sent), (muon, whole) = (trained("gpt-w2", name) for name in names)
     yield f"send a {whole / sent:.0f}rd of DDP's bytes (without start and end)"
     yield f"their loss is {loss - muon:.2f} above DDP's"
     alone, adamw = (
-        trained("char-4", f"AdamW, {how}")[0] for how in ("local 8, Sign, mean momentum 0.5", "dense, beta1 0.8")
+        trained("char-w4", f"AdamW, {how}")[0] for how in ("local 8, Sign, mean momentum 0.5", "dense, beta1 0.8")
     )
     yield f"with AdamW alone {alone - adamw:.3f} higher than DDP's"
     ours, peer, _ = best_at("Muon", "10")

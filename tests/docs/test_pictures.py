@@ -68,7 +68,7 @@ def test_algorithm_has_the_numbers_of_the_reference(drawn: dict[str, str]) -> No
 def test_bytes_are_those_of_the_race(drawn: dict[str, str]) -> None:
     """The table of the race's card, and the rows of the Muon benchmark, have the same network and workers."""
     card = (ROOT / "experiments" / "race" / "README.md").read_text()
-    with (ROOT / "experiments" / "muon" / "gpt-2.csv").open(newline="") as file:
+    with (ROOT / "experiments" / "muon" / "gpt-w2.csv").open(newline="") as file:
         muon = {row["method"]: float(row["kB_a_step"]) for row in csv.DictReader(file)}
     expected = [
         re.search(rf"^\| `{re.escape(name)}` \| 600 \| 3 \| [^|]* \| ([\d,.]+) \|", card, re.MULTILINE)

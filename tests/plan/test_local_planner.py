@@ -73,14 +73,14 @@ def test_the_multiples_are_those_of_the_races_rows() -> None:
             assert stated == pytest.approx(found, abs=0.00501), (workers, setting)
 
 
-MUON = {2: "gpt-2.csv", 4: "char-4.csv", 8: "char-8.csv"}
+MUON = {2: "gpt-w2.csv", 4: "char-w4.csv", 8: "char-w8.csv"}
 METHODS = {Sign(per_tensor=True): "local {}, Sign", Rounded(): "local {}, Rounded int2", Identity(): "local SGD {}"}
 
 
 @pytest.mark.parametrize("workers", MUON)
 def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
     """On lines in log2 of the steps through dense training of all the steps, of half of them, and of a quarter."""
-    dense = read(EXPERIMENTS / "muon" / ("gpt-2.csv" if workers == 2 else "char-4.csv"))
+    dense = read(EXPERIMENTS / "muon" / ("gpt-w2.csv" if workers == 2 else "char-w4.csv"))
     words = ("", ", half of the steps", ", quarter of the steps")
     known = [f"Muon, dense{w}" for w in words if any(w in row["method"] for row in dense)]
     losses = [mean(at_best_rate(dense, method)[0]) for method in known]

@@ -154,7 +154,7 @@ def test_tables_of_stored_rows(
     monkeypatch.setattr(target_settings, "SIMULATED", tmp_path)
     header = "method,rate,seed,validation_loss,curve\n"
     rows = 'A,0.1,0,1.5,3.0 1.0\nA,0.1,1,1.6,2.5 1.5\nA,0.2,0,1.9,3.0 2.9\n"Muon, dense",0.1,0,1.4,3.0 1.0\n'
-    (tmp_path / "gpt-2.csv").write_text(header + rows)
+    (tmp_path / "gpt-w2.csv").write_text(header + rows)
     save(tmp_path / "runs.csv", [a_run("ours", 0, 7.0), a_run("ours", 1, 9.0), a_run("torch", 0, 9.0, reached=False)])
     save(tmp_path / "steps.csv", [TargetStep(2, "10", "ours", 100.0, 90.0, 120.0, 4)])
     save(tmp_path / "steps.csv", [TargetStep(2, "10", "muon, alone", 50.0, 50.0, 50.0, 4)])
