@@ -76,6 +76,8 @@ METHODS: dict[str, Method] = {
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
     "local, agreement": {"outer": AGREEMENT},
+    "local, agreement, 16 bits": {"compressor": packsaddle.Compression(Half(), dense_below=0), "outer": AGREEMENT},
+    "local 4, agreement": {"every": 4, "outer": AGREEMENT},
     "local 4, two bits, agreement": {
         "compressor": packsaddle.Compression(packsaddle.Rounded()),
         "every": 4,
