@@ -155,7 +155,7 @@ def test_epochs_and_flush(delay: int, weighted: bool, gloo: Gloo) -> None:
 
 
 def paced_epochs(resumes: bool) -> tuple[Tensor, Tensor, int]:
-    """Two epochs with paces; worker 0 ends the first, and worker 1 the second. With `resumes`, between two processes."""
+    """Two epochs with paces; worker 0 ends the first, and worker 1 the second. With `resumes`, each is its own run."""
     worker = dist.get_rank()
     case = Case(4, TopK(0.1), keep_unsent=True, inner="sgd", weight="steps", paces=(5, 3))
     training, local = made(case)
