@@ -288,6 +288,29 @@ def test_workers_of_unlike_weights(tmp_path: Path) -> None:
         assert [float(m.mean()) for m in moments] == pytest.approx([2.0, (2 * 2 + 97 * 3) / 99])
 
 
+def test_batch_statistics_of_workers_with_unequal_numbers_of_steps(tmp_path: Path) -> None:
+    """Running statistics are averaged with the paces as weights, and the number of batches is worker 0's."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def made(rank: int) -> Parts:
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 16))
+        paces = [6, 2] if packsaddle.comm.resolve(None).size == 2 else None
+        workers = packsaddle.Workers(weight="steps", steps=paces)
+        return with_local(model, torch.optim.SGD(model.parameters(), lr=0.1), workers=workers)
+
+    def train(parts: Parts, rank: int) -> None:
+        while parts["local"].rounds < 2:
+            parts["optimizer"].zero_grad()
+            parts["model"](torch.randn(8, 16) + 10.0 * rank).sum().backward()
+            parts["optimizer"].step()
+        saved[rank] = parts["model"][0].running_mean.clone()
+
+    for parts in carried(tmp_path, made, train, 2, 3):
+        norm = parts["model"][0]
+        torch.testing.assert_close(norm.running_mean, (6 * saved[0] + 2 * saved[1]) / 8)
+        assert norm.num_batches_tracked == 12
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_a_state_of_an_earlier_format(workers: int, tmp_path: Path) -> None:
     def made(rank: int) -> Parts:

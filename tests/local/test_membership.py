@@ -588,6 +588,25 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
     assert [rounds for _, rounds, _ in found] == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("has_joined", [True, False])
+def test_two_workers_with_one_checkpoint_are_refused(has_joined: bool) -> None:
+    """They would send one memory twice, and count as one worker. The worker that trains already is not refused."""
+    saved = joined()
+    saved.train(8)
+
+    def run(rank: int) -> str:
+        worker = Worker(resolve(None), settings={"patience": 0.5})
+        worker.local.load_state_dict(saved.local.state_dict())
+        membership(worker).has_joined = trains = has_joined and rank == 0
+        return message(lambda: worker.train(1) if trains else worker.local.join())
+
+    line = f"another worker has loaded the checkpoint of worker {membership(saved).worker:x}"
+    found = simulate(run, 2)
+    assert found[1].startswith(line)
+    assert found[0].startswith("no round was completed" if has_joined else line)
+
+
 def test_an_identity_says_version_size_and_round() -> None:
     worker = joined()
     worker.train(6)

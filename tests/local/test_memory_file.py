@@ -86,6 +86,34 @@ def test_a_memory_waits_in_its_file(path: Path) -> None:
     assert torch.equal(again.local.pending(), back.local.pending())
 
 
+@pytest.mark.parametrize("later", [0, 1, 4])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_worker_from_a_checkpoint_has_its_file_too(alone: bool, later: int, path: Path) -> None:
+    """If all workers restart, the memory is the checkpoint's. If others have gone on with the worker since, the memory
+    is the file's. Either is sent once."""
+    killed = joined(settings={"memory_file": path})
+    killed.train(8)
+    saved, x, moved = killed.local.state_dict(), killed.x(), killed.moved.clone()
+    killed.train(later)  # the next round is after one step
+    others = killed.manager.save()
+    membership(killed)._pending.end()
+    back = Worker(settings={"memory_file": path})
+    for p, old in zip(back.parameters, x.split([24, 6]), strict=True):
+        p.data.copy_(old.view(p.shape))
+    back.local.load_state_dict(saved)
+    if not alone:
+        back.manager.before_quorum = lambda: back.manager.load(others)
+    back.local.join()
+    back.manager.before_quorum = lambda: None
+    assert membership(back).worker == membership(killed).worker
+    # With the others, the steps since the last round of the killed worker, the ninth or twelfth, are lost.
+    sent = moved if alone or not later else killed.moved
+    back.train(2)
+    back.local.flush()
+    assert not back.local.pending().any()
+    torch.testing.assert_close(back.anchor(), Worker().x() - sent - back.moved, rtol=1e-12, atol=1e-12)
+
+
 class KilledError(BaseException):
     """Stands for a SIGKILL."""
 

@@ -154,6 +154,31 @@ def test_epochs_and_flush(delay: int, weighted: bool, gloo: Gloo) -> None:
         assert steps == 13 + 9
 
 
+def paced_epochs(resumes: bool) -> tuple[Tensor, Tensor, int]:
+    """Two epochs with paces; worker 0 ends the first, and worker 1 the second. With `resumes`, each is its own run."""
+    worker = dist.get_rank()
+    case = Case(4, TopK(0.1), keep_unsent=True, inner="sgd", weight="steps", paces=(5, 3))
+    training, local = made(case)
+    for steps in ((9, 8), (14, 5)):
+        with Join([local]):
+            for n in range(1, steps[worker] + 1):
+                training.step(n, worker)
+        if resumes:
+            model, state = training.model.state_dict(), local.state_dict()
+            training, local = made(case)
+            training.model.load_state_dict(model)
+            local.load_state_dict(state)
+    return flat(training.parameters), flat(local.anchor()), local.rounds
+
+
+def test_an_ended_worker_has_its_pace_after_a_checkpoint(gloo: Gloo) -> None:
+    straight, resumed = (gloo(paced_epochs, 2, resumes) for resumes in (False, True))
+    for (x, anchor, rounds), (x2, anchor2, rounds2) in zip(straight, resumed, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(anchor, anchor2)
+        assert rounds == rounds2 == straight[0][2]
+
+
 def clipped() -> list[float]:
     """Worker 1 ends after 16 of 64 steps, each of which moves all coordinates of x by about 1."""
     worker, rng = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())

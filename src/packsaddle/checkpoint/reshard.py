@@ -9,9 +9,9 @@ When the number of workers changes, values equal on all workers are kept. Error 
 floating-point buffers that differ are averaged over the saving workers. This preserves the parameters, the mean error
 memory (the total unapplied update), and mean momenta, which are linear in the gradients of each worker. Parameters and
 optimizer states may differ only if the workers train separately between exchanges, i.e. if one of the saved objects is
-a `LocalUpdates`. They are then averaged with the workers' weights in that object (`Exchanging.weight_in`). If the
-scales of the workers' GradScalers differ, the smallest is used. Other differences between models or between optimizer
-states raise CheckpointError.
+a `LocalUpdates`. They are then averaged with the workers' weights in that object (`Exchanging.weight_in`), and
+different integers in buffers, such as numbers of batches, are worker 0's. If the scales of the workers' GradScalers
+differ, the smallest is used. Other differences between models or between optimizer states raise CheckpointError.
 """
 
 import copy
@@ -171,22 +171,26 @@ def _reductions(
     the values that must be replaced by their minimum over these workers; only a GradScaler has such values.
 
     Tensors in `split.means` are averaged. Values at the paths `different` differ between the saving workers. Of these
-    values, buffers are averaged. If `apart` is True, i.e. workers train separately between exchanges, parameters and
-    optimizer states are averaged too. Raises CheckpointError if any other value differs.
+    values, floating-point buffers are averaged. If `apart` is True, i.e. workers train separately between exchanges,
+    parameters and optimizer states are averaged too, and other buffers keep worker 0's value. Raises CheckpointError if
+    any other value differs.
     """
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
     # Parameters and optimizer states can differ between workers if the workers train separately.
     is_own = apart and isinstance(part, nn.Module | Optimizer)
+    averaged = list[Path]()
     for path in different:
-        value = split.equal[path]
-        if not (isinstance(value, Tensor) and value.is_floating_point() and (is_own or path[0] in buffers)):
+        value, is_buffer = split.equal[path], path[0] in buffers
+        if isinstance(value, Tensor) and value.is_floating_point() and (is_own or is_buffer):
+            averaged.append(path)
+        elif not (is_own and is_buffer):  # keep worker 0's count, such as batch normalization's num_batches_tracked
             raise CheckpointError(
                 f"{name}: {'.'.join(map(str, path))} differs between the {workers} workers that saved it, and its "
                 f"mean would have no meaning, so it cannot be loaded by another number of workers"
             )
-    return split.means | {path: split.equal[path] for path in different}, []
+    return split.means | {path: split.equal[path] for path in averaged}, []
 
 
 def _mean_of_extra(

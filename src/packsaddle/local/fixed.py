@@ -386,12 +386,15 @@ class FixedWorkers:
         """Restore the saved schedule of exchanges. If the number of workers has changed since the schedule was saved,
         restart with new paces, i.e. numbers of inner steps of the workers in a round. Call after the saved paces are
         loaded."""
-        self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
+        self._schedule, self._has_ended = saved, False
+        fresh = Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh
-            self._set_pace(self.steps)
         elif self._settings.steps is not None:
             self._pacing.following = fresh.steps
+        # The saved pace is another worker's, or `every` if this worker's data had ended (see `after_step`).
+        if saved.pace != self.paces[self.channel.group.rank]:
+            self._set_pace(self.steps)
         self._set_weights()
 
 

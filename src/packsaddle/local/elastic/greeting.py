@@ -106,7 +106,18 @@ class Greeting:
         RoundFailedError on the workers that have it. If anchors differ, RoundFailedError is raised on all workers. A
         worker that does not have the right anchor then loads another worker's state at the next quorum. In the first
         round of a worker, different anchors raise ConfigError on this worker instead.
+
+        If two workers have one name, because both have loaded one checkpoint, ConfigError is raised on those of the two
+        that have not joined, and RoundFailedError on all other workers.
         """
+        names = [h.worker for h in hellos]
+        if len(set(names)) < len(names):
+            if names.count(mine.worker) > 1 and not self._own.has_joined:
+                raise ConfigError(
+                    f"another worker has loaded the checkpoint of worker {mine.worker:x}, whose updates would be sent "
+                    f"twice: load it on one worker, and give each worker a checkpoint folder of its own"
+                )
+            raise RoundFailedError("two workers have loaded one checkpoint")
         if len({h.arguments for h in hellos}) > 1:
             text = self.arguments()
             self._compare("be given the same arguments", text, hellos)

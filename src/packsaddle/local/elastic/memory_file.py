@@ -111,23 +111,32 @@ class OwnFile:
         number `attempt` at a round."""
         return attempt in self._attempts and self.path.is_file()
 
-    def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
+    def claim(
+        self, shapes: Mapping[str, torch.Size], roster: Roster, worker: int = 0, included: int = 0
+    ) -> tuple[MemoryFile | None, float]:
         """Load the file, and return two results: the contents with which this worker continues, or None if there is no
         file of this run, and the norm of a lost error memory, or 0. From then on `save` writes to the file.
 
         If the file's worker has sent updates since the file was written, the returned error memory is zero, and the
         error memory that the worker had later is lost. If that worker is no longer in `roster`, the first result is
         None. An outdated or unreadable file, or a file of another run, is renamed, with a warning. `shapes` has the
-        shapes of the parameters by name. Raises ConfigError if the file's worker was in the last round: the file is
-        then a copy, or locks do not work.
+        shapes of the parameters by name.
+
+        `worker` and `included` are this worker's name and the number of its last attempt at a round that was committed
+        with its update. If the file is of this worker, a checkpoint has restored the worker. If its error memory is
+        current according to `roster`, the first result is None. Raises ConfigError if the file's worker is another
+        worker that was in the last round: the file is then a copy, or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True
         if found is None:
             return None, 0.0
-        # If the worker of the file was in the last round, it is still training, so this file must be a copy.
+        # If another worker wrote the file and was in the last round, it is still training, so this file must be a copy.
         taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
-        if member is not None and member.here:
+        if found.worker == worker:
+            if taken == included:
+                return None, 0.0
+        elif member is not None and member.here:
             self._claimed = False
             raise ConfigError(
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "

@@ -100,8 +100,9 @@ class PendingUpdates:
     def claim(self) -> None:
         """Continue as the worker to which the memory file belongs: use the name, the number of attempts and the error
         memory of that worker, and move the parameters to the start point of this error memory. If the updates in the
-        file were sent after it was written, they are not loaded. If the file does not exist or is of another run, the
-        worker keeps its name, and writes the file. No-op if no memory file is set.
+        file were sent after it was written, they are not loaded. If the file does not exist or is of another run, or if
+        a checkpoint has restored this worker's error memory, the worker keeps its name and its error memory, and writes
+        the file. No-op if no memory file is set.
 
         Each process of a site has a file. A process whose file is missing or outdated has lost its error memory, unless
         each process has the whole model. In that case all processes continue with the error memory of the first process
@@ -111,7 +112,7 @@ class PendingUpdates:
             return
         own, site = self._own, self._own.site
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        found, lost = self.file.claim(shapes, own.roster)
+        found, lost = self.file.claim(shapes, own.roster, own.worker, own.account.included)
         of_site = site.gather(None if found is None else [found.worker, lost])
         names = sorted({of[0] for of in of_site if of is not None})
         if len(names) > 1:
