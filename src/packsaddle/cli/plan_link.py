@@ -87,6 +87,8 @@ class LinkOptions:
             raise ValueError(f"model {self.model} and --d {self.d} exclude each other: give one of them")
         if self.d is not None and self.compute is None:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
+        if self.compute == 0:
+            raise ValueError("compute must be above 0 (steps without computing cannot be compared), got 0")
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
         example = (self.data is not None) + (self.input is not None)
@@ -239,7 +241,7 @@ def _plan(
             fastest = plan(timing.low if timing else options.compute or 0.0)
             slowest = plan(timing.high) if timing else None
     local, compute = fastest.local, fastest.fleet.compute
-    unequal = local_planner.forecast_unequal(local[0], compute, speeds) if speeds and compute else None
+    unequal = local_planner.forecast_unequal(local[0], compute, speeds) if speeds else None
     return replace(fastest, unequal=unequal, timing=timing, slowest=slowest, coding_spread=pace.spread)
 
 
