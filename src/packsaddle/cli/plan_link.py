@@ -215,6 +215,7 @@ def _plan(
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device
+            device = torch.device("cpu") if device.type == "meta" else device  # a model without data has only sizes
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
         # Measure the compute time unless it is given, and the time for error memory and noise.
@@ -222,7 +223,7 @@ def _plan(
         with countdown("plan", 1, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
             if options.compute is None and step is not None:
-                timing = _timed(step.to(device), optimizer, str(options.model))
+                timing = _timed(step, device, optimizer, str(options.model))
             update = update_seconds(workload.d, noise=options.noise, device=device)
 
         # Measure the coding speed of each compressor.
@@ -283,8 +284,9 @@ class _Paces:
         return self._found[compressor, d]
 
 
-def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
+def _timed(step: TrainingStep, device: torch.device, optimizer: Optimizer, name: str) -> Timing:
     try:
+        step = step.to(device)
         return step.time(_optimizers(step.model, optimizer))
     except Exception as error:  # a user's model can raise anything
         batch = step.batch
