@@ -87,6 +87,8 @@ def test_refusals() -> None:
     def check(*parameters: torch.Tensor) -> None:
         FlatParameters([{"params": list(parameters)}], 0)
 
+    with pytest.raises(ValueError, match="params must have at least one parameter"):
+        check()
     with pytest.raises(ValueError, match=r"floating point, but parameter 1 is torch\.int64"):
         check(torch.ones(2), torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"one dtype and device, but parameter 0 is torch\.float32"):

@@ -275,6 +275,7 @@ REFUSALS = {
     ("1gbit", "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     ("1gbit", "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     ("1gbit", "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
+    ("1gbit", "--d", "5", "--compute", "0s"): "--compute must be above 0 (steps without computing cannot be compared)",
     (*SIZED, "--batch", "3"): "--batch is for measuring the compute time",
     (*SIZED, "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
     (*SIZED, "--workers", "0"): "workers must be at least 2 (one worker sends nothing), got 0",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from packsaddle import Identity, LocalUpdates, OuterAgreement, Rounded, Sign, simulate
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
+from packsaddle.plan.link import forecast
 from packsaddle.plan.local import Setting, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
@@ -143,6 +145,40 @@ def test_agreement_sends_a_number_a_tensor() -> None:
         setting = Setting(1, Sign(per_tensor=True), agreement=p)
         (f,) = forecast_local(size, Link(1e-3, 1e6), Fleet(workers, 0.1), lambda c, d: FREE, measured={setting: 1.0})
         assert max(simulate(sent, workers)) == f.sent
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "nbytes"),
+    [("float64", "float64", 8), ("bfloat16", "bfloat16", 2), ("bfloat16", "float32", 3)],
+)
+def test_bytes_depend_on_the_dtypes_of_the_parameters(first: str, second: str, nbytes: int) -> None:
+    """The forecasts against the ledger of local updates, and against the bytes of the gradients, which DDP sends."""
+    dtypes = (getattr(torch, first), getattr(torch, second))
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(32, 32, dtype=dtype) for dtype in dtypes))
+
+    size, link, fleet = ModelSize.of_model("two layers", make()), Link(1e-3, 1e6), Fleet(2, 0.1)
+    dense = forecast(size, link, fleet, [], lambda c, d: FREE).dense
+    assert dense.sent == sum(p.nbytes for p in make().parameters()) == nbytes * (size.d + size.dense)
+    for setting in (Setting(1, Identity()), Setting(1, Rounded())):
+
+        def sent(rank: int, setting: Setting = setting) -> int:
+            model = make()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            local = LocalUpdates(optimizer, every=1, compressor=setting.compressor, model=model)
+            totals = []
+            for _ in range(2):  # the first step is also compared between workers
+                x: Any = torch.full((2, 32), 1.0 + rank)
+                for layer, dtype in zip(model, dtypes, strict=True):
+                    x = layer(x.to(dtype))
+                x.sum().backward()
+                optimizer.step()
+                totals.append(local.ledger.total.sent)
+            return totals[1] - totals[0]
+
+        (f,) = forecast_local(size, link, fleet, lambda c, d: FREE, measured={setting: 1.0})
+        assert max(simulate(sent, 2)) == f.sent
 
 
 def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_steps() -> None:

@@ -47,6 +47,10 @@ def broken(*arguments):
 
 def number(*arguments):
     return 5
+
+def sizes():
+    with torch.device("meta"):
+        return Model()
 """
 TRAINED = 50 * 40 + 40 * 40 + 40 + 50 * 40 + 50
 ASKED = ("plan", "link", "1mbit", "--workers", 2, "--compressor", "randomk")
@@ -74,6 +78,15 @@ def test_a_model_of_ones_own(example: tuple[str, str], capsys: pytest.CaptureFix
     assert step["repeats"] >= 5
     assert found["fleet"]["compute"] == step["low"]
     assert found["local"]
+
+
+@pytest.mark.usefixtures("script")
+def test_a_model_on_the_meta_device_has_only_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    own = (*ASKED, "--model", "script_to_plan:sizes")
+    assert command(*own, "--compute", 1, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compressed"] + found["dense"] == TRAINED
+    refused(capsys, "script_to_plan:sizes failed on its batch", *own, "--input", "int64:7")
 
 
 @pytest.mark.usefixtures("script")

@@ -331,6 +331,16 @@ def test_a_plan_that_nobody_can_follow_says_so(capsys: pytest.CaptureFixture[str
     assert "OUT OF REACH" not in capsys.readouterr().out
 
 
+def test_an_epsilon_within_reach_is_a_valid_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """L^2 / rho, above which every first-order stationary point is second-order stationary, exceeds 1e20 here."""
+    asked = ("--d", 1000, "--smoothness", 1e15, "--json")
+    assert command("plan", "theory", *asked, "--epsilon", 1) == 0
+    found = json.loads(capsys.readouterr().out)["reach"]["epsilon"]
+    for epsilon, beyond in ((1.01 * found, False), (0.99 * found, True)):
+        assert command("plan", "theory", *asked, "--epsilon", epsilon) == 0
+        assert json.loads(capsys.readouterr().out)["out_of_reach"] == beyond
+
+
 def test_within_reach_from_the_stated_epsilon_on(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--d", 1_000_000, "--lipschitz-gradient", 1)
     assert command("plan", "theory", *asked, "--epsilon", 0.01) == 0

@@ -87,6 +87,8 @@ class LinkOptions:
             raise ValueError(f"model {self.model} and --d {self.d} exclude each other: give one of them")
         if self.d is not None and self.compute is None:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
+        if self.compute == 0:
+            raise ValueError("compute must be above 0 (steps without computing cannot be compared), got 0")
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
         example = (self.data is not None) + (self.input is not None)
@@ -213,6 +215,7 @@ def _plan(
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device
+            device = torch.device("cpu") if device.type == "meta" else device  # a model without data has only sizes
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
         # Measure the compute time unless it is given, and the time for error memory and noise.
@@ -220,7 +223,7 @@ def _plan(
         with countdown("plan", 1, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
             if options.compute is None and step is not None:
-                timing = _timed(step.to(device), optimizer, str(options.model))
+                timing = _timed(step, device, optimizer, str(options.model))
             update = update_seconds(workload.d, noise=options.noise, device=device)
 
         # Measure the coding speed of each compressor.
@@ -239,7 +242,7 @@ def _plan(
             fastest = plan(timing.low if timing else options.compute or 0.0)
             slowest = plan(timing.high) if timing else None
     local, compute = fastest.local, fastest.fleet.compute
-    unequal = local_planner.forecast_unequal(local[0], compute, speeds) if speeds and compute else None
+    unequal = local_planner.forecast_unequal(local[0], compute, speeds) if speeds else None
     return replace(fastest, unequal=unequal, timing=timing, slowest=slowest, coding_spread=pace.spread)
 
 
@@ -281,8 +284,9 @@ class _Paces:
         return self._found[compressor, d]
 
 
-def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
+def _timed(step: TrainingStep, device: torch.device, optimizer: Optimizer, name: str) -> Timing:
     try:
+        step = step.to(device)
         return step.time(_optimizers(step.model, optimizer))
     except Exception as error:  # a user's model can raise anything
         batch = step.batch

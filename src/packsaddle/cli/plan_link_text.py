@@ -123,8 +123,10 @@ def _by_local_updates(plan: LinkPlan, forecast: LocalForecast) -> Method:
         f"local = packsaddle.LocalUpdates({inner}, {', '.join(arguments)}, model=model)  # no DistributedDataParallel",
         "local.flush()  # after the last step",
     )
-    bits = 32 if setting.compressor.lossless else 4
-    flush = plan.verdict.dense.sent * bits / 32 / plan.link.rate
+    # flush() all-reduces all coordinates. It sends four bits of each, except after uncompressed rounds.
+    workload, workers = plan.workload, plan.fleet.workers
+    bits = 8 * workload.itemsize if setting.compressor.lossless else 4
+    flush = 2 * (workers - 1) / workers * (workload.d + workload.dense) * bits / 8 / plan.link.rate
     name = f"LocalUpdates, every {setting.every}, {brief(describe(setting.compressor))}{', overlap' * bool(delay)}"
     return Method(name, forecast.seconds, lines, flush)
 

@@ -163,12 +163,14 @@ class FlatParameters(Slice):
 
     `groups` are the optimizer's parameter groups. A tensor is sent uncompressed if it has fewer than `dense_below`
     elements, or fewer than two dimensions, as biases and norms have. With `dense_below=0` all tensors are compressed.
-    Raises ValueError if a parameter is not floating-point, if parameters differ in dtype or device, or if they share
-    memory.
+    Raises ValueError if there is no parameter, if a parameter is not floating-point, if parameters differ in dtype or
+    device, or if they share memory.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
         self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
+        if not self.parameters:
+            raise ValueError("params must have at least one parameter, and every parameter group is empty")
         names = [n for g in groups for n in g.get("param_names", [])]
         names = names or [f"parameter {i}" for i in range(len(self.parameters))]
         first, owner = self.parameters[0], [i for i, g in enumerate(groups) for _ in g["params"]]

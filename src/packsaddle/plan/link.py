@@ -228,8 +228,8 @@ def forecast(
     overlap: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Verdict:
-    """Predict the time of a training step that exchanges float32 gradients, with each of `compressors` and with DDP
-    without compression. For each compressor, the exchange that is fastest on the link is used.
+    """Predict the time of a training step that exchanges gradients, with each of `compressors` and with DDP without
+    compression. For each compressor, the exchange that is fastest on the link is used.
 
     Raises ValueError if the fleet has fewer than two workers, or if a compressor does not support the model.
 
@@ -249,8 +249,9 @@ def forecast(
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
 
-    # DDP's ring all-reduce over n workers sends 2 (n - 1) / n times the bytes of the float32 gradients.
-    nbytes = 4 * (workload.d + workload.dense)
+    # DDP's ring all-reduce over n workers sends 2 (n - 1) / n times the bytes of the gradients.
+    nbytes, itemsize = workload.gradient_bytes, workload.itemsize
+    nbytes = itemsize * (workload.d + workload.dense) if nbytes is None else nbytes
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
@@ -266,10 +267,10 @@ def forecast(
         if choices[0].name == "all-gather" and workload.d >= fleet.workers:
             choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
         for choice in choices:
-            coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
+            coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds, itemsize)
             steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
-        sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, 4)
+        sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, itemsize)
         needed = steps_needed(compressor, optimizer)
         # At each rate of the link, the break-even rate considers the exchange that is fastest at that rate.
         kinds = [step for _, step in steps]

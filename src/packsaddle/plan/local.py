@@ -209,8 +209,14 @@ def _forecast(
     # Workers also average a flag that marks invalid vectors and, with `agreement`, one number for each tensor. The flag
     # and these numbers are sent with the uncompressed coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
-    choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
-    coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
+    d, workers, itemsize, exchange = (
+        workload.d,
+        fleet.workers,
+        workload.itemsize,
+        "direct" if bound.lossless else "auto",
+    )
+    choice = choose(bound, exchange, d=d, dense=dense, workers=workers, itemsize=itemsize)
+    coded = compressed(choice.aggregator, d, dense, workers, seconds, itemsize)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
     # Workers wait for each other only at exchanges, so random differences between their step times average out over the
@@ -226,6 +232,6 @@ def _forecast(
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
-    sent = choice.aggregator.most_sent(workload.d, dense, fleet.workers, 4) + header.wire(0, fleet.workers).sent
+    sent = choice.aggregator.most_sent(d, dense, workers, itemsize) + header.wire(0, fleet.workers).sent
     coding = (coded.compression + update) / every
     return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)

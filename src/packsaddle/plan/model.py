@@ -13,7 +13,7 @@ from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.slices import Slice, places
 from packsaddle.plan.coding import LONGEST
 from packsaddle.plan.timing import Timing, repeated, side_by_side
 from packsaddle.sgd.optimizer import CompressedSGD
@@ -28,6 +28,8 @@ class ModelSize:
     dense: int  # number of uncompressed coordinates
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in the model's order; empty: unknown
     tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
+    itemsize: int = 4  # bytes of an uncompressed coordinate in packsaddle's exchanges: 4, or 8 in float64
+    gradient_bytes: int | None = None  # bytes of all gradients, which DDP sends; None: 4 for each coordinate
 
     def bind(self, compressor: Compressor) -> Compressor:
         """Return the compressor adapted to the shapes of the model's tensors. If the shapes are unknown, the compressor
@@ -45,14 +47,18 @@ class ModelSize:
     def of_model(cls, name: str, model: nn.Module) -> "ModelSize":
         """Return the size of `model`, counting only parameters that require gradients. `name` is the name of the model
         in messages. Raises ConfigError if no parameter would be compressed."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
+        named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+        if not named:
             raise ConfigError(f"model {name} has no parameters that require gradients")
-        flat = FlatParameters([{"params": parameters}], Compression.dense_below)
-        if not flat.compressed_d:
+        of = Slice(places(named, Compression.dense_below), named[0][1].device)
+        if not of.compressed_d:
             few = f"every tensor is a vector or below {Compression.dense_below} elements"
             raise ConfigError(f"model {name} has nothing to compress: {few}")
-        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes), len(parameters))
+        # DDP sends gradients in the dtypes of the parameters, and packsaddle in at least float32.
+        gradient_bytes, itemsize = sum(p.nbytes for _, p in named), max(4, *(p.element_size() for _, p in named))
+        return cls(
+            name, of.compressed_d, of.d - of.compressed_d, tuple(of.shapes), len(named), itemsize, gradient_bytes
+        )
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:

@@ -199,11 +199,13 @@ Step = Compressed | Dense
 Seconds = Callable[[Work], float]  # maps numbers of encode, decode and add operations to their seconds
 
 
-def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
+def compressed(
+    aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
+) -> Compressed:
     """Return the model of a step of `CompressedSGD` with this `aggregator`, the method of averaging over `workers`. The
-    step exchanges d compressed and `dense` uncompressed coordinates in float32. `seconds` returns the time of encoding
-    and decoding operations."""
-    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
+    step exchanges d compressed and `dense` uncompressed coordinates of `itemsize` bytes. `seconds` returns the time of
+    encoding and decoding operations."""
+    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 

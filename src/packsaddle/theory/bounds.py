@@ -16,7 +16,7 @@ from packsaddle.errors import check_positive
 Mode = Literal["practical", "theory"]
 _MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
 # The smallest and the largest valid constant of a problem. Products of powers of such constants fit in a float64.
-_RANGE = (1e-20, 1e20)
+LEAST, GREATEST = 1e-20, 1e20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Assumptions:
     lipschitz_gradient: float | None = None
 
     def __post_init__(self) -> None:
-        low, high = _RANGE
+        low, high = LEAST, GREATEST
         if not isinstance(self.d, int) or not 1 <= self.d <= 1e15:
             raise ValueError(f"d must be an integer from 1 to 1e15, got {self.d!r}")
         if not 0 <= self.sigma <= high:

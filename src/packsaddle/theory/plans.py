@@ -13,6 +13,7 @@ from packsaddle.compressors import Compressor, Identity, LinearSketch
 from packsaddle.compressors.registry import CLASSES, describe
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.theory.bounds import (
+    GREATEST,
     PRACTICAL,
     Assumptions,
     Constants,
@@ -265,7 +266,7 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
             c = Constants.theory(b, c.failure_probability or 0.1)
         return _steps(b, c, Identity())
 
-    greatest = a.smoothness**2 / a.hessian_lipschitz
+    greatest = min(a.smoothness**2 / a.hessian_lipschitz, GREATEST)
     return Reach(
         steps(),
         steps(epsilon=2 * a.epsilon) if 2 * a.epsilon <= greatest else None,
