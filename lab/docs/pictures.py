@@ -17,7 +17,7 @@ from torch import Tensor
 
 import packsaddle
 from lab.docs.canvas import THEMES, Canvas, svg
-from lab.docs.measured import losses, sizes, speed_ups, times
+from lab.docs.measured import losses, sizes, speed_ups, times, workers
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
@@ -417,6 +417,7 @@ PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "times": (times, 436),
     "speed-ups": (speed_ups, 436),
     "sizes": (sizes, 436),
+    "workers": (workers, 436),
     "unequal-speeds": (unequal_speeds, 370),
     "two-way": (two_way, 512),
     "error-memory": (error_memory, 430),

@@ -317,16 +317,32 @@ def nano_gpt() -> Iterator[str]:
     hidden = speed_up(2, "local, overlap", 10)
     assert f"{hidden:.2f}" == f"{speed_up(2, 'local, overlap', 1000):.2f}"
     yield f"two workers with `overlap=2` need {hidden:.2f} times less time"
-    without, four = (speed_up(workers, "local, agreement", 10) for workers in (2, 4))
-    yield f"two workers need {without:.2f} times less time at 10 Mbit/s, and four workers {four:.2f} times less"
-    peers = [one.speed_up(10) for one, _ in unreached(best()) if one.method.startswith("local SGD")]
-    yield f"16 bits gains at most {max(peers):.2f} there"
+    two, four, eight = (f"{speed_up(workers, 'local, agreement', 10):.2f}" for workers in (2, 4, 8))
+    yield f"Without overlap two workers need {two} times less time at 10 Mbit/s, four workers {four} times less"
+    yield f"and eight {eight} times"
+    peers = [one.speed_up(10) for one, _ in unreached(best()) if one.workers == 2 and one.method.startswith("local SGD")]
+    yield f"16 bits gains at most {max(peers):.2f} with two"
     ratio, difference = by_the_clock()
     yield f"`overlap=2` needed {ratio:.2f} times less time at 10 Mbit/s"
-    yield f"Their loss was {difference:.3f} higher"
+    yield f"their loss was {difference:.3f} higher"
     second = reached(searched(nanogpt.rows(nanogpt.ROWS.with_name("library.csv"))))
-    two, four = ((one.speed_up(10) for one in second[key]) for key in ((2, "local, overlap"), (4, "local, agreement")))
-    yield f"two workers need {fmean(two):.2f} times less time at 10 Mbit/s, and four workers {fmean(four):.2f} times"
+    text = [[one.speed_up(10) for one in second[key]] for key in ((2, "local, overlap"), (4, "local, agreement"))]
+    assert [len(seeds) for seeds in text] == [3, 3]
+    yield f"two workers need {fmean(text[0]):.2f} times less time, and four {fmean(text[1]):.2f} times"
+    four, eight = (at_equal_steps(workers, steps, seeds) for workers, steps, seeds in ((4, 750, 3), (8, 500, 1)))
+    assert at_equal_steps(2, 1000, 3) <= 0
+    yield f"two workers lose nothing, four lose {four:.3f}, and eight {eight:.3f}"
+
+
+def at_equal_steps(workers: int, steps: int, seeds: int) -> float:
+    """Return the loss with agreement minus that of dense training in as many steps, each at its best rate."""
+    losses = []
+    for method in ("local, agreement", "dense"):
+        key = method, str(workers), str(steps)
+        found = [float(row["loss"]) for row in best() if (row["method"], row["workers"], row["steps"]) == key]
+        assert len(found) == seeds
+        losses.append(fmean(found))
+    return losses[0] - losses[1]
 
 
 def by_size() -> Iterator[str]:
