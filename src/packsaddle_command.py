@@ -39,7 +39,6 @@ COMMANDS: Mapping[str, Entry] = {
         },
     ),
     "doctor": Entry("Check this machine's hardware, software and network.", "packsaddle.cli.doctor"),
-    "completion": Entry("Print a script that completes commands and flags in a shell.", "packsaddle.cli"),
 }
 
 

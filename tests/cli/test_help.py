@@ -68,7 +68,7 @@ def test_summaries_are_the_first_lines_of_docstrings(
 
 def test_only_the_module_of_the_command_is_imported() -> None:
     report = (
-        "from packsaddle.cli import main; sys.argv[1:] = ['completion', 'bsh']\ntry: main()\n"
+        "from packsaddle.cli import main; sys.argv[1:] = ['doctr']\ntry: main()\n"
         "except SystemExit: print(*(m for m in sys.modules if m.startswith('packsaddle.cli.')))"
     )
     done = subprocess.run(interpreter(report), capture_output=True, text=True, check=True, timeout=120)

@@ -4,9 +4,7 @@ import dataclasses
 import inspect
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +48,6 @@ MISTAKES = {
     "plan link 1gbit --d 1M --mode theory": "plan link: unknown flag --mode (did you mean --model?)",
     "compressors --ratio 2": "ratio of RandomK must be in (0, 1], got 2.0",
     "compressors --d 0": "d and workers must be at least 1, got 0 and 4",
-    "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
 
 
@@ -174,46 +171,3 @@ def test_plans_have_the_fields_of_their_options_as_flags() -> None:
         required = {n for n, flag in flags.items() if flag.default is inspect.Parameter.empty} - {"rate"}
         assert required == {n for n, default in fields.items() if default is dataclasses.MISSING}
         assert all(flags[n].default == default for n, default in fields.items() if n not in required)
-
-
-COMPLETED = {
-    ("do",): {"doctor"},
-    ("com",): {"completion", "compressors"},
-    ("doctor", "--js"): {"--json"},
-}
-
-
-@pytest.fixture(scope="module")
-def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from packsaddle.cli.parsing import script
-
-    path = tmp_path_factory.mktemp("completion") / "packsaddle.bash"
-    path.write_text(script(COMMANDS, "packsaddle", "bash"))
-    return path
-
-
-@pytest.mark.parametrize(("words", "found"), COMPLETED.items(), ids=map(" ".join, COMPLETED))
-def test_bash_completes(words: tuple[str, ...], found: set[str], bash_script: Path) -> None:
-    """As bash does it: the sourced script names a function, which is called with the words and leaves its answer."""
-    typed = " ".join(map(shlex.quote, ("packsaddle", *words)))
-    lines = [
-        f"source {shlex.quote(str(bash_script))}",
-        "entry=($(complete -p packsaddle))",
-        '[[ " ${entry[*]} " == *" -o default "* ]] || exit 1',  # names of files where nothing else fits
-        f"COMP_WORDS=({typed}) COMP_CWORD={len(words)}",
-        '"${entry[-2]}" packsaddle',
-        'printf "%s\\n" "${COMPREPLY[@]}"',
-    ]
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr == ""
-    assert found <= {*done.stdout.split()}
-    assert all(word.startswith(words[-1]) for word in done.stdout.split())
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_script_of_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("completion", shell) == 0
-    written = capsys.readouterr().out
-    assert "certify-script" in written
-    assert {"bash": "COMPREPLY", "zsh": "#compdef packsaddle", "fish": "complete --command"}[shell] in written
-    assert {"bash": "-o default", "zsh": "|| _files", "fish": "__fish_complete_path"}[shell] in written

@@ -320,7 +320,9 @@ def nano_gpt() -> Iterator[str]:
     two, four, eight = (f"{speed_up(workers, 'local, agreement', 10):.2f}" for workers in (2, 4, 8))
     yield f"Without overlap two workers need {two} times less time at 10 Mbit/s, four workers {four} times less"
     yield f"and eight {eight} times"
-    peers = [one.speed_up(10) for one, _ in unreached(best()) if one.workers == 2 and one.method.startswith("local SGD")]
+    peers = [
+        one.speed_up(10) for one, _ in unreached(best()) if one.workers == 2 and one.method.startswith("local SGD")
+    ]
     yield f"16 bits gains at most {max(peers):.2f} with two"
     ratio, difference = by_the_clock()
     yield f"`overlap=2` needed {ratio:.2f} times less time at 10 Mbit/s"

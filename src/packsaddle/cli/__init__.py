@@ -2,13 +2,10 @@
 
 import os
 import sys
-from typing import Annotated
-
-import tyro
 
 from packsaddle.cli.console import is_first, plain_text, print_table
 from packsaddle.cli.flags import Command
-from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, Shell, parse, script
+from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, parse
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
@@ -27,20 +24,6 @@ __all__ = [
     "print_table",
     "serve",
 ]
-
-
-def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
-    """Print a script that completes commands and flags in a shell.
-
-    Examples:
-        packsaddle completion bash > ~/.local/share/bash-completion/completions/packsaddle
-        packsaddle completion zsh > ~/.zfunc/_packsaddle       (with fpath+=~/.zfunc before compinit)
-        packsaddle completion fish > ~/.config/fish/completions/packsaddle.fish
-
-    Args:
-        shell: The shell that will read the script.
-    """
-    print(script(COMMANDS, "packsaddle", shell))
 
 
 COMMANDS = Group(ABOUT, ImportedCommands(ENTRIES))

@@ -1,8 +1,8 @@
 """Parse a command line into a function call. Every error message is one line; for an unknown word it names the most
 similar valid word.
 
-The library tyro parses a command's flags by its signature, and writes help and shell completion scripts. Its errors are
-boxes of several lines, which `_one_line` joins and, if it recognizes them, rewords.
+The library tyro parses a command's flags by its signature, and writes help. Its errors are boxes of several lines.
+`_one_line` joins these lines and, if it recognizes the error, rewords it.
 """
 
 import functools
@@ -14,13 +14,12 @@ import shutil
 import textwrap
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, get_origin
 
 import tyro
-from tyro.extras import SubcommandApp
 
 from packsaddle.cli.flags import Command, arguments_of, flags_of, groups_of
 from packsaddle.errors import ConfigError
@@ -265,32 +264,3 @@ def _subject(name: str) -> str:
 
 def _shown(word: str) -> str:
     return word if word.isprintable() and " " not in word else repr(word)
-
-
-Shell = Literal["bash", "zsh", "fish"]
-
-# Replacements in tyro's scripts, so that file names are completed for positional arguments too, not only for flags.
-_FILES_TOO: dict[Shell, tuple[str, str]] = {
-    "bash": ("complete -F", "complete -o default -F"),
-    "zsh": ("completion_array\n}", "completion_array || _files\n}"),
-    "fish": ("complete --no-files", "complete"),
-}
-
-
-def script(group: Group, name: str, shell: Shell) -> str:
-    """Return a script that completes the commands and flags of the program `name` in a `shell`. The script is generated
-    by tyro, and is changed here so that file names are completed for all arguments."""
-    written = io.StringIO()
-    with redirect_stdout(written), suppress(SystemExit):
-        _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)
-    return written.getvalue().replace(*_FILES_TOO[shell])
-
-
-def _app(group: Group) -> SubcommandApp:
-    app = SubcommandApp()
-    for word, command in group.commands.items():
-        if isinstance(command, Group):
-            app.command(_app(command), name=word, help=command.about)
-        else:
-            app.command(name=word)(deferred(command))
-    return app
