@@ -214,7 +214,7 @@ def test_a_file_of_another_format_is_told_in_one_line(folder: Path) -> None:
     call = [python(), "-m", "packsaddle.cli", "certify-script", "script_of_mine:problem", "junk.pt"]
     done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("packsaddle: error: checkpoint junk.pt cannot be read: UnpicklingError")
+    assert done.stderr.startswith("packsaddle: error: checkpoint junk.pt cannot be read: it is damaged")
     assert done.stderr.count("\n") == 1
 
 
@@ -226,6 +226,7 @@ MISTAKES = {
     (":broken", "zero.pt"): "script_of_mine:broken failed: KeyError: 'no data'",
     (":problem", "none.pt"): "checkpoint none.pt does not exist",
     (":problem", "damaged.pt"): "checkpoint damaged.pt cannot be read: ",
+    (":problem", "whole.pt"): "or contains more than tensors and plain types, such as a whole model: save model.state",
     (":problem", "other.pt"): "other.pt does not hold the weights of this model: ",
     (":float_loss", "zero.pt"): "script_of_mine:float_loss: loss_fn must return a tensor of one",
     (":vector_loss", "zero.pt"): "loss_fn must return a tensor of one number, the batch's mean loss",
@@ -243,4 +244,5 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     (folder / "damaged.pt").write_bytes(b"no weights")
     torch.save({"weight": torch.zeros(2, 2)}, folder / "other.pt")
+    torch.save(torch.nn.Linear(2, 2), folder / "whole.pt")
     refused(capsys, message, "certify-script", f"script_of_mine{words[0]}", *words[1:])
