@@ -16,23 +16,23 @@ REPOSITORY = Path(__file__).parents[1]
 # The most files and code lines of a room of the library; "" are the modules in its root.
 ROOMS = {
     "": (4, 195),
-    "checkpoint": (8, 845),
-    "cli": (17, 1775),
+    "checkpoint": (8, 850),
+    "cli": (17, 1765),
     "comm": (17, 1880),
     "compressors": (16, 1895),
     "curvature": (14, 1885),
-    "feedback": (14, 1435),
+    "feedback": (14, 1440),
     "hooks": (7, 820),
     "integrations": (5, 670),
-    "local": (34, 3655),
+    "local": (34, 3670),
     "numerics": (14, 1330),
     "options": (5, 265),
-    "plan": (7, 705),
+    "plan": (7, 720),
     "sgd": (5, 785),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_550, 11_500, 27_590
+LIBRARY, LAB, TESTS = 18_575, 11_500, 27_705
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -66,6 +66,7 @@ EVERY = 8  # steps between two rounds of local updates, the default of `LocalUpd
 # steps. Local SGD and DiLoCo send their updates in 16 bits and uncompressed, as their other implementations can.
 Method = Mapping[str, Any] | None
 DILOCO, AGREEMENT = packsaddle.OuterSGD(0.7, 0.5), packsaddle.OuterAgreement(0.5)
+TWO_BITS = packsaddle.Compression(packsaddle.Rounded())
 PEER: Mapping[str, Any] = {
     "compressor": packsaddle.Compression(Half(), dense_below=0),
     "mean_momentum": 0.0,
@@ -78,11 +79,7 @@ METHODS: dict[str, Method] = {
     "local, agreement": {"outer": AGREEMENT},
     "local, agreement, 16 bits": {"compressor": packsaddle.Compression(Half(), dense_below=0), "outer": AGREEMENT},
     "local 4, agreement": {"every": 4, "outer": AGREEMENT},
-    "local 4, two bits, agreement": {
-        "compressor": packsaddle.Compression(packsaddle.Rounded()),
-        "every": 4,
-        "outer": AGREEMENT,
-    },
+    "local 4, two bits, agreement": {"compressor": TWO_BITS, "every": 4, "outer": AGREEMENT},
     "local, overlap": {"overlap": 2},
     "local, agreement, overlap": {"outer": AGREEMENT, "overlap": 3},
     **{f"local SGD {every}, 16 bits": {**PEER, "every": every} for every in (8, 32, 128)},

@@ -151,13 +151,13 @@ def workers(canvas: Canvas) -> None:
     ):
         points: dict[float, list[float]] = {1: [1.0]}
         for count in plot.xs[1:]:
-            limit = above.get((int(count), method))
-            if trials := found.get((int(count), method), [] if limit is None else [limit]):
-                points[count] = [one.speed_up(10) for one in trials]
+            key = int(count), method
+            if key in found:
+                points[count] = [one.speed_up(10) for one in found[key]]
+            elif key in above:
+                points[count] = [above[key].speed_up(10)]
+                canvas.dot(*plot.at(count, points[count][0]), theme.page, 2)
         plot.curve(points, color)
-        limits = [count for count in points if (int(count), method) in above.keys() - found.keys()]
-        hollow = [plot.at(count, points[count][0]) for count in limits]
-        canvas.axes.plot([x for x, _ in hollow], [y for _, y in hollow], "o", color=theme.page, ms=3)
         canvas.text(*plot.at(*at), words, color, weight="bold")
 
 

@@ -221,6 +221,7 @@ def test_a_file_of_another_format_is_told_in_one_line(folder: Path) -> None:
 MISTAKES = {
     ("", "zero.pt"): "the function must be given as module:function, got 'script_of_mine'",
     (":one", "zero.pt"): "script_of_mine has no function 'one'",
+    (".py:problem", "zero.pt"): "write script_of_mine:problem",
     (":two", "zero.pt"): "script_of_mine:two must return a model, a loss function and batches, got",
     (":number", "zero.pt"): "the model of script_of_mine:number must be a torch.nn.Module, got int",
     (":broken", "zero.pt"): "script_of_mine:broken failed: KeyError: 'no data'",

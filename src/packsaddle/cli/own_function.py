@@ -23,8 +23,10 @@ def call(function: str, *arguments: Any) -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except (Exception, SystemExit) as error:  # a script can raise anything
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name == module
-        advice = "is it in the current folder?" if is_missing else "run its training under if __name__ == '__main__'"
+        advice = "run its training under if __name__ == '__main__'"
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            is_file = module.endswith(".py")
+            advice = f"write {module.removesuffix('.py')}:{name}" if is_file else "is it in the current folder?"
         raise ConfigError(f"{module} cannot be imported: {first_line(error)}; {advice}") from None
     finally:
         sys.argv = arguments_here

@@ -209,12 +209,8 @@ def _forecast(
     # Workers also average a flag that marks invalid vectors and, with `agreement`, one number for each tensor. The flag
     # and these numbers are sent with the uncompressed coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
-    d, workers, itemsize, exchange = (
-        workload.d,
-        fleet.workers,
-        workload.itemsize,
-        "direct" if bound.lossless else "auto",
-    )
+    d, workers, itemsize = workload.d, fleet.workers, workload.itemsize
+    exchange = "direct" if bound.lossless else "auto"
     choice = choose(bound, exchange, d=d, dense=dense, workers=workers, itemsize=itemsize)
     coded = compressed(choice.aggregator, d, dense, workers, seconds, itemsize)
     header = RingAllGather(HEADER)
