@@ -3,7 +3,6 @@ certification."""
 
 import json
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -176,13 +175,13 @@ def read_weights(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None
-    except pickle.UnpicklingError:  # its message advises to run the file's code
+    except OSError as error:
+        raise ConfigError(f"checkpoint {file} cannot be read: {first_line(error)}") from None
+    except Exception:  # torch's message for a pickled object advises to run the file's code
         raise ConfigError(
             f"checkpoint {file} cannot be read: it is damaged, or contains more than tensors and plain types, such as "
             f"a whole model: save model.state_dict()"
         ) from None
-    except Exception as error:  # a damaged file can raise anything
-        raise ConfigError(f"checkpoint {file} cannot be read: {first_line(error)}") from None
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
