@@ -214,7 +214,7 @@ def _forecast(
     choice = choose(bound, exchange, d=d, dense=dense, workers=workers, itemsize=itemsize)
     coded = compressed(choice.aggregator, d, dense, workers, seconds, itemsize)
     header = RingAllGather(HEADER)
-    latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
+    latency, bandwidth = link.parts(coded.cost + header.cost(workers))
     # Workers wait for each other only at exchanges, so random differences between their step times average out over the
     # steps between two exchanges.
     waiting = fleet.waiting / math.sqrt(every)
@@ -228,6 +228,6 @@ def _forecast(
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
-    sent = choice.aggregator.most_sent(d, dense, workers, itemsize) + header.wire(0, fleet.workers).sent
+    sent = choice.aggregator.most_sent(d, dense, workers, itemsize) + header.wire(0, workers).sent
     coding = (coded.compression + update) / every
     return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)

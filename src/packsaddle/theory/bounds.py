@@ -50,15 +50,14 @@ class Assumptions:
     lipschitz_gradient: float | None = None
 
     def __post_init__(self) -> None:
-        low, high = LEAST, GREATEST
         if not isinstance(self.d, int) or not 1 <= self.d <= 1e15:
             raise ValueError(f"d must be an integer from 1 to 1e15, got {self.d!r}")
-        if not 0 <= self.sigma <= high:
-            raise ValueError(f"sigma must be from 0 to {high:g}, got {self.sigma}")
+        if not 0 <= self.sigma <= GREATEST:
+            raise ValueError(f"sigma must be from 0 to {GREATEST:g}, got {self.sigma}")
         for name in ("epsilon", "smoothness", "hessian_lipschitz", "f_max", "lipschitz_gradient"):
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must be positive, from {low:g} to {high:g}, got {value}")
+            if value is not None and not LEAST <= value <= GREATEST:
+                raise ValueError(f"{name} must be positive, from {LEAST:g} to {GREATEST:g}, got {value}")
         if self.curvature > self.smoothness:
             raise ValueError(
                 f"smoothness must be at least sqrt(hessian_lipschitz * epsilon) = {self.curvature:g}, else every "

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from packsaddle.theory.bounds import LEAST
+
 Powers = tuple[Fraction, Fraction]  # exponents of d and of epsilon
 
 
@@ -99,8 +101,8 @@ def check_range(d: int, epsilon: float) -> None:
     """Raise ValueError unless Table 1 is defined for `d` and `epsilon`, and its values fit in a float64."""
     if not 1 <= d <= 1e15:
         raise ValueError(f"d must be from 1 to 1e15, got {d}")
-    if not 1e-20 <= epsilon < 1:
-        raise ValueError(f"epsilon must be at least 1e-20 and below 1 for the orders of Table 1, got {epsilon}")
+    if not LEAST <= epsilon < 1:
+        raise ValueError(f"epsilon must be at least {LEAST:g} and below 1 for the orders of Table 1, got {epsilon}")
 
 
 def _setting(lipschitz: bool, rows: Iterable[tuple[str, Order | None, Order, Order, Order | None]]) -> tuple[Row, ...]:
