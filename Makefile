@@ -1,16 +1,17 @@
 # Everything a checkout needs, made on demand: python3 3.11 or newer and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+SELECT = -m 'not nightly'
 # Python compiles the modules that it imports, a quarter of those that are installed, and so must be allowed to keep them.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures figures race gpu audit clean
+.PHONY: demo test test-all types tests quick test-integrations lint docs tutorials picture pictures figures race gpu audit clean
 
 demo: .venv/.demo
 	$(BIN)/python -m lab demo
 
-# Lint, types and all tests.
+# Lint, types and tests.
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -21,14 +22,18 @@ types: .venv/.installed
 	$(BIN)/mypy
 
 tests: .venv/.installed
-	$(BIN)/pytest -q -n auto --dist loadgroup --max-worker-restart 0
+	$(BIN)/pytest -q -n auto --dist loadgroup --max-worker-restart 0 $(SELECT)
+
+# With the tests marked `nightly`, which repeat in more settings what others test.
+test-all:
+	@$(MAKE) --no-print-directory test SELECT=
 
 # Lint, types, and the tests that start no process and take no more than half a second: to be run while working.
 quick: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n auto --dist loadgroup -m "not process and not slow"
+	$(BIN)/pytest -q -n auto --dist loadgroup -m "not process and not slow and not nightly"
 
 # With the real Lightning, transformers, accelerate, TRL, PEFT, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 TESTS = """
 import functools
@@ -66,6 +68,7 @@ def passed(printed: str) -> list[str]:
     return [name for name in names if name not in errors]
 
 
+@pytest.mark.nightly
 def test_marks_are_set_where_a_start_can_be_seen_and_missed_where_it_cannot(tmp_path: Path) -> None:
     """These tests with the conftest of ours, as if they were among ours."""
     folder = tmp_path / "tests"

@@ -185,6 +185,7 @@ def compiled(times: int) -> int:
     return len(graphs)
 
 
+@pytest.mark.nightly
 def test_every_call_compiles(gloo: Gloo) -> None:
     """torch gives up compiling a function after eight times; a call does not count those of others."""
     assert [gloo(compiled, 1, times) for times in range(1, 11)] == [[1]] * 10

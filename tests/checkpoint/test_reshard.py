@@ -55,6 +55,7 @@ def test_the_mean_error_stays(name: str, old: int, new: int, tmp_path: Path) -> 
     check(before, simulate(lambda rank: carried_over(str(tmp_path), options, 9), new), old, new)
 
 
+@pytest.mark.nightly
 def test_hooks_and_gloo(gloo: Gloo, tmp_path: Path) -> None:
     """The mean of e behind DistributedDataParallel, saved by three processes and loaded by two."""
     cases: list[dict[str, Any]] = [{"hook": "adam", "scope": "bucket", "exchange": "two-way"}, {"exchange": "two-way"}]

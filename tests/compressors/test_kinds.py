@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import packsaddle
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,7 @@ assert "| `Toy` | no effect either |" in configuration.markdown()
 """
 
 
+@pytest.mark.nightly
 def test_a_compressor_of_one_file_and_one_line_is_in_all_lists(tmp_path: Path) -> None:
     source = tmp_path / "packsaddle"
     shutil.copytree(Path(packsaddle.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))

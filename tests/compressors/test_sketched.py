@@ -49,6 +49,7 @@ def test_the_support_is_that_of_the_definition(half: bool, rows: int | None) -> 
     assert message.nbytes == c.shape(d)[0] * 150 * (2 if half else 8) + 50 * 8
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4, "mixed"])
 def test_defaults_find_planted_heavy_hitters(magnitude: float | str) -> None:

@@ -34,6 +34,7 @@ assert torch.backends.mkldnn.enabled
 """
 
 
+@pytest.mark.nightly
 def test_channels_last_changes_no_derivative() -> None:
     # AVX-512 needs larger images. Threads that spin while they wait would take cores from other tests.
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from nightly import nightly
 from scipy.stats import t as student
 from searches import Point, arguments, derivatives
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def certificate(rows: Tensor, seed: int = 0, batch: int = 8, **options: Any) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", [-1.0, 0.5])
+@pytest.mark.parametrize("last", [-1.0, nightly(0.5)])
 def test_bounds_hold_for_the_population(last: float) -> None:
     """E H = diag(1, ..., 1, last), E g = 0; in 10 samples all four bounds hold together but for the failure
     probability of 20%, with room for three standard deviations; the gap to the truth is not what makes them hold."""
@@ -69,6 +70,7 @@ def test_bounds_hold_for_the_population(last: float) -> None:
     assert sorted(gaps)[runs // 2] < 1.0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_samples_least_eigenvalue_is_no_bound_of_the_populations() -> None:
     """lambda_min of few examples is below the population's in the mean, which a search over directions makes worse; a
@@ -145,6 +147,7 @@ def test_a_gradient_of_the_population_may_be_too_large() -> None:
     assert found.grad_norm_upper - found.grad_norm == pytest.approx(spread * (1 + math.sqrt(2 * math.log(25))))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_many_examples_settle_a_minimum() -> None:
     found = certificate(draw(8192, 1, 0.5), batch=128)
@@ -177,7 +180,7 @@ def test_without_epsilon_the_populations_curvature_alone_is_judged(last: float, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hvp", ["double-backward", "differences"])
+@pytest.mark.parametrize("hvp", ["double-backward", nightly("differences")])
 def test_workers_have_the_union(hvp: str) -> None:
     rows = draw(512, 2, 0.5)
     batches = list(rows.split(32))

@@ -14,6 +14,7 @@ from lab.bench.result import machine
 from packsaddle.compressors import compressors, describe
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_the_whole_command(library: Path, tmp_path: Path) -> None:
     # Continue a call in which a part failed.

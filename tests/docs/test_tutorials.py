@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked_python import environment, python
+from nightly import nightly
 
 from lab.docs import tutorials as maker
 
@@ -45,7 +46,7 @@ def test_pages_have_the_prose_and_code_of_their_scripts(script: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("script", [nightly(SCRIPTS[0]), *SCRIPTS[1:]], ids=lambda p: p.stem)
 def test_scripts_print_what_their_pages_say(script: Path, tmp_path: Path) -> None:
     if script.stem in LONG and "PACKSADDLE_ALL_TUTORIALS" not in os.environ:
         pytest.skip("a minute of processes that other tests start too: see `make test-integrations`")

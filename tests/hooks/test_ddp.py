@@ -14,6 +14,7 @@ import pytest
 import torch
 from ddp_runs import COMPRESSORS, SEVERAL, WAYS, batches, loss, network, train, vector, wrapped
 from forked_python import environment, python
+from nightly import nightly
 from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -328,7 +329,7 @@ def unused_in_all_ways(ways: list[dict[str, Any]], scope: str) -> list[float]:
     return [unused_in_turn(dict(way), scope, by_one) for way in ways for by_one in (False, True)]
 
 
-@pytest.mark.parametrize("scope", ["bucket", "model"])
+@pytest.mark.parametrize("scope", ["bucket", nightly("model")])
 def test_no_update_of_a_parameter_is_lost_that_some_workers_do_not_use(gloo: Gloo, scope: str) -> None:
     """DDP discards the mean of a parameter that no worker used. Of one that some used, it delivers the others' C(0)
     too, which is not 0 with Sign and with values="int1". Other ways by turns."""

@@ -232,6 +232,7 @@ def test_a_lora_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert alone < 80 * 4 * 20_000 < 80 * 4 * 107_000  # values in the factors, and in the base
 
 
+@pytest.mark.nightly
 def test_a_loop_of_local_updates_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
     straight = local_example("torchrun", folder)
     script = EXAMPLES / "local_updates.py"

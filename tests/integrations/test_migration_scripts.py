@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from forked_python import environment, torchrun
+from nightly import nightly
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -83,7 +84,7 @@ def shorter(name: str, folder: Path) -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize("name", [*PAIRS, "deepspeed_onebit_adam", "torch_powersgd"])
+@pytest.mark.parametrize("name", [*map(nightly, PAIRS), "deepspeed_onebit_adam", nightly("torch_powersgd")])
 def test_afterwards_it_trains_with_fewer_bytes(name: str, tmp_path: Path) -> None:
     if name.startswith("accelerate"):
         needs("accelerate")
@@ -124,6 +125,7 @@ def test_deepspeeds_script() -> None:
     workers_of(outputs([["deepspeed", "--num_gpus", "2", str(SCRIPTS / "deepspeed_onebit_adam_before.py")]], {}))
 
 
+@pytest.mark.nightly
 def test_sites_are_workers_with_the_whole_batch() -> None:
     """Two sites of two processes train as two workers that compute each site's batch alone, and each process sends half
     of a worker's bytes."""

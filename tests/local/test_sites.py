@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from nightly import thinned
 from specs import local_options
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("name", [*OPTIONS, "TopK"])
+@pytest.mark.parametrize("name", thinned([*OPTIONS, "TopK"], 2))
 def test_a_site_is_a_worker(gloo: Gloo, inside: str, name: str) -> None:
     """Norms of clipping and of agreement are of the whole model. A process sends half of the bytes."""
     options = OPTIONS.get(name, {"compressor": Compression(TopK(0.2), dense_below=1)})

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_python import environment, python
+from nightly import nightly
 
 from packsaddle import Compression, Identity, LocalUpdates, Overlap, Sign, Workers, simulate
 from packsaddle.comm import resolve
@@ -160,7 +161,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["exit", "raise"])
+@pytest.mark.parametrize("how", ["exit", nightly("raise")])
 def test_interpreter_exit(how: str, tmp_path: Path) -> None:
     """One line, after the process group was destroyed; an exception of the script stays the last line."""
     workers = [

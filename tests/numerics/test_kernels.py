@@ -137,6 +137,7 @@ def check_rounding(compressor: QSGD, v: Tensor) -> None:
     assert close(out[codes == plain], plain_out[codes == plain])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("compressor", SELECTING[::2], ids=repr)
 def test_threads_and_double_precision(compressor: Compressor) -> None:

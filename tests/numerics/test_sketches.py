@@ -40,6 +40,7 @@ def test_energy_is_unbiased_with_the_stated_variance(v: Tensor) -> None:
     assert float(z.var()) <= 1.35 * 2 / columns
 
 
+@pytest.mark.nightly
 @by_vector
 @pytest.mark.parametrize("relative_error", [0.35, 0.7])
 def test_failure_probability(v: Tensor, relative_error: float) -> None:

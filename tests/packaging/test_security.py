@@ -73,6 +73,7 @@ def make_run(folder: Path, text: str) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font lacks some of the characters
 def test_reports_of_hostile_strings(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_its_metadata_has_the_command_the_licence_and_the_extras(wheel: Path) ->
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
+@pytest.mark.nightly
 def test_what_it_holds_works_without_extras(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

@@ -76,6 +76,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
     assert not torch.equal(errors[0], errors[1])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> None:
     """Each key changes the run, and local updates leave out exchanges; fused workers give what serial ones do."""

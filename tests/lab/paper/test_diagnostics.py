@@ -104,6 +104,7 @@ def test_the_rate_is_the_sum_over_gaps(c: float) -> None:
         assert growth_rate(c, 1.0, mu) == pytest.approx(mu * math.exp(b) * scipy.special.exp1(b), rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_random_k_grows_at_its_rate() -> None:
     """Uncompressed SGD grows by a half faster: log(1.1) = 0.095 a step, and not 0.063."""
     problem = Quadratic((-GAMMA,) + (0.2,) * 19)
@@ -112,6 +113,7 @@ def test_random_k_grows_at_its_rate() -> None:
     assert torch.equal(coupling.direction.abs(), torch.eye(20, dtype=torch.float64)[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("compressor", [RandomK(k=4), LinearSketch(columns=4)])
 def test_linear_error_gaps_scale_with_the_perturbation(compressor: Compressor) -> None:
@@ -140,6 +142,7 @@ def test_other_error_gaps_do_not() -> None:
     assert float(coupled[0].e_gap[2]) > 1e3 * float(coupled[0].e_gap_bound(compressor.mu(16))[2].sqrt())
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_constant_gradients_meet_the_exact_error() -> None:
     """RandomK: E||e_t||^2 / ||g||^2 = E min(A, t)^2, A geometric, at every t; the bound tends to twice the limit."""

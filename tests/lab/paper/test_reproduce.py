@@ -17,6 +17,7 @@ import pytest
 import torch
 from commandline import command, refused
 from forked_python import environment, fork_of, python
+from nightly import thinned
 from PIL import Image
 
 from lab.paper import figure1, figure2
@@ -130,7 +131,7 @@ SIMULATED: dict[str, tuple[Config, str, How]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.parametrize("name", thinned(SIMULATED, 2))
 def test_simulations_train_as_serial_workers(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The same curves, weights and bytes up to rounding."""
     config, images, how = SIMULATED[name]
@@ -167,6 +168,7 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "mu", "mu_by_tensor")} for line in lines]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_batched_gradients_are_in_bfloat16_if_the_run_is(mnist: Path, tmp_path: Path) -> None:
     """Roundings of 8 bits differ with the order of sums; those of float32 would be a thousandth of that."""
@@ -181,6 +183,7 @@ def test_batched_gradients_are_in_bfloat16_if_the_run_is(mnist: Path, tmp_path: 
     assert len({line["payload"] for line in list(found.values())[:2]}) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_path: Path) -> None:
     config = ae_config(
@@ -219,6 +222,7 @@ def written(runs: list[Path]) -> list[int]:
     return [(run / "summary.json").stat().st_mtime_ns for run in runs]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

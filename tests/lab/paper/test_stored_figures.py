@@ -27,6 +27,7 @@ def distance(one: Path, other: Path) -> float:
     return float(np.abs(a - b).mean()) if a.shape == b.shape else np.inf
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_a_figure_is_rebuilt_from_its_stored_curves(name: str, tmp_path: Path) -> None:

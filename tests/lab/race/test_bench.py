@@ -96,6 +96,7 @@ def train(contenders: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]) -> None:
     ours = ("TopK(0.1)",)
     one, other = gloo(train, 2, ("alone", *PEERS, *ours))

@@ -227,6 +227,7 @@ def test_times_to_the_target_are_steps_by_seconds() -> None:
         rows(curves[2:], steps)
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.usefixtures("forks_on_hosts")
 def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

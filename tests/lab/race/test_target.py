@@ -171,6 +171,7 @@ def test_tables_of_stored_rows(
     assert (torchs["seconds"], torchs["seeds"]) == (None, 1)
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Steps in turns and trainings of two methods."""

@@ -105,6 +105,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_run_and_certify_commands(
     config: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
