@@ -47,7 +47,7 @@ def drawn(number: int) -> Case:
         return rng.choice(values) if rng.random() < chance else other
 
     # What excludes others: weights need an exchange other than senders, escape checks one fragment and no delay.
-    kind = some(0.4, ("weight", "escape"), "")
+    kind = some(0.4, ("escape", "weight"), "")
     exchange = rng.choice(EXCHANGES)
     exchange = "direct" if exchange == "senders" and kind == "weight" else exchange
     by_owners, is_exact = exchange in ("two-way", "coordinator"), exchange in ("direct", "senders")
