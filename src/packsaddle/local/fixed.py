@@ -115,7 +115,7 @@ class FixedWorkers:
         has_norms, paced = settings.clip is not None, settings.weight == "steps"
         self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms, paced=paced)
         self._checks = Lockstep(Communicator(group, Ledger()), device, to.behind, norms=has_norms, paced=paced)
-        self._given_weights = [1.0] * group.size  # `Workers.weight` of the workers, by rank; 1: none is given
+        self._given_weights = [1.0] * group.size  # `Workers.weight` of each worker, by rank; 1: None
         # With weight="steps", workers make different numbers of steps in a round. Unless the user has fixed these
         # numbers, a clock measures the time of this worker's steps.
         self._is_paced, self._pacing = paced, Pacing.of(settings.steps, group.size, schedule.every)
@@ -215,7 +215,7 @@ class FixedWorkers:
 
     @property
     def _weights(self) -> list[float]:
-        """The workers' weights in the mean, by rank: with weight="steps", their paces."""
+        """The weights of the workers in the mean, by rank. With weight="steps" they are the workers' paces."""
         return list(map(float, self.paces)) if self._is_paced else self._given_weights
 
     def _share(self) -> float:
