@@ -50,7 +50,6 @@ _EXAMPLES: dict[str, Any] = {
     "local.clip": 1.0,
     "local.mean_momentum": 0.0,
     "local.overlap": Overlap(),
-    "local.overlap.blend": 0.5,
     "local.outer": OuterSGD(),
     "local.outer.nesterov": True,
 }

@@ -24,7 +24,6 @@ from packsaddle import (
     OuterSGD,
     SketchTopK,
     TopK,
-    Workers,
     register_ddp_hook,
     simulate,
 )
@@ -82,11 +81,12 @@ def two_arguments() -> LocalUpdates:
 
 
 def later(compression: Compression) -> None:
-    """Use a compression from the second round of a sample of the workers on."""
-    x = nn.Parameter(torch.zeros(40, 40))
+    """Use a compression from the second round of an elastic worker on."""
+    x, manager = nn.Parameter(torch.zeros(40, 40)), FakeManager(Solo())
     optimizer = SGD([x], lr=0.1)
     schedule = replace(compression, compressor=lambda t: compression.at(t) if t else Identity())
-    LocalUpdates(optimizer, schedule, every=1, workers=Workers(sample=0.5))
+    workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False)
+    LocalUpdates(optimizer, schedule, every=1, workers=workers)
     for _ in range(2):
         x.grad = torch.ones(40, 40)
         optimizer.step()
@@ -109,9 +109,6 @@ REFUSED: dict[str, Callable[[], object]] = {
     "fragments must be at most the number of parameters, 1, got 2": lambda: made(fragments=2),
     "overlap.delay must be below every = 3": lambda: made(every=3, delay=3),
     "delay must be an integer of at least 0": lambda: made(delay=-1),
-    "blend needs a delay": lambda: made(blend=0.5),
-    "blend must be None or in [0, 1], got 2": lambda: made(blend=2, delay=1),
-    "blend must be None or in [0, 1], got 'a'": lambda: made(blend="a", delay=1),
     # Compression, noise and the escape check.
     "decay must be in (0, 1] for local updates, got 0": lambda: made(decay=0),
     "decay must be in [0, 1], got nan": lambda: made(decay=float("nan")),
@@ -176,14 +173,10 @@ REFUSED: dict[str, Callable[[], object]] = {
     'weight must be finite and above 0, "steps" or None, got 0.0': lambda: made(weight=0.0),
     'weight must be finite and above 0, "steps" or None, got nan': lambda: made(weight=float("nan")),
     'weight must be finite and above 0, "steps" or None, got True': lambda: made(weight=True),
-    "sample must be a fraction of the workers in (0, 1], got 0.0": lambda: made(sample=0.0),
-    "sample must be a fraction of the workers in (0, 1], got 1.5": lambda: made(sample=1.5),
-    "blend must be None with sample, got 0.5": lambda: made(sample=0.5, delay=1, blend=0.5),
-    'exchange must not be "senders" with weight or sample': lambda: made(weight=2.0, exchange="senders"),
-    "escape must be None with weight or sample: its": lambda: made(weight=2.0, escape=ESCAPE),
-    "must average messages directly or two-way with a manager or a sample": lambda: later(COORDINATOR),
+    'exchange must not be "senders" with weight': lambda: made(weight=2.0, exchange="senders"),
+    "escape must be None with weight: its": lambda: made(weight=2.0, escape=ESCAPE),
+    "must average messages directly or two-way with a manager": lambda: later(COORDINATOR),
     "not what SharedSupportAllReduce needs": lambda: later(Compression(SketchTopK(0.1))),
-    'sample must be 1 with weight="steps", got 0.5': lambda: made(weight="steps", sample=0.5),
     'steps must be numbers by rank with weight="steps", else None, got [8, 3]': lambda: made(steps=[8, 3]),
     'steps must be numbers by rank with weight="steps", else None, got 8': lambda: made(weight="steps", steps=8),
     "steps must have the ranks 0, 1, ... as keys, got {0: 8, 2: 3}": lambda: made(weight="steps", steps={0: 8, 2: 3}),

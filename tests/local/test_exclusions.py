@@ -42,7 +42,6 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "workers": {
         "weight": {"weight": 2.0},
         "paces": {"weight": "steps"},
-        "sample": {"sample": 0.5},
         "clip": {"clip": 1.0},
         "elastic": {},
     },
@@ -57,13 +56,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 EXCLUDED = {
     ("compressor", "workers"): {
-        *(("shared coordinates", workers) for workers in ("sample", "elastic")),
-        *(("low rank", workers) for workers in ("sample", "elastic")),
-        *(("coordinator", workers) for workers in ("sample", "elastic")),
-        *(("senders", workers) for workers in ("weight", "paces", "sample", "elastic")),
+        ("shared coordinates", "elastic"),
+        ("low rank", "elastic"),
+        ("coordinator", "elastic"),
+        *(("senders", workers) for workers in ("weight", "paces", "elastic")),
     },
     ("workers", "overlap"): {("elastic", "delay")},
-    ("workers", "escape"): {(workers, "escape") for workers in ("weight", "paces", "sample", "elastic")},
+    ("workers", "escape"): {(workers, "escape") for workers in ("weight", "paces", "elastic")},
     ("overlap", "escape"): {("delay", "escape"), ("fragments", "escape")},
     ("mean_momentum", "optimizer"): {("mean_momentum", "SGD")},
 }

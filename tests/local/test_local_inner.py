@@ -10,7 +10,7 @@ from local_updates import gradient
 from specs import local_options
 from torch import Tensor, nn
 
-from packsaddle import Compression, Identity, LocalUpdates, LowRank, TopK, Workers, simulate
+from packsaddle import Compression, Identity, LocalUpdates, LowRank, TopK, simulate
 from packsaddle.comm import resolve
 
 WHOLE = Compression(Identity(), dense_below=0)
@@ -139,15 +139,13 @@ def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int)
 def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options: Any) -> list[float]:
     """Train; return by how much y = a - error() is off where training began plus the mean of all inner changes of x.
 
-    What the optimizer has moved x by is read around each of its steps, in float64, before an exchange. With `blend` an
-    exchange that lands leaves blend (x - start) of x - before, by which the worker has moved since it began.
+    What the optimizer has moved x by is read around each of its steps, in float64, before an exchange.
     """
     xs = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)) for shape in SHAPES_16]
     optimizer = torch.optim.SGD(xs, lr=0.05, momentum=0.8)
     optimizer.register_step_post_hook(lambda *_: at.copy_(flat()))
     kind = Compression(TopK(0.2), dense_below=1)
     local = LocalUpdates(optimizer, every=4, **local_options(compressor=kind, keep_unsent=keep, **options))
-    overlap = local.options.overlap
 
     def flat() -> Tensor:
         return torch.cat([x.detach().double().reshape(-1) for x in xs])
@@ -165,19 +163,11 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
         last = flat()
         optimizer.step()
         moved += at - last
-        if overlap.blend is not None and n % 4 == 0:
-            before = flat()
-        elif overlap.blend is not None and n > 4 and n % 4 == overlap.delay:
-            (part,) = local.state_dict()["fragments"]
-            starts = [(a - part["error"][name] * keep).to(dtype) for name, a in local.anchor().items()]
-            kept = at - torch.cat([s.double().reshape(-1) for s in starts])
-            moved += overlap.blend * kept - (at - before)
         if n % 23 == 0 or n == steps:
             found.append(drift())
             local.load_state_dict(local.state_dict())  # which has the rounding errors
-    if overlap.blend is None:  # a flush, too, blends the parameters of a running exchange
-        assert local.flush(Identity())
-        found.append(drift())
+    assert local.flush(Identity())
+    found.append(drift())
     return found
 
 
@@ -187,7 +177,6 @@ RUNS_16: dict[str, dict[str, Any]] = {
     "delay": {"delay": 2},
     "fragments": {"fragments": 3, "delay": 3},
     "two fragments": {"fragments": 2, "delay": 1},
-    "blend": {"delay": 2, "blend": 0.5},
     "clip": {"clip": 1.0},
 }
 
@@ -200,29 +189,6 @@ def test_16_bit_parameters_lose_no_rounding(name: str, dtype: torch.dtype, keep:
     bound = 16 * torch.finfo(torch.float32).eps
     for found in simulate(lambda worker: drifts(worker, dtype, 48, keep=keep, **RUNS_16[name]), 2):
         assert max(found) < bound, found
-
-
-def test_16_bit_parameters_of_a_worker_that_is_not_sampled() -> None:
-    """It moves with the anchor, rounded, and what it has not sent stays."""
-
-    def body(worker: int) -> list[float]:
-        x = nn.Parameter(torch.randn(9, 7, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16))
-        optimizer = torch.optim.SGD([x], lr=0.05)
-        optimizer.register_step_post_hook(lambda *_: before.append(local.pending()))
-        kind = Compression(TopK(0.2), dense_below=1)
-        local = LocalUpdates(optimizer, kind, every=2, workers=Workers(sample=0.5))
-        before, found = list[Tensor](), []
-        for n in range(1, 41):
-            x.grad = gradient("x", x.detach(), worker, n)
-            sampled = local.sampled
-            optimizer.step()
-            if n % 2 == 0 and not sampled:
-                found.append(float((local.pending() - before[-1]).abs().max()))
-        return found
-
-    for found in simulate(body, 2):
-        assert len(found) == 10
-        assert max(found) < 16 * torch.finfo(torch.float32).eps
 
 
 def test_mixed_precisions_tied_and_frozen_parameters() -> None:

@@ -37,7 +37,6 @@ GLOO = [
     Case(every=3, compressor=TopK(0.2, values="int8"), decay=0.9, bad={5: 1}, steps=20),
     Case(every=4, compressor=TopK(0.2), fragments=2, delay=3, bad={5: 1}, steps=20),
     Case(every=4, compressor=TopK(0.2), delay=1, clip=2.0, loud=10.0),
-    Case(every=3, compressor=TopK(0.2), sample=0.6, sits_out=True),
 ]
 
 
@@ -76,7 +75,7 @@ def test_within_at_anchor_x_is_the_anchor_and_nothing_else_is_allowed() -> None:
     with local.at_anchor():
         with local.at_anchor():  # as a callback that saves while another evaluates
             assert not x.detach().any()
-        calls: list[Callable[..., Any]] = [local.flush, local.error, local.pending, local.sit_out, local.state_dict]
+        calls: list[Callable[..., Any]] = [local.flush, local.error, local.pending, local.state_dict]
         for call, *given in (*((call,) for call in calls), (local.load_state_dict, state), (optimizer.step,)):
             with pytest.raises(RuntimeError, match=rf"{call.__name__}\(\) within at_anchor\(\)"):
                 call(*given)
@@ -183,7 +182,7 @@ def test_weights_loaded_before_a_first_step_that_a_scaler_skips(keep: bool, skip
     assert simulate(body, 2) == [(5.0, 5.0)] * 2
 
 
-def test_weights_loaded_before_a_worker_reads_the_anchor_or_sits_out() -> None:
+def test_weights_loaded_before_a_worker_reads_the_anchor() -> None:
     def body(worker: int) -> list[float]:
         x = torch.nn.Parameter(torch.zeros(4, 4))
         optimizer = torch.optim.SGD([x], lr=0.0)
@@ -193,10 +192,7 @@ def test_weights_loaded_before_a_worker_reads_the_anchor_or_sits_out() -> None:
         found = [float(local.anchor()["parameter 0"].mean()), float(local.error().norm())]
         with local.at_anchor():
             found.append(float(x.detach().mean()))
-        if worker == 1:
-            local.sit_out()
-        else:
-            step(x, optimizer, 1.0)
+        step(x, optimizer, float(worker))
         assert local.resets == []  # x has not moved
         return [*found, float(x.detach().mean())]
 
@@ -309,9 +305,8 @@ def test_every_step_with_sgd_is_algorithm_1(compressor: Compressor) -> None:
         (8, {}, 1.75),
         (4, {"compressor": Compression(Sign(), exchange="direct")}, 3),
         (4, {"workers": Workers(weight=2.0)}, 1.5),
-        (4, {"workers": Workers(sample=0.9)}, 3),
     ],
-    ids=["two", "four", "eight", "asked for", "weights", "sample"],
+    ids=["two", "four", "eight", "asked for", "weights"],
 )
 def test_the_exchange_follows_the_number_of_workers(workers: int, options: dict[str, Any], messages: float) -> None:
     """Gathered messages grow with it, (W - 1) of them a worker; by owners they are 2 (W - 1) / W."""

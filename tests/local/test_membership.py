@@ -30,7 +30,7 @@ from packsaddle.comm import PeerLostError, Solo, connect, resolve
 from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.local.elastic.memory_file import MemoryFile
-from packsaddle.local.participation import share_of
+from packsaddle.local.weights import share_of
 
 
 @pytest.fixture

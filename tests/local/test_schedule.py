@@ -35,9 +35,6 @@ def test_events() -> None:
         steps = 2 * every + delay
         expected = by_definition(every, fragments, delay, steps)
         assert [schedule.after(n) for n in range(1, steps + 1)] == expected, schedule
-        begins = [n for n, events in enumerate(expected, start=1) if any(event.begins for event in events)]
-        for n in range(every):
-            assert schedule.next_begin(n) == next(step for step in begins if step > n), schedule
         running = set[int]()
         for event in (event for events in expected for event in events):
             assert event.begins == (event.fragment not in running)

@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,6 @@ PACED = [
 def test_paces(case: Case, ends: tuple[int, ...], gloo: Gloo) -> None:
     """Of workers that end in the middle of a round, one of them without a step; the first or the second is the last."""
     check(gloo(ended, 3, [case], ends), case, ends)
-
-
-def test_sampled_workers(gloo: Gloo) -> None:
-    """With a sample of the workers in each round, anchors are bitwise identical too."""
-    found = gloo(ended, 3, [replace(CASES[0], sample=0.5)], ENDS)
-    for ((_, anchor, steps, rounds),) in found:
-        assert (steps, rounds) == (13, 4)
-        assert torch.equal(flat(anchor), flat(found[0][0][1]))
 
 
 def escaping() -> tuple[Tensor, list[Any], int]:

@@ -106,7 +106,6 @@ ROUNDS: dict[str, tuple[dict[str, Any], bool]] = {
     "all, in two parts": ({"compressor": Identity(), "overlap": Overlap(fragments=2)}, False),
     "all, weighted": ({"compressor": Identity(), "weighted": True}, False),
     "signs, weighted, nothing kept": ({"keep_unsent": False, "weighted": True}, True),
-    "all, of some": ({"compressor": Identity(), "workers": Workers(sample=0.5)}, False),
     "all, clipped": ({"compressor": Identity(), "workers": Workers(clip=1.0)}, False),
 }
 

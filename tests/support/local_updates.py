@@ -2,10 +2,10 @@
 each worker; and the toy training that it and `LocalUpdates` are run on."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from math import prod
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.feedback.noise import Noise
 from packsaddle.local.options import LocalOptions
 from packsaddle.local.pace import paces
-from packsaddle.local.participation import Participation
 from packsaddle.numerics.seeds import mix
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}
@@ -72,7 +71,6 @@ class Case:
     compressor: Compressor | tuple[Compressor, ...]  # several: in turn, a round each
     fragments: int = 1
     delay: int = 0
-    blend: float | None = None
     outer: str = "none"
     agreement: float = 0.0
     mean_momentum: float = 0.0
@@ -85,8 +83,6 @@ class Case:
     weight: tuple[float, ...] | Literal["steps"] | None = None  # by worker
     paces: tuple[int, ...] | None = None  # by worker
     speeds: tuple[tuple[int, ...], ...] = ((1,) * 9,)  # seconds of a step by worker, in each round; the last: and later
-    sample: float = 1.0
-    sits_out: bool = False  # workers that are not sampled do not train
     clip: float | None = None
     escape: tuple[int, float, Any, int] | None = None  # interval, radius, compare, every
     max_skipped: int | None = 20
@@ -133,8 +129,6 @@ class Case:
 
     def is_quiet(self, n: int, pace: Iterable[int]) -> bool:
         """Return True if no worker is ahead of others by an exchange, or by the first step's check, at tick n."""
-        if self.sits_out and n < self.next_due(1):  # in which those that sit out run the first step's check
-            return False
         tick = (n - 1) % self.every + 1
         lasts = [(self.last_step(tick, h), h) for h in pace]
         first = min(k * self.every // h for k, h in lasts)
@@ -144,10 +138,6 @@ class Case:
         """Return True if an exchange begins or ends at a tick."""
         offsets = [i * self.every // self.fragments for i in range(self.fragments)]
         return any((tick + offset - late) % self.every == 0 for offset in offsets for late in (0, self.delay))
-
-    def next_due(self, tick: int) -> int:
-        """Return the first tick from this one on at which an exchange begins; without a delay."""
-        return next(n for n in count(tick) if self.is_due(n))
 
     def is_frozen(self, name: str, worker: int, n: int) -> bool:
         """For spells of three steps; the first parameter never."""
@@ -313,13 +303,10 @@ class Twin:
     def s(self) -> Tensor:
         return self.a - self.e * ~self.owned if self.case.keep_unsent else self.a.expand_as(self.x)
 
-    def shares(self, n: int, flush: bool) -> Tensor:
-        """Return each worker's factor in the mean, float[W, 1]; 0: it is not in the sample."""
+    def shares(self) -> Tensor:
+        """Return each worker's factor in the mean, float[W, 1]."""
         weight = self.paces if self.case.weight == "steps" else self.case.weight
         w = torch.tensor(weight or (1.0,) * self.size, dtype=torch.float64)
-        if self.case.sample < 1 and not flush:
-            members = Participation(None, self.case.sample, self.size, 0, self.case.seed).members(n)
-            w *= torch.tensor([i in members for i in range(self.size)])
         return (self.size * w / w.sum())[:, None]
 
     def pending(self) -> Tensor:
@@ -330,18 +317,13 @@ class Twin:
                 pending[:, part.at] += part.current.mean
         return pending
 
-    def is_idle(self, i: int, n: int) -> bool:
-        """Return True if worker i sits out inner step n, since the next exchange is without it."""
-        due = self.case.next_due(n)
-        return self.case.sits_out and due <= self.case.steps and not self.shares(due, flush=False)[i]
-
     def train(self, i: int, ends: tuple[int, ...] | None) -> None:
-        """Do the next inner step of worker i, unless it has ended or sits out."""
+        """Do the next inner step of worker i, unless it has ended."""
         before = self.x[i].clone()
         self.made[i] += 1
         self.done[i] += 1
         n = self.made[i]
-        if (ends is None or n <= ends[i]) and not self.is_idle(i, n):
+        if ends is None or n <= ends[i]:
             self.trainings[i].step(n, i)
         for name in self.places:
             trained = not self.case.is_frozen(name, i, n)
@@ -415,21 +397,21 @@ class Twin:
         """Four bits where rounds send no more, by owners that do not compress otherwise; else all."""
         case, four, c = self.case, Rounded("int4"), self.case.compressor_at(max(0, part.t - 1))
         few = part.n and part.restricted(c).message_bytes(part.n, 8) <= four.message_bytes(part.n, 8)
-        usual = case.exchange in ("auto", "two-way") and case.back is None and case.sample == 1
+        usual = case.exchange in ("auto", "two-way") and case.back is None
         return four if usual and few and self.size > 1 else Identity()
 
-    def switch(self, part: Part, compressor: Compressor | None, present: Sequence[int] = ()) -> None:
+    def switch(self, part: Part, compressor: Compressor | None) -> None:
         """Use a compressor, for which workers may own other coordinates."""
         if compressor != part.compressor:
             part.compressor, part.warm = compressor, None
         self.owned[:, part.at] = False
-        for j, a, b in self.chunks(part, compressor, present):
+        for j, a, b in self.chunks(part, compressor):
             self.owned[j, part.at[a:b]] = True
 
-    def chunks(self, part: Part, c: Compressor | None, present: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Return the owners, where their chunks begin and where they end; in a two-way exchange, all `present` own."""
+    def chunks(self, part: Part, c: Compressor | None) -> list[tuple[int, int, int]]:
+        """Return the owners, where their chunks begin and where they end."""
         exchange = "direct" if c is None or c.lossless else self.case.exchange
-        owners = {"two-way": list(present), "coordinator": [0]}.get(exchange, [])
+        owners = {"two-way": list(range(self.size)), "coordinator": [0]}.get(exchange, [])
         bounds = [part.n * k // len(owners) for k in range(len(owners) + 1)] if owners else []
         return [(j, a, b) for j, (a, b) in zip(owners, pairwise(bounds), strict=True)]
 
@@ -441,9 +423,8 @@ class Twin:
     def begin(self, part: Part, n: int, flush: Compressor | None = None) -> None:
         case, at = self.case, part.at
         c = flush or case.compressor_at(part.t)
-        share = self.shares(n, flush is not None)
-        present = share[:, 0].nonzero().flatten().tolist()
-        self.switch(part, c, present)
+        share = self.shares()
+        self.switch(part, c)
         frozen = torch.stack([self.frozen(i)[at] for i in range(self.size)])
         self.x[:, at] = torch.where(frozen, self.x[:, at], (self.s() - self.u)[:, at])
         v = case.decay * self.e[:, at] + self.u[:, at]
@@ -463,36 +444,34 @@ class Twin:
         own = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
         if case.clip is not None:
             norms = own.norm(dim=1, keepdim=True).float().double()
-            factor = (case.clip * norms[share > 0].median() / norms).clamp(max=1)
+            factor = (case.clip * norms.median() / norms).clamp(max=1)
             factor[norms == 0] = 1
-            part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1 and share[i]]
+            part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1]
         r.rest = (factor[:, 0] < 1) | (not c.lossless)
-        sent, r.mean, error = self.average(part, c, v * share * factor, present)
+        sent, r.mean, error = self.average(part, c, v * share * factor)
         # What was not sent is kept, and by its owner that of the mean, so that the next mean has it once; of a
         # parameter that is frozen on some workers alone, C(0) was sent.
-        residual, is_in = v - sent / share + owned * error / (share / self.size), (share > 0).expand_as(v)
-        r.before = torch.where(is_in, r.before, self.s()[:, at])  # a worker that is not in keeps all of its update
+        residual = v - sent / share + owned * error / (share / self.size)
         agrees = bool((frozen == frozen[0]).all())
         if agrees:
             r.mean[frozen[0]] = 0
         if case.agreement and flush is None:
             self.lengthen(part, r.mean, torch.where(owned, own * share * factor, sent), share[:, 0])
-        residual = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
-        self.e[:, at] = torch.where(is_in, residual, self.e[:, at])
-        self.u[:, at] = torch.where(is_in & ~frozen, 0, self.u[:, at])
-        for i, mine in enumerate(self.is_sent):
-            mine.update(dict.fromkeys(part.names, True) if share[i] else {})
+        self.e[:, at] = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
+        self.u[:, at] = torch.where(frozen, self.u[:, at], 0)
+        for mine in self.is_sent:
+            mine.update(dict.fromkeys(part.names, True))
 
     def lengthen(self, part: Part, mean: Tensor, sent: Tensor, share: Tensor) -> None:
         """Multiply the mean of each tensor by ((sum_i w_i |q_i|^2) / |D|^2)^(p/2), the ratio held in [1, W]."""
         sizes = [len(self.places[name]) for name in part.in_order]
         for d, rows in zip(mean.split(sizes), sent.split(sizes, 1), strict=True):
-            of_workers = [w / self.size * (q / w).square().sum() for w, q in zip(share, rows, strict=True) if w > 0]
+            of_workers = [w / self.size * (q / w).square().sum() for w, q in zip(share, rows, strict=True)]
             if d.any():
                 ratio = float(sum(of_workers) / d.square().sum())
                 d *= min(max(ratio, 1.0), self.size) ** (self.case.agreement / 2)
 
-    def average(self, part: Part, c: Compressor, v: Tensor, present: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def average(self, part: Part, c: Compressor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return C(v_i), where owners have v_i itself, the mean, and its residual, float[n]; the part that is not
         compressed is sent whole."""
         case, n, seed, t = self.case, part.n, part.seed, part.t
@@ -501,7 +480,7 @@ class Twin:
         mean = v.mean(0)
         if n and exchange in ("two-way", "coordinator"):
             back = part.restricted(case.back or (c if exchange == "two-way" else Identity()))
-            for j, a, b in self.chunks(part, c, present):
+            for j, a, b in self.chunks(part, c):
                 up, down = own.restrict(a, b, n), back.restrict(a, b, n)
                 for i in [i for i in range(self.size) if a < b and i != j]:
                     mine = mix(seed, i + 1) if c.private else seed
@@ -556,17 +535,11 @@ class Twin:
             assert r.rest is not None
             self.e[:, at] = torch.where(r.frozen | r.rest[:, None], self.e[:, at], 0)
         s = self.s()[:, at]
-        x = (
-            s - self.u[:, at]
-            if not case.delay or r.flush or case.blend is None
-            else torch.lerp(s, self.x[:, at], case.blend)
-        )
+        x = s - self.u[:, at]
         if r.flush:
             assert r.rest is not None
             x = torch.where(r.rest[:, None], self.a[at], x)
         self.x[:, at] = torch.where(r.frozen, self.x[:, at], x)
-        if case.blend is not None and not r.flush:
-            self.u[:, at] = torch.where(r.frozen, self.u[:, at], s - x)
         if case.mean_momentum and not r.flush:
             self.mix_momentum(part, mean, frozen)
         if case.escape is not None:
@@ -638,7 +611,7 @@ class Twin:
                 traces[0].stopped = n
                 break
         for trace in traces:
-            trace.error = (self.shares(0, flush=True) * self.pending()).mean(0)
+            trace.error = (self.shares() * self.pending()).mean(0)
             trace.paces = traces[0].paces
             trace.rounds, trace.skips = sum(part.t for part in self.parts), self.skips
             trace.skipped = len(self.skips)
@@ -692,12 +665,8 @@ def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
             while done < last:
                 n, done = n + 1, done + 1
                 CLOCK.work(case.seconds(tick)[rank])
-                is_idle = case.sits_out and not local.sampled and case.next_due(tick) <= case.steps
                 try:
-                    if not is_idle:
-                        training.step(n, rank)
-                    elif case.is_due(tick):
-                        local.sit_out()
+                    training.step(n, rank)
                 finally:
                     note(trace, training, local)
             if tick in case.flushes and is_quiet:

@@ -271,8 +271,8 @@ def _complete_states(
     """Insert missing optimizer states into the saved states of an optimizer; collective. If a worker has saved no state
     for some parameter, it is given the mean of the states that the other workers have saved for this parameter.
 
-    A worker has no state for a parameter before its first step (see `Workers.sample`), or after the state was reset
-    because of a NaN. `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this
+    A worker has no state for a parameter before its first gradient, or after the state was reset because of a NaN.
+    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this
     worker has read. `shares` has the weights of the state dicts that this worker has read.
     """
     first, *mine = [state.get("state", {}) for state in states]

@@ -31,7 +31,7 @@ class Compression(Option):
             "two-way", by predicted bytes; see `select_aggregator`). Local updates also accept "senders": like "direct",
             but each coordinate is averaged over the workers that sent it, as in SparseLoCo's code; error memories are
             then not exactly the unsent part of the updates. If None, it is "auto" in local updates of a fixed set of
-            workers without `sample`, else "direct".
+            workers, else "direct".
         back: the compressor of the mean, which the exchanges "two-way" and "coordinator" send back to the workers. If
             None, "two-way" compresses the mean with `compressor`, and "coordinator" sends it uncompressed.
         dense_below: tensors with fewer elements than this are sent uncompressed, and so are all tensors with fewer than

@@ -6,7 +6,7 @@
 - `clipping`: limits the norms of the workers' updates
 - `schedule`: the steps after which each fragment is exchanged
 - `pace`: the numbers of steps of workers with unequal speeds
-- `participation`: the workers' weights, and random samples of the workers
+- `weights`: the workers' weights in the mean of their updates
 - `after` and `outcomes`: the reactions to the end of an exchange, such as a reset after a rejected exchange
 - `inner` and `start`: checks of the inner optimizers and of the first step
 - `lockstep`: a check before each collective that all workers make the same call

@@ -118,13 +118,13 @@ class Anchor:
         for a, old in before:
             a.copy_(old)
 
-    def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
+    def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None) -> None:
         """Set the parameters x to start + (x - before) after the anchor changed, so that x keeps its progress since
         `before`. Here `start` is the new start point (see `starts`). `before` has earlier values of x, one tensor per
         parameter. If `before` is empty, x is set to `start`.
 
-        If `blend` is given, x is set to (1 - blend) start + blend x instead. Parameters whose names are in `frozen`
-        keep their values; by default, `frozen` has all currently frozen parameters.
+        Parameters whose names are in `frozen` keep their values; by default, `frozen` has all currently frozen
+        parameters.
         """
         frozen = self._frozen if frozen is None else frozen
         if not before:
@@ -132,10 +132,7 @@ class Anchor:
             return
         where = zip(self.tensors(), self.starts(), before, strict=True)
         starts = ((x, beside(x, a).to(wide_dtype(x)), s) for x, a, s in where)
-        if blend is None:
-            self._set(((x.to(start.dtype) - s).add_(start) for x, start, s in starts), frozen)
-        else:
-            self._set((torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts), frozen)
+        self._set(((x.to(start.dtype) - s).add_(start) for x, start, s in starts), frozen)
 
     def move_to_start(self, frozen: Collection[str] | None = None) -> None:
         """Reset the parameters x to this worker's start point, from which it continues after an exchange, and clear

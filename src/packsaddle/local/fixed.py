@@ -27,10 +27,10 @@ from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Workers
 from packsaddle.local.pace import Pacing, StepClock
-from packsaddle.local.participation import Participation
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
 from packsaddle.local.start import check_first_step, share_start
+from packsaddle.local.weights import gather_weights, share_of
 from packsaddle.numerics.devices import to_device
 
 _log = logging.getLogger("packsaddle")
@@ -115,8 +115,7 @@ class FixedWorkers:
         has_norms, paced = settings.clip is not None, settings.weight == "steps"
         self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms, paced=paced)
         self._checks = Lockstep(Communicator(group, Ledger()), device, to.behind, norms=has_norms, paced=paced)
-        weight = None if settings.weight == "steps" else settings.weight
-        self._participation = Participation(weight, settings.sample, group.size, group.rank, options.seed)
+        self._given_weights = [1.0] * group.size  # `Workers.weight` of each worker, by rank; 1: None
         # With weight="steps", workers make different numbers of steps in a round. Unless the user has fixed these
         # numbers, a clock measures the time of this worker's steps.
         self._is_paced, self._pacing = paced, Pacing.of(settings.steps, group.size, schedule.every)
@@ -142,7 +141,9 @@ class FixedWorkers:
             for site in self._fragments[0].shards.groups:
                 check_agreement(Communicator(site, Ledger()), same, self._device, _HINTS, of="process")
             check_agreement(self.channel, same, self._device, _HINTS)
-            self._participation.exchange(self.channel, self._device)
+            weight = self._settings.weight
+            if not (weight is None or weight == "steps"):
+                self._given_weights = gather_weights(self.channel, weight, self._device)
             share_start(self.channel, tensors, self._device)
 
     def enter(self) -> bool:
@@ -205,18 +206,21 @@ class FixedWorkers:
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
         """Apply the current paces, i.e. the numbers of inner steps that the workers make in a round, to this worker's
-        schedule for the inner steps after number `step`. With weight="steps", the paces also become the workers'
-        weights in the mean.
+        schedule for the inner steps after number `step`.
 
         In the first `idle` steps after number `step`, the schedule does not advance.
         """
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
-        self._set_weights()
 
-    def _set_weights(self) -> None:
-        if self._is_paced:
-            self._participation.weights = list(map(float, self.paces))
+    @property
+    def _weights(self) -> list[float]:
+        """The weights of the workers in the mean, by rank. With weight="steps" they are the workers' paces."""
+        return list(map(float, self.paces)) if self._is_paced else self._given_weights
+
+    def _share(self) -> float:
+        """Return the factor W w_i / sum_j w_j of this worker's update in a mean over all W workers."""
+        return share_of(self._weights, self.channel.group.rank)
 
     def _nanoseconds(self, part: Fragment) -> int:
         """Return the mean time of an inner step of this worker since the last reading of its clock, in nanoseconds. If
@@ -229,14 +233,12 @@ class FixedWorkers:
         """Begin a round of one fragment (parameters exchanged together) at `tick`, the current time of the schedule. If
         exchanges have a delay, the round runs in the background. `flush` is the compressor of a flush, i.e. of an
         exchange of all pending updates. For an ordinary round `flush` is None."""
-        # A flush has no delay. All workers exchange their updates in it, also workers that are not in the random
-        # sample.
+        # A flush has no delay.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
-        weights = self._participation.weights if flush else self._participation.weights_after(tick)
         is_timed = self._is_paced and not flush and tick % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
-        r = LocalRound.begin(part, tick + delay, weights, later=delay > 0, flush=flush)
+        r = LocalRound.begin(part, tick + delay, self._weights, later=delay > 0, flush=flush)
         self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
@@ -245,8 +247,6 @@ class FixedWorkers:
         # A worker whose data has ended has no new local update, so the norm of its update does not count in the median
         # from which the clipping limit is computed.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
-        if not r.share:
-            standing = Standing.ABSENT
         # If messages have variable sizes, the host reads the sizes before the exchange, and would hang if the workers'
         # calls did not match. So these calls must be compared before the exchange.
         sent = part.feedback.compressor
@@ -302,7 +302,7 @@ class FixedWorkers:
         steps = self._schedule.tick(steps)
         self._announce()
         for vector in vectors:
-            vector.mul_(self._participation.share())
+            vector.mul_(self._share())
             self.lockstep.run("calls error()", steps, partial(self.channel.mean, vector, "inspection"))
         return vectors
 
@@ -320,7 +320,7 @@ class FixedWorkers:
 
         def exchange() -> None:
             check_agreement(self.channel, same, self._device)
-            self.channel.average(means, "average", weight=self._participation.share())
+            self.channel.average(means, "average", weight=self._share())
             for part in parts:
                 if not part.is_floating_point():
                     self.channel.broadcast(part, "average")
@@ -333,19 +333,9 @@ class FixedWorkers:
         "saves a checkpoint"; collective. The bytes of this check are not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
-    # Queries of the schedule: whether an exchange begins, and whether this worker is in it.
-
     def exchanging(self, steps: int) -> bool:
         """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""
         return any(event.begins for event in self._schedule.after(steps))
-
-    def sampled(self, steps: int) -> bool:
-        """Return True if this worker is in the next exchange that begins after inner step number `steps`, i.e. if it is
-        in the random sample of that exchange."""
-        return self._participation.weights_after(self._schedule.next_begin(steps))[self.channel.group.rank] > 0
-
-    def check_fixed(self, call: str) -> None:
-        """No-op: with a fixed set of workers, a `call` such as "error" or "sit_out" is always supported."""
 
     def join(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("join"))
@@ -374,13 +364,12 @@ class FixedWorkers:
 
     def identity(self) -> dict[str, Any]:
         group = self.channel.group
-        sample = {} if self._settings.sample == 1 else {"sample": self._settings.sample}
-        return {**sample, "rank": group.rank, "workers": group.size, "weight_by_steps": self._is_paced}
+        return {"rank": group.rank, "workers": group.size, "weight_by_steps": self._is_paced}
 
     def fields(self) -> list[Value]:
         own = attribute(("pacing",), self, "_pacing", Pacing), attribute(("own_steps",), self, "steps", int)
         schedule = Value(("schedule",), Schedule, lambda: self._schedule, self._load_schedule)
-        return [Value(("share",), float, self._participation.share, skip), *own, schedule]
+        return [Value(("share",), float, self._share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
         """Restore the saved schedule of exchanges. If the number of workers has changed since the schedule was saved,
@@ -395,7 +384,6 @@ class FixedWorkers:
         # The saved pace is another worker's, or `every` if this worker's data had ended (see `after_step`).
         if saved.pace != self.paces[self.channel.group.rank]:
             self._set_pace(self.steps)
-        self._set_weights()
 
 
 _FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

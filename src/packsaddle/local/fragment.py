@@ -108,15 +108,14 @@ class Fragment(Slice):
         """Return the default compressor of a flush, i.e. of an exchange of all pending updates: Rounded("int4"), with
         four bits per value, or Identity.
 
-        It is Identity if there is only one worker, or if workers may be absent in a round. It is Identity too if the
-        exchange is neither "auto" nor "two-way", if it compresses the mean again (`Compression.back`), or if the
-        compressor of the last round sends more bytes than Rounded("int4").
+        It is Identity if there is only one worker, if the exchange is neither "auto" nor "two-way", if it compresses
+        the mean again (`Compression.back`), or if the compressor of the last round sends more bytes than
+        Rounded("int4").
         """
         spec, four, workers = self.options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
         sends_less = self.feedback.sends_no_more(self._of_last_round, four)
-        may_own = workers > 1 and not self.options.workers.may_be_absent
-        return four if may_own and is_usual and sends_less else Identity()
+        return four if workers > 1 and is_usual and sends_less else Identity()
 
     @property
     def _of_last_round(self) -> Compressor:
@@ -168,7 +167,7 @@ class Fragment(Slice):
                 for name, e in self._named(self.feedback.memory.vector).items():
                     if name not in r.frozen:
                         e.zero_()
-            self.anchor.move(r.before, r.frozen, self.options.overlap.blend)
+            self.anchor.move(r.before, r.frozen)
             if r.leaves_rest:
                 self.anchor.move_to_anchor()
         elif bool(r.invalid):

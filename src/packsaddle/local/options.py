@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -47,14 +47,13 @@ class Overlap(Option):
     Arguments of this type also accept an integer, as short for `Overlap(delay)`.
 
     Args:
-        delay: inner steps during which an exchange runs, at least 0 and below `every`. A delay above 0 needs memory for
-            a copy of the exchanged parameters.
+        delay: inner steps during which an exchange runs, at least 0 and below `every`. When the exchange ends, x
+            becomes s plus the change of x during the exchange. Here x are the worker's parameters and s is its new
+            start point, the anchor a or, with `keep_unsent`, a - e. A delay above 0 needs memory for a copy of the
+            exchanged parameters.
         fragments: P, the number of parts into which the model is split. Each part has consecutive parameters, and all
             parts have about equal numbers of elements. The exchanges of consecutive parts are every / P steps apart. P
             is at least 1, and at most `every` and the number of parameters.
-        blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) s + blend x, where x are
-            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If blend
-            is None, x becomes s plus the change of x during the exchange.
 
     Raises ValueError for a setting that is out of range.
 
@@ -66,15 +65,10 @@ class Overlap(Option):
 
     delay: int = 0
     fragments: int = 1
-    blend: float | None = None
 
     def __post_init__(self) -> None:
         check_integers(0, delay=self.delay)
         check_integers(1, fragments=self.fragments)
-        if self.blend is not None and not (_is_number(self.blend) and 0 <= self.blend <= 1):
-            raise ValueError(f"blend must be None or in [0, 1], got {self.blend!r}")
-        if self.blend is not None and not self.delay:
-            raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
 
 
 @dataclass(frozen=True)
@@ -101,9 +95,6 @@ class Workers(Option):
         steps: fixed paces for weight="steps", i.e. the number of inner steps in a round of each worker, by rank, such
             as {0: 12, 1: 4} or [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None,
             the paces follow from measured times.
-        sample: fraction of the workers, in (0, 1], that exchange in a round. The workers of each round are drawn at
-            random, as in federated averaging. A worker that is not drawn keeps its local update, or skips the steps of
-            the round (see `LocalUpdates.sampled`).
         clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
             the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
             error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
@@ -114,37 +105,25 @@ class Workers(Option):
             setting of a parameter group, such as the learning rate. If the optimizers should differ, set it to False on
             all workers.
 
-    With a weight or a sample, escape checks are not supported. With a sample, `Overlap.blend` and weight="steps" are
-    not supported either, nor is any exchange except "direct" and "two-way" (see `Compression`). Raises ValueError for a
-    setting that is out of range, and TypeError if compare_optimizers is not a bool.
+    With a weight, neither escape checks nor the exchange "senders" (see `Compression`) are supported. Raises ValueError
+    for a setting that is out of range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
     >>> optimizer = torch.optim.SGD(torch.nn.Linear(64, 64).parameters(), lr=0.1)
-    >>> local = LocalUpdates(optimizer, every=30, workers=Workers(weight=1000.0, sample=0.5))
+    >>> local = LocalUpdates(optimizer, every=30, workers=Workers(weight=1000.0))
     """
 
     group: Any = own(None)
     weight: float | Literal["steps"] | None = own(None)
-    sample: float = 1.0
     clip: float | None = None
     compare_optimizers: bool = True
     steps: Sequence[int] | Mapping[int, int] | None = None
-
-    @property
-    def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round, i.e. with `sample` below 1. An exchange must then keep no state
-        that is only valid if the same workers take part in every round."""
-        return self.sample < 1
 
     def __post_init__(self) -> None:
         weight, steps = self.weight, self.steps
         if not (weight is None or weight == "steps") and not (_is_number(weight) and 0 < weight < math.inf):
             raise ValueError(f'weight must be finite and above 0, "steps" or None, got {weight!r}')
-        if not (_is_number(self.sample) and 0 < self.sample <= 1):
-            raise ValueError(f"sample must be a fraction of the workers in (0, 1], got {self.sample!r}")
-        if weight == "steps" and self.sample < 1:
-            raise ValueError(f'sample must be 1 with weight="steps", got {self.sample!r}')
         if steps is not None:
             if weight != "steps" or not isinstance(steps, Mapping | Sequence):
                 raise ValueError(f'steps must be numbers by rank with weight="steps", else None, got {steps!r}')
@@ -219,8 +198,6 @@ class Elastic(Option):
     clip: float | None = None
     compare_optimizers: bool = True
     group: Any = own(None)
-
-    may_be_absent: ClassVar[bool] = True  # elastic workers may be absent; see `Workers.may_be_absent`
 
     @property
     def is_site(self) -> bool:
@@ -384,19 +361,13 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Raise ValueError for options that elastic workers, or fixed workers with weights or a random sample, do not
-        # support.
+        # Raise ValueError for options that elastic workers, or fixed workers with weights, do not support.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager")
             if overlap.delay:
                 raise ValueError(f"delay must be 0 with a manager, got {overlap.delay}")
-        elif self.workers.weight is not None or self.workers.may_be_absent:
-            self._check_plain("with weight or sample")
-            if self.workers.may_be_absent and overlap.blend is not None:
-                raise ValueError(
-                    f"blend must be None with sample, got {overlap.blend}: workers that are not sampled would lose a "
-                    f"part of their local updates"
-                )
+        elif self.workers.weight is not None:
+            self._check_plain("with weight")
 
     @classmethod
     def of(
@@ -421,7 +392,7 @@ class LocalOptions(Option):
                 expected = "a process group, a DeviceMesh, Workers or Elastic"
                 raise TypeError(f"workers must be {expected}, got {workers!r}") from None
             workers = Workers(workers)
-        compression = Compression.of(compressor, "direct" if workers.may_be_absent else "auto")
+        compression = Compression.of(compressor, "auto")
         # The exchange "auto" depends on the number of workers, which elastic workers do not know in advance.
         if isinstance(workers, Elastic) and compression.exchange == "auto":
             compression = replace(compression, exchange="direct")
@@ -442,15 +413,16 @@ class LocalOptions(Option):
         """Raise ValueError if the setting `workers` does not support the aggregator, which averages messages. Also
         raise ValueError if `sharded` is True, i.e. if the parameters are DTensors, and workers join and leave
         (`Elastic`) without being sites."""
-        if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
+        if not isinstance(self.workers, Elastic):
+            return
+        if sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "
                 "make that of a site, connect(..., site=True)"
             )
-        if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather | TwoWay):
+        if not isinstance(aggregator, AllReduce | AllGather | TwoWay):
             name = type(aggregator).__name__
             raise ValueError(
-                f"compressor and exchange must average messages directly or two-way with a manager or a sample of "
-                f"workers (TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others "
-                f"need one set of workers"
+                f"compressor and exchange must average messages directly or two-way with a manager (TopK, RandomK, "
+                f"Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others need one set of workers"
             )

@@ -144,9 +144,3 @@ class LocalRecords(Records):
     def exchanging(self) -> bool:
         """True if an exchange began after the last inner step; identical on all workers."""
         return self._workers.exchanging(self.steps)
-
-    @property
-    def sampled(self) -> bool:
-        """True if this worker is in the next exchange (see `Workers.sample`). A worker that is not may train until
-        then, or skip the steps by `sit_out`."""
-        return self._workers.sampled(self.steps)

@@ -23,7 +23,7 @@ from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
 from packsaddle.local.lockstep import PendingCall
-from packsaddle.local.participation import share_of
+from packsaddle.local.weights import share_of
 from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class LocalRound:
         kept = [] if share else part.anchor.copy_starts()
         exchanged = part.feedback.round(t)
         exchanged.correct(PseudoGradient(part.anchor, spec.decay, noise, frozen))
-        before = [x.clone() for x in part.anchor.tensors()] if later and share else kept
+        before = [x.clone() for x in part.anchor.tensors()] if later else kept
         r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
         part.current = r
         if options.workers.clip is not None:

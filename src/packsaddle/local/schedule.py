@@ -59,11 +59,6 @@ class Schedule:
     def _begun(self, tick: int) -> list[int]:
         return [i for i, offset in enumerate(self.offsets) if (tick + offset) % self.every == 0]
 
-    def next_begin(self, step: int) -> int:
-        """Return the time, in ticks, of the first exchange that begins after inner step number `step`."""
-        tick = self.tick(step)
-        return tick + min(self.every - (tick + offset) % self.every for offset in self.offsets)
-
     @property
     def period(self) -> int:
         """The number of inner steps from one round to the next, at least 1, if workers join and leave during

@@ -309,16 +309,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own{hint}")
 
-    # Methods to skip a round, to join and to leave.
-
-    def sit_out(self) -> None:
-        """Skip training until the next exchange: count the inner steps up to that exchange, then run the exchange;
-        collective. Raises RuntimeError if workers join and leave (see `Elastic`)."""
-        self._check_between_steps("sit_out()")
-        self._workers.check_fixed("sit_out")
-        self._attempted()
-        while not self.exchanging:
-            self._attempted()
+    # Methods to join and to leave.
 
     @torch.no_grad()
     def join(self) -> None:
@@ -365,7 +356,6 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         do in training without compression. d is the number of elements in this process's shards. Raises RuntimeError if
         workers join and leave (see `Elastic`): use `pending`.
         """
-        self._workers.check_fixed("error")
         return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
 
     @torch.no_grad()

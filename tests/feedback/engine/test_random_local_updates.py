@@ -46,14 +46,12 @@ def drawn(number: int) -> Case:
     def some(chance: float, values: Any, other: Any) -> Any:
         return rng.choice(values) if rng.random() < chance else other
 
-    # What excludes others: samples need an exchange without state and no blend, weights no senders, escape checks one
-    # fragment and no delay.
-    kind = some(0.4, ("weight", "sample", "weight, sample", "escape", "escape"), "")
-    is_sampled = "sample" in kind
-    exchange = rng.choice(("direct", "all-gather", "two-way", "two-way") if is_sampled else EXCHANGES)
-    exchange = "direct" if exchange == "senders" and "weight" in kind else exchange
+    # What excludes others: weights need an exchange other than senders, escape checks one fragment and no delay.
+    kind = some(0.4, ("escape", "weight"), "")
+    exchange = rng.choice(EXCHANGES)
+    exchange = "direct" if exchange == "senders" and kind == "weight" else exchange
     by_owners, is_exact = exchange in ("two-way", "coordinator"), exchange in ("direct", "senders")
-    kinds = [c for c in KINDS if c.aggregation not in OWN or (is_exact and not is_sampled)]
+    kinds = [c for c in KINDS if c.aggregation not in OWN or is_exact]
     model, workers, steps, every = rng.randrange(4), rng.choice((2, 2, 3, 3, 4)), rng.randint(6, 9), rng.choice(EVERY)
     delay = 0 if kind == "escape" else some(0.5, range(1, every) or [0], 0)
     inner = rng.choice(("sgd", "momentum", "adamw", "sgd,adamw", "adamw,momentum"))
@@ -66,14 +64,13 @@ def drawn(number: int) -> Case:
     flushes, clip = dict[int, Compressor | None](), some(0.25, (1.0, 2.0), None)
     for n in rng.sample(range(1, steps + 1), rng.choice((0, 0, 1, 2))):
         is_between = all((n + i * every // fragments) % every for i in range(fragments))
-        if is_between or not (clip and "weight" in kind):  # which clips rounding errors of weights
+        if is_between or not (clip and kind == "weight"):  # which clips rounding errors of weights
             flushes[n] = rng.choice([None, *kinds] if is_between and rng.random() < 0.7 else SAFE)
     case = Case(
         every,
         some(0.2, [tuple(rng.choices(kinds, k=3))], rng.choice(kinds)),
         fragments=fragments,
         delay=delay,
-        blend=some(0.5, (0.3,), None) if delay and not is_sampled else None,
         outer=some(0.4, list(OUTERS), "none"),
         agreement=some(0.3, (0.5, 1.0), 0.0),
         mean_momentum=some(0.4, (0.5, 1.0), 0.0) if "adamw" in inner else 0.0,
@@ -83,8 +80,7 @@ def drawn(number: int) -> Case:
         exchange=exchange,
         back=some(0.6, (TopK(0.3), RandomK(0.5)), None) if by_owners else None,
         dense_below=rng.choice((0, 1, 10)),
-        weight=tuple(rng.choices((0.5, 1.0, 3.0), k=workers)) if "weight" in kind else None,
-        sample=rng.choice((0.4, 0.7)) if is_sampled else 1.0,
+        weight=tuple(rng.choices((0.5, 1.0, 3.0), k=workers)) if kind == "weight" else None,
         clip=clip,
         escape=escape if kind == "escape" else None,
         max_skipped=rng.choice((None, 0, 1, 20)),
@@ -104,8 +100,6 @@ def drawn(number: int) -> Case:
         flushes=flushes,
         freezes=freezes,
     )
-    if is_sampled and rng.random() < 0.5:
-        return replace(case, sits_out=True, delay=0, flushes={}, freezes="")
     return paced(case, rng) if kind == "" and rng.random() < 0.4 else case
 
 
@@ -126,7 +120,7 @@ def paced(case: Case, rng: random.Random) -> Case:
 
 def loses_nothing(case: Case) -> bool:
     plain = Case(1, Identity())
-    names = ("outer", "agreement", "decay", "sample", "noise", "blend", "escape", "bad")
+    names = ("outer", "agreement", "decay", "noise", "escape", "bad")
     return case.exchange != "senders" and all(getattr(case, name) == getattr(plain, name) for name in names)
 
 

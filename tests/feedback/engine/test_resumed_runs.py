@@ -73,9 +73,8 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "compared": {"inner": adamw, "compare_every": 2},
         "outer": {"outer": nesterov, "noise": 0.01, "decay": 0.9},
         "warm start": {"compressor": LowRank(1)},
-        "sampled": {"every": 2, "sample": 0.5, "weight": 1.5},
-        "sampled, overlapped": {"every": 3, "delay": 2, "sample": 0.5, "exchange": "two-way"},
-        "sampled, 16 bits": {"every": 2, "delay": 1, "sample": 0.5, "dtype": torch.bfloat16},
+        "weighted": {"every": 2, "weight": 1.5},
+        "16 bits": {"every": 2, "delay": 1, "dtype": torch.bfloat16},
         "escape": {"every": 2, "escape": ESCAPE},
     },
     "local, two optimizers": {
@@ -85,7 +84,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "local overlapped": {
         "three fragments": {"fragments": 3, "delay": 3, "inner": adamw},
         "outer": {"every": 5, "delay": 4, "outer": adam},
-        "blend": {"fragments": 1, "blend": 0.5},
         "two-way": {"every": 3, "fragments": 1, "exchange": "two-way"},
         "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2, values="int2")},
         "schedule": {
@@ -135,7 +133,7 @@ def test_resumed_is_never_stopped(front: str, way: str, on_workers: Callable[...
 
 
 def overlapped() -> dict[str, list[str]]:
-    ways = ("three fragments", "outer", "blend", "two-way", "private")
+    ways = ("three fragments", "outer", "two-way", "private")
     return {way: resumed("local overlapped", way) for way in ways}
 
 

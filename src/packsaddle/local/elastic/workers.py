@@ -376,16 +376,11 @@ class ElasticWorkers(Membership):
 
     # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
 
-    def check_fixed(self, call: str) -> None:
-        """Raise RuntimeError, since `call`, a key of `_FIXED` such as "average", is supported only with a fixed set of
-        workers."""
-        raise RuntimeError(_FIXED[call])
-
     def mean(self, vectors: Sequence[Tensor], steps: int) -> NoReturn:
-        raise RuntimeError(_FIXED["error"])
+        raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
 
     def average(self, tensors: Iterable[Tensor], steps: int) -> NoReturn:
-        raise RuntimeError(_FIXED["average"])
+        raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
 
     def check_call(self, call: str, steps: int) -> None:
         """No-op: workers that join and leave may make different numbers of collective calls, such as those that save a
@@ -394,9 +389,6 @@ class ElasticWorkers(Membership):
     def exchanging(self, steps: int) -> bool:
         """Return True if a round followed the last inner step."""
         return self._exchanged
-
-    def sampled(self, steps: int) -> bool:
-        return True
 
     def position(self, steps: int) -> int:
         """Return the number of inner steps, of all workers, whose updates are included in the anchor, i.e. in the
@@ -458,10 +450,3 @@ class ElasticWorkers(Membership):
 
     def _exit(self) -> NoReturn:
         end_process(0 if self.leave() else 1)
-
-
-_FIXED = {
-    "error": "error is of workers that are all there; with a manager, pending() is this worker's own",
-    "average": "average is for a fixed set of workers; with a manager, evaluate the anchor",
-    "sit_out": "sit_out is for a fixed set of workers; with a manager, an absent one is left out",
-}

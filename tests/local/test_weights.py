@@ -1,4 +1,4 @@
-"""Weights of workers, samples of them, and paces of unequal workers.
+"""Weights of workers, and paces of unequal workers.
 
 Whole runs are compared with the twin in tests/feedback/engine/test_random_local_updates.py.
 """
@@ -24,69 +24,25 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import measures
-from packsaddle.local.participation import Participation
 
 
-def test_rounds_are_drawn_evenly() -> None:
-    """Each of five workers is in two of five rounds in the mean, within 5 standard deviations of 2,000 rounds."""
-    draws = [Participation(None, 0.4, 5, rank, seed=1) for rank in range(5)]
-    members = [draws[0].members(step) for step in range(2000)]
-    assert all(who.members(step) == members[step] for who in draws for step in range(0, 2000, 97))
-    counts = torch.bincount(torch.tensor(members).view(-1), minlength=5)
-    assert all(len(set(m)) == 2 for m in members)
-    assert bool(((counts - 800).abs() <= 5 * (2000 * 0.4 * 0.6) ** 0.5).all())
-    assert members != [Participation(None, 0.4, 5, 0, seed=2).members(step) for step in range(2000)]
-
-
-@pytest.mark.parametrize(
-    ("sample", "workers", "drawn"), [(0.07, 100, 7), (0.28, 25, 7), (0.3, 4, 2), (0.01, 3, 1), (1e-12, 2, 1)]
-)
-def test_the_number_drawn_is_rounded_up(sample: float, workers: int, drawn: int) -> None:
-    """Not that of a product such as 0.07 * 100, which is above 7."""
-    assert len(Participation(None, sample, workers, 0, seed=1).members(0)) == drawn
-
-
-@pytest.mark.parametrize("options", [{"weight": 2.0}, {"sample": 0.5}], ids=["weight", "sample"])
-def test_a_flush_of_a_sample_needs_no_owners(options: dict[str, Any]) -> None:
-    """It is uncompressed; elsewhere, after rounds that send less than four bits a value, it has four."""
+def test_a_flush_of_workers_with_weights() -> None:
+    """It has four bits a value, after rounds that send less, so that something stays unsent."""
 
     def run(rank: int) -> Tensor:
         x = nn.Parameter(torch.zeros(50, 50))
         optimizer = torch.optim.SGD([x], lr=0.1)
         spec = Compression(RandomK(0.1), exchange="auto")
-        local = LocalUpdates(optimizer, spec, every=4, workers=Workers(**options))
+        local = LocalUpdates(optimizer, spec, every=4, workers=Workers(weight=2.0))
         x.grad = torch.randn(50, 50, generator=torch.Generator().manual_seed(rank))
         optimizer.step()
         assert local.flush()
-        assert bool(local.pending().any()) == ("weight" in options)
+        assert bool(local.pending().any())
         return x.detach()
 
     first, *others = simulate(run, 4)
     for x in others:
         assert torch.equal(x, first)
-
-
-@pytest.mark.parametrize("exchange", ["direct", "two-way"])
-def test_to_sit_out_a_delayed_round_is_to_train_without_gradients(exchange: Any) -> None:
-    """An exchange of the round before still ends on time, and the anchor is that of the others."""
-
-    def run(rank: int, sits_out: bool) -> tuple[Tensor, ...]:
-        x = nn.Parameter(torch.zeros(8, 8))
-        optimizer = torch.optim.SGD([x], lr=0.1)
-        spec = Compression(RandomK(0.3), exchange=exchange, dense_below=0)
-        local = LocalUpdates(optimizer, spec, every=3, overlap=2, workers=Workers(sample=0.5))
-        while local.steps < 18:
-            if sits_out and not local.sampled:
-                local.sit_out()
-                continue
-            rng = torch.Generator().manual_seed(100 * rank + local.steps)
-            x.grad = torch.randn(8, 8, generator=rng) if local.sampled else torch.zeros(8, 8)
-            optimizer.step()
-        return torch.cat([*local.anchor().values()]).flatten().clone(), local.pending(), x.detach().flatten()
-
-    for sat, trained in zip(*(simulate(lambda rank, s=s: run(rank, s), 4) for s in (True, False)), strict=True):
-        assert all(map(torch.equal, sat, trained))
-        assert bool(sat[0].any())
 
 
 def paced(rank: int, seconds: Callable[[int], tuple[int, ...]], clock: WorkersClock, **options: Any) -> list[list[int]]:
