@@ -26,8 +26,8 @@ def demo(
     out: Path | None = None,
     workers: int = 2,
     serial: bool = False,
-    epochs: float = 45.0,
-    text_epochs: float = 1.25,
+    epochs: float = 32.0,
+    text_epochs: float = 1.0,
     seed: int = 0,
 ) -> None:
     """Show an escape from a saddle, and local updates on a slow link.

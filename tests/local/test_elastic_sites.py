@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from elastic_fakes import FakeGroup, FakeManager
 from elastic_sites import Run
+from nightly import thinned
 from test_elastic_workers import crew, ended, reached, rounds
 from test_sites import INSIDE, WHOLE, Training, batches, place
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, 
 # Simulated sites: threads that are killed, lose connections, and come back.
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", thinned(range(2), 2))
 @pytest.mark.parametrize(("sharded", "files"), list(product((False, True), repeat=2)))
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])
 def test_nothing_is_lost_by_sites_that_come_and_go(

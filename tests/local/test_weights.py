@@ -16,6 +16,7 @@ from packsaddle import (
     CheckpointError,
     Compression,
     LocalUpdates,
+    Overlap,
     RandomK,
     Workers,
     load_checkpoint,
@@ -74,6 +75,26 @@ def test_paces_follow_the_speeds(delay: int, monkeypatch: pytest.MonkeyPatch, ca
     assert [text.partition("workers")[2] for text in said] == [
         f" make {h} inner steps in a round" for h in ("[12, 4]", "[8, 8]")
     ]
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_exchanges_that_a_script_sees_are_as_many_on_all_workers(delay: int) -> None:
+    """One in each round, although exchanges of all four fragments follow the slow worker's only step of a round."""
+
+    def positions(rank: int) -> list[int]:
+        parameters = [nn.Parameter(torch.zeros(20, 30)) for _ in range(4)]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        paces = [7, 1]
+        overlap, workers = Overlap(delay, fragments=4), Workers(weight="steps", steps=paces)
+        local, found = LocalUpdates(optimizer, every=4, overlap=overlap, workers=workers), list[int]()
+        for _ in range(3 * paces[rank]):
+            for p in parameters:
+                p.grad = torch.full((20, 30), 1.0 + rank)
+            optimizer.step()
+            found += [local.position] * local.exchanging
+        return found
+
+    assert simulate(positions, 2) == [[8, 16, 24]] * 2
 
 
 def on_paces(folder: Path, lengths: tuple[int, ...], **options: Any) -> tuple[list[int], list[int], Tensor]:

@@ -20,14 +20,13 @@ def adamw(tensors: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(tensors, 0.05)
 
 
-# Arguments of `run`. `together` is the step at which worker 1 joins worker 0; with `apart` worker 1 has trained alone
-# before. `leaves` has the steps at which worker 1 leaves and worker 0 continues alone. `bad` is the step at which x of
-# worker 0 is not finite. `broken` has the numbers of the collectives that fail, by worker.
+# Arguments of `run`. `together` is the step at which worker 1 joins worker 0. `leaves` has the steps at which worker 1
+# leaves and worker 0 continues alone. `bad` is the step at which x of worker 0 is not finite. `broken` has the numbers
+# of the collectives that fail, by worker.
 SETTINGS: dict[str, dict[str, Any]] = {
     "all there": {"workers": 3, "noise": 0.01},
     "join": {"together": 7},
     "join, Nesterov outside": {"together": 7, "outer": OuterSGD(), "inner": adamw},
-    "apart": {"together": 7, "apart": True},
     "leave": {"leaves": (10, 12)},
     "leave, fragments": {"leaves": (3, 4), "fragments": 2, "every": 2, "outer": OuterSGD()},
     "leave with a file": {"leaves": (10, 10), "file": True},
@@ -49,7 +48,6 @@ def run(
     broken: Mapping[int, set[int]] | None = None,
     bad: int = -1,
     *,
-    apart: bool = False,
     file: bool = False,
     flush: bool = False,
     **options: Any,
@@ -61,7 +59,7 @@ def run(
         group = resolve(None)
         settings = {"memory_file": f"{folder}/memory"} if file else {}
         worker = Worker(group, broken=(broken or {}).get(rank, ()), settings=settings, **options)
-        if together and (rank == 0 or apart):
+        if together and rank == 0:
             worker.manager.group = Solo()
         managers.append(worker.manager)
         worker.manager.before_quorum = lambda: catch_up(worker.manager, managers)
@@ -75,8 +73,6 @@ def run(
             while worker.local.rounds < ROUNDS:
                 # Set the group of workers that are present from this step on.
                 if steps == together and together:
-                    if worker.manager.group is not group and rank:
-                        worker.manager.step = 0  # rounds that it has done alone do not count in the joint run
                     worker.manager.group = group
                 if leaves and rank == 1 and steps == leaves[0]:
                     worker.local.leave()

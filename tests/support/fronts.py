@@ -363,8 +363,14 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
     return [] if bool(a == b) else [f"{place}: {a} and {b}"]
 
 
-def parameters_of(fronts: Mapping[str, Iterable[str]]) -> Any:
-    """Return the decorator that parametrizes a test over (front, way). Fronts that start processes have a mark."""
-    marks = {name: [pytest.mark.process] if FRONTS[name].processes else [] for name in fronts}
-    cases = [pytest.param(name, way, marks=marks[name]) for name, ways in fronts.items() for way in ways]
+def parameters_of(fronts: Mapping[str, Iterable[str]], step: int = 1) -> Any:
+    """Return the decorator that parametrizes a test over (front, way). Fronts that start processes have a mark, and so
+    have all but every `step`-th way of a front, which are left to `make test-all`."""
+    cases = [
+        pytest.param(
+            *(name, way), marks=[pytest.mark.process] * FRONTS[name].processes + [pytest.mark.nightly] * (i % step > 0)
+        )
+        for name, ways in fronts.items()
+        for i, way in enumerate(ways)
+    ]
     return pytest.mark.parametrize(("front", "way"), cases)

@@ -334,8 +334,10 @@ class FixedWorkers:
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
     def exchanging(self, steps: int) -> bool:
-        """Return True if the schedule begins an exchange after this worker's inner step number `steps`."""
-        return any(event.begins for event in self._schedule.after(steps))
+        """Return True if the schedule begins an exchange after this worker's inner step number `steps`. With
+        weight="steps" only the exchange of the first fragment counts, which begins at the end of a round: the exchanges
+        of two other fragments may follow one step of a slow worker, and two steps of a fast one."""
+        return any(e.begins and (e.fragment == 0 or not self._is_paced) for e in self._schedule.after(steps))
 
     def join(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("join"))

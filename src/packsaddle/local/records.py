@@ -142,5 +142,6 @@ class LocalRecords(Records):
 
     @property
     def exchanging(self) -> bool:
-        """True if an exchange began after the last inner step; identical on all workers."""
+        """True if an exchange began after the last inner step, or, with `Workers(weight="steps")`, if that step ended a
+        round; True equally often on all workers."""
         return self._workers.exchanging(self.steps)

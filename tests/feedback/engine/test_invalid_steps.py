@@ -64,7 +64,7 @@ def with_and_without(
     return differences(mine.pop("state"), twin.pop("state")), mine, twin
 
 
-@parameters_of(WAYS)
+@parameters_of(WAYS, 2)
 def test_a_bad_batch_leaves_no_trace(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
     """Of one layer, reduced after others. A hook names its own worker alone, for a collective could hang there."""
     value, whose = INVALID[list(WAYS[front]).index(way) % len(INVALID)]

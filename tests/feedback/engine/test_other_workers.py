@@ -83,7 +83,7 @@ OTHERS_SAVED = pytest.mark.filterwarnings("ignore:the checkpoint of step 7 was s
 
 
 @OTHERS_SAVED
-@parameters_of(WAYS)
+@parameters_of(WAYS, 2)
 def test_y_stays_with_a_worker_less(front: str, way: str, on_workers: Callable[..., Any], tmp_path: Path) -> None:
     check(front, way, on_workers, tmp_path, 3, 2)
 

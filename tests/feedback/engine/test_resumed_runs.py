@@ -127,7 +127,7 @@ def resumed(front: str, way: str) -> list[str]:
     return found
 
 
-@parameters_of(WAYS)
+@parameters_of(WAYS, 2)
 def test_resumed_is_never_stopped(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
     assert on_workers(resumed, front, way) == [[], []]
 
