@@ -290,8 +290,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
-            with self._direction.candidates.offer():
-                round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
+            round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
             # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
