@@ -126,7 +126,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     equal magnitudes the first are selected. If v is zero, no index is returned. If v is non-finite, only the index of
     its largest magnitude is returned.
     """
-    top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
+    top = max(abs(float(x)) for x in torch.aminmax(v)) if len(v) else 0.0
     if not math.isfinite(top):
         return largest(v, 1)
     # Zeros have no energy and are never selected.

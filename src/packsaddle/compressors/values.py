@@ -156,8 +156,9 @@ def decode_values(
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how) if k is None else k, _scales_of(parts, dtype)
-    if how in _HALVINGS and (loop := kernel("unpack_levels_of_blocks", scales)):
-        values: Tensor = loop(parts["values"][:-1], k, _HALVINGS[how], VALUE_BLOCK, scales)
+    if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", scales)):
+        values = scales.new_zeros(k)
+        loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, scales, values)
         return values
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:

@@ -238,8 +238,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        where = self._flat, self._flat.x, self.channel, self.seed
-        self._escape = EscapeCheck(escape, *where) if escape else None
+        self._escape = EscapeCheck(escape, self._flat, self._flat.x, self.channel, self.seed) if escape else None
         self.saved_state = State(
             *("CompressedSGD", _RULES, self._identity, self._saved_fields),
             head=("param_groups", ANY),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_common import (
     BLOCK,
-    MAGNITUDE,
     Array,
     bits_of,
     compiled_fma,
@@ -56,14 +55,14 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
     """Return the indices of the elements of v, float[n], whose magnitude is at least `threshold`. The indices are
     int64[...], in increasing order. The threshold is an integer, and the magnitudes are compared with it as integers.
     `expected` is an estimate of the number of indices. See `compressors.selection.reaching`."""
-    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v)
     limit = bits.dtype.type(threshold)
 
     def part(start: int, stop: int) -> Tensor:
         room = min(2 * (expected * (stop - start) // max(1, len(v))) + 16 * BLOCK, stop - start + BLOCK)
         while True:
             out = torch.empty(room, dtype=torch.int64)
-            found = _select(bits[start:stop], limit, bits.dtype.type(mask), start, out.numpy())
+            found = _select(bits[start:stop], limit, mask, start, out.numpy())
             if found + BLOCK <= room:
                 return out[:found]
             room = found + BLOCK
@@ -111,8 +110,8 @@ def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Te
     equal magnitudes, the first are selected."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
-    bits, o = bits_of(v), out.numpy()
-    mask, step = bits.dtype.type(MAGNITUDE[v.dtype]), 1 << (22 if v.dtype == torch.float32 else 51)
+    (bits, mask), o = bits_of(v), out.numpy()
+    step = 1 << (22 if v.dtype == torch.float32 else 51)
 
     def part(start: int, stop: int) -> None:
         _largest_of_chunks(bits[start:stop], mask, step, chunk, kept, kept_of_last, start, o[start // chunk * kept :])
@@ -210,13 +209,13 @@ def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Te
     """Compute two histograms of v, float[n], whose bins are the values of the first `first_bits` bits of a magnitude.
     The first, int64[bins], contains the number of elements x in each bin. The second, float64[bins], contains the sum
     of (x / top)^2 over the elements x in each bin."""
-    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v)
     shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
         # Count in four tables, so that consecutive increments of the same bin are independent.
         counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
-        _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
+        _histogram(v.numpy()[start:stop], bits[start:stop], mask, shift, top, counts, energy)
         return counts.sum(0), energy.sum(0)
 
     parts = in_parts(len(v), BLOCK, part)
