@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from families import COMPRESSORS
@@ -31,7 +30,6 @@ from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
 from packsaddle.compressors.testing import nasty_vectors
-from packsaddle.numerics.candidates import Candidates
 from packsaddle.numerics.finite import add_if_finite
 from packsaddle.numerics.kernels import SlowKernelsWarning, arithmetic, compiler, kernel
 from packsaddle.numerics.seeds import sample_without_replacement
@@ -290,20 +288,6 @@ def test_sums_that_are_finite(v: Tensor, dtype: torch.dtype) -> None:
         else:
             assert torch.isfinite(out).all()
             torch.testing.assert_close(out, base, rtol=1e-5, atol=1e-5)
-
-
-@by_dtype
-def test_candidates_of_a_sum(dtype: torch.dtype) -> None:
-    """Those at which numpy finds that the sum reaches the threshold; none if they are too many, or not of the whole."""
-    v, candidates = LONG["heavy tails"].to(dtype), Candidates(D - 5)
-    expected = np.flatnonzero(torch.add(v, v.flip(0), alpha=0.3)[: D - 5].abs().numpy() >= 3.0)
-    for room, first, are_found in ((D, 0, True), (2, 0, False), (D, 1, False)):
-        candidates.threshold, candidates.room, out = 3.0, room, v.clone()
-        cuts = ((D - 5, D), (70, D - 5), (first, 70))
-        add_if_finite([(out[a:b], v.flip(0)[a:b], 0.3) for a, b in cuts], candidates)
-        found = candidates.reached(out[: D - 5], len(expected))
-        assert (found is not None) == are_found
-        assert found is None or found.tolist() == expected.tolist()
 
 
 def test_sketched_supports_are_the_same() -> None:

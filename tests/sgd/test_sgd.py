@@ -16,9 +16,7 @@ from torch import nn
 
 import packsaddle as ps
 from packsaddle.comm import Solo
-from packsaddle.compressors import compressors, selection
-from packsaddle.numerics.candidates import Candidates
-from packsaddle.sgd import memories
+from packsaddle.compressors import compressors
 
 
 def train(model: nn.Module, data: torch.Tensor, opt: ps.CompressedSGD, steps: int, scheduler: Any = None) -> None:
@@ -542,27 +540,3 @@ def test_what_it_is_can_be_read() -> None:
     local = ps.LocalUpdates(torch.optim.AdamW(model.parameters()), every=8, compressor=ps.TopK(0.5))
     about = "every=8, TopK(ratio=0.5), outer=mean, fragments=1, workers=1, steps=0, rounds=0"
     assert repr(local) == f"LocalUpdates(AdamW, {about})"
-
-
-def test_candidates_collected_with_the_gradient_change_no_selection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit the steps without them, with ties, predictions that are too high, and what changes v afterwards."""
-    pytest.importorskip("numba")
-    monkeypatch.setattr(memories, "_LARGE", 0)
-    rng, passes, found = torch.Generator().manual_seed(0), list[int](), []
-    gradients = [(torch.randn(700, 500, generator=rng) * 8).round() * (2.0 if i < 5 else 0.0) for i in range(14)]
-    reached, searched = Candidates.reached, selection.reaching
-    monkeypatch.setattr(selection, "reaching", lambda *args: passes.append(step) or searched(*args))
-    for use in (reached, lambda self, v, k: None):
-        monkeypatch.setattr(Candidates, "reached", use)
-        net = torch.nn.ParameterList([torch.zeros(500, 500), torch.zeros(9), torch.zeros(200, 500)])
-        opt = ps.CompressedSGD(net.parameters(), 0.1, ps.TopK(0.2), noise=lambda t: 0.1 if t in (9, 10) else 0.0)
-        for step, whole in enumerate(gradients):
-            net[0].grad, net[2].grad = whole[:500].clone(), None if step == 3 else whole[500:].clone()
-            opt.param_groups[0]["weight_decay"] = 0.1 if step in (11, 12) else 0.0
-            net[0].requires_grad_(step != 13)
-            opt.step()
-            found.append(torch.cat([opt.error(), *(p.detach().reshape(-1) for p in net)]))
-    assert all(map(torch.equal, found[:14], found[14:]))
-    # Steps with a pass of their own: nothing to predict from, not all of v, v changed; and fewer than k.
-    assert {0, 3, 9, 10, 11, 12, 13} < set(passes[:-14]) < set(range(14))
-    assert {5, 6, 7, 8} & set(passes[:-14])

@@ -42,7 +42,7 @@ class Message:
     @property
     def nbytes(self) -> int:
         """The total size of all parts in bytes."""
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        return sum(part.nbytes for part in self.parts.values())
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
@@ -61,11 +61,6 @@ def check_share(name: str, value: Any, hint: str) -> None:
 def check_flag(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)

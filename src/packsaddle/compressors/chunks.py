@@ -37,6 +37,10 @@ class Chunks:
         return cls(whole, size, count(size), rest, count(rest) if rest else 0)
 
     @property
+    def d(self) -> int:
+        return self.whole * self.size + self.rest
+
+    @property
     def total(self) -> int:
         return self.whole * self.kept + self.kept_of_rest
 
@@ -67,20 +71,19 @@ class Chunks:
     def encode(self, index: Tensor) -> Tensor:
         """Encode `index`, the indices of the kept coordinates as `largest` returns them, to bytes. Returns a tensor
         uint8[...], which is empty if all coordinates are kept."""
-        if self.total == self.whole * self.size + self.rest:
+        if self.total == self.d:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter, self._unary_bits)
 
     def decode(self, coded: Tensor) -> Tensor:
         """Invert `encode`: return the indices of the kept coordinates, int64[total]. Raises MessageError if `coded` has
         too few or too many indices, or an index outside its chunk."""
-        if self.total == self.whole * self.size + self.rest:
+        if self.total == self.d:
             return torch.arange(self.total, device=coded.device)
-        stop = self.whole * self.size + self.rest
-        return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, stop)
+        return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, self.d)
 
     def expected(self) -> Expected:
-        if self.total == self.whole * self.size + self.rest:
+        if self.total == self.d:
             return octets(0)
         return octets(wire.rice_bytes(self.total, self._rice_parameter, self._unary_bits))
 

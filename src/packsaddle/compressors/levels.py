@@ -137,7 +137,7 @@ def level_bytes(d: int, bits: int) -> Expected:
     return octets(0, bool(d) + math.ceil(d * bits / 8))
 
 
-def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
+def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int]) -> Tensor:
     """Invert `encode_levels`: decode d integer levels, which are from -top to top. Returns the sums level + top,
     uint8[d]. Raises MessageError if `coded` is invalid.
 
@@ -146,10 +146,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
         d: The number of levels.
         top: The largest level.
         bits: The number of bits of each level in the fixed-width code, the third code that this module describes.
-        head: The first two bytes of `coded`, or all bytes if `coded` is shorter. If it is None, the bytes are read
-            here, and the host waits for a GPU.
+        head: The first two bytes of `coded`, or all bytes if `coded` is shorter.
     """
-    head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
         raise MessageError("levels", f"in code {_FIXED}, {_LAYERS} or {_RICE}", f"code {code} in {len(coded)} bytes")

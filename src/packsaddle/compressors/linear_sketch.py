@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_share
+from packsaddle.compressors.base import Compressor, Message, Summary, check_share
 from packsaddle.compressors.parts import Expected, floats
+from packsaddle.errors import check_counts
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash
 
@@ -51,8 +52,7 @@ class LinearSketch(Compressor):
         if self.ratio is not None:
             check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
             object.__setattr__(self, "ratio", float(self.ratio))
-        if self.columns is not None:
-            check_count("columns of LinearSketch", self.columns)
+        check_counts(**{"columns of LinearSketch": self.columns})
         if self.sketch not in ("count", "gaussian"):
             raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')
 

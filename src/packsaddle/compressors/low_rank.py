@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, Summary, check_count
+from packsaddle.compressors.base import Compressor, Message, Summary
 from packsaddle.compressors.parts import Expected, check_magnitudes, floats
+from packsaddle.errors import check_integers
 from packsaddle.numerics.seeds import Stream, generator
 
 _LARGEST_OF_BASIS = 1 + 2.0**-6  # largest magnitude in an orthonormal basis after rounding to 16 bits
@@ -50,7 +51,7 @@ class LowRank(Compressor):
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
 
     def __post_init__(self) -> None:
-        check_count("matrix_rank of LowRank", self.matrix_rank)
+        check_integers(1, **{"matrix_rank of LowRank": self.matrix_rank})
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":
         return replace(self, shapes=tuple((s[0], math.prod(s[1:])) if len(s) > 1 else (s.numel(), 1) for s in shapes))

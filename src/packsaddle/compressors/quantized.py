@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_flag, cut_sizes
 from packsaddle.compressors.levels import (
     MOST_BITS,
     decode_levels,
@@ -29,6 +29,7 @@ from packsaddle.compressors.values import (
     value_parts,
     value_retention,
 )
+from packsaddle.errors import check_integers
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
@@ -183,8 +184,7 @@ class QSGD(Compressor):
     coded: bool = True  # entropy-code the levels, if levels is at most 127; message sizes then vary
 
     def __post_init__(self) -> None:
-        for name in ("levels", "bucket"):
-            check_count(f"{name} of QSGD", getattr(self, name))
+        check_integers(1, **{f"{name} of QSGD": getattr(self, name) for name in ("levels", "bucket")})
         if self.levels > _MOST_LEVELS:
             raise ValueError(f"levels of QSGD must be at most 2^23, which float32 tells apart, got {self.levels}")
         check_flag("coded of QSGD", self.coded)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.candidates import offered
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
@@ -34,25 +33,19 @@ def as_integers(v: Tensor) -> Tensor:
 def largest(v: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest magnitudes of v, float[n]. The indices are int64[k], in increasing order.
 
-    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold. The
-    threshold was predicted (see `numerics.candidates`), or is estimated from a sample such that slightly more than k
-    elements exceed it. Other devices use torch.topk, which does not synchronize but breaks ties in its own way.
+    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold, which
+    is estimated from a sample such that slightly more than k elements exceed it. Other devices use torch.topk, which
+    does not synchronize but breaks ties in its own way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
     n = v.numel()
     if n < _WORTH_SAMPLING or not 0 < k < n // 4:
         return _top(as_integers(v), k)
-    candidates = offered.get()
-    reached = None if candidates is None else candidates.reached(v, k)
-    reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n)) if reached is None else reached
+    reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n))
     if len(reached) < k:
         return _top(as_integers(v), k)
-    values = v.index_select(0, reached)
-    kept = _top(as_integers(values), k)
-    if candidates is not None:
-        candidates.predict(v, k, float(values[kept].abs().min()))
-    return reached.index_select(0, kept)
+    return reached.index_select(0, _top(as_integers(v.index_select(0, reached)), k))
 
 
 def largest_of_blocks(
@@ -133,7 +126,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     equal magnitudes the first are selected. If v is zero, no index is returned. If v is non-finite, only the index of
     its largest magnitude is returned.
     """
-    top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
+    top = max(abs(float(x)) for x in torch.aminmax(v)) if len(v) else 0.0
     if not math.isfinite(top):
         return largest(v, 1)
     # Zeros have no energy and are never selected.

@@ -33,10 +33,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Message, Summary, check_count, check_flag
+from packsaddle.compressors.base import Message, Summary, check_flag
 from packsaddle.compressors.parts import Expected, floats
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells, KOfD
+from packsaddle.errors import check_counts
 from packsaddle.numerics.devices import widened
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
@@ -162,9 +163,7 @@ class SharedTopK(SharedSupport):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_size", "projections"):
-            if getattr(self, name) is not None:
-                check_count(f"{name} of SharedTopK", getattr(self, name))
+        check_counts(**{f"{name} of SharedTopK": getattr(self, name) for name in ("block_size", "projections")})
         check_flag("half of SharedTopK", self.half)
 
     def block(self, d: int) -> int:
@@ -276,9 +275,7 @@ class SketchTopK(SharedSupport):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "columns", "oversample"):
-            if getattr(self, name) is not None:
-                check_count(f"{name} of SketchTopK", getattr(self, name))
+        check_counts(**{f"{name} of SketchTopK": getattr(self, name) for name in ("rows", "columns", "oversample")})
         if self.rows is not None and self.rows > _MOST_ROWS:
             raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
         check_flag("half of SketchTopK", self.half)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, check_share, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, floats, octets
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
@@ -27,6 +27,7 @@ from packsaddle.compressors.values import (
     value_parts,
     value_retention,
 )
+from packsaddle.errors import check_counts
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
 _LONGEST_CHUNK = 1 << 30  # largest valid `chunk`, in coordinates
@@ -147,8 +148,7 @@ class KOfD(Compressor):
         if self.ratio is not None:
             check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
             object.__setattr__(self, "ratio", float(self.ratio))
-        if self.k is not None:
-            check_count(f"k of {name}", self.k)
+        check_counts(**{f"k of {name}": self.k})
 
     def validate(self, d: int) -> None:
         if self.k is not None and self.k > d > 0:
@@ -245,8 +245,7 @@ class RandomK(_OfEachTensor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None and (type(self.block_size) is not int or self.block_size < 1):
-            raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
+        check_counts(**{"block_size of RandomK": self.block_size})
         if self.per_tensor and self.block_size not in (None, 1):
             raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
         if self.values is not None:

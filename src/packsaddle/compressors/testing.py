@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import Compressor, Message
-from packsaddle.compressors.base import check_count
+from packsaddle.errors import check_integers
 
 # Tolerance for means, in standard errors. A correct random compressor fails about one comparison in three million.
 STANDARD_ERRORS = 5.0
@@ -94,7 +94,7 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
     """Check `compressor` on v: 0 < mu <= 1, and E||v - C(v)||^2 <= (1 - mu) ||v||^2, estimated with `seeds` draws. If
     the check fails, raises AssertionError with a message that begins with `where`. Raises ValueError unless `seeds` is
     a positive integer."""
-    check_count("seeds", seeds)
+    check_integers(1, seeds=seeds)
     mu, scale = compressor.mu(len(v)), _largest(v) or 1.0
     assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
     lost = [_energy(v.double() - compressor(v, seed=s, step=3).double(), scale) for s in range(seeds)]

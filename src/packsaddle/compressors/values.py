@@ -147,17 +147,15 @@ def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
         check_magnitudes("values", parts["values"], 1.0)
 
 
-def decode_values(
-    parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int | None = None
-) -> Tensor:
+def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int) -> Tensor:
     """Invert `encode_values`: return the k values that `parts` encodes in the format `how`, as a tensor in `dtype`.
-    `parts` must have passed `check_values`. If k is None, it is read from `parts`, and the host then waits if `parts`
-    is on a GPU."""
+    `parts` must have passed `check_values`."""
     if how is None:
         return parts["values"].to(dtype)
-    k, scales = value_count(parts, how) if k is None else k, _scales_of(parts, dtype)
-    if how in _HALVINGS and (loop := kernel("unpack_levels_of_blocks", scales)):
-        values: Tensor = loop(parts["values"][:-1], k, _HALVINGS[how], VALUE_BLOCK, scales)
+    scales = _scales_of(parts, dtype)
+    if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", scales)):
+        values = scales.new_zeros(k)
+        loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, scales, values)
         return values
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:

@@ -10,23 +10,22 @@ from packsaddle.compressors.parts import require
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.transfers import indices_where
 
-_COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
 _SLAB = 1 << 18  # numbers expanded to bits at a time, a multiple of 8, to bound scratch memory
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:
     """Pack n integers of `width` bits each, int64[n], most significant bit first. Returns uint8[ceil(n width / 8)]. The
-    integers must be nonnegative and below 2^width."""
+    integers must be nonnegative and below 2^width. `width` must be at most 56."""
     if width == 0:
         return torch.empty(0, dtype=torch.uint8, device=numbers.device)
     if 8 % width == 0:  # numbers do not cross byte boundaries
         per_byte = 8 // width
         padded = torch.nn.functional.pad(numbers.to(torch.uint8), (0, -len(numbers) % per_byte)).view(-1, per_byte)
         packed = torch.zeros(len(padded), dtype=torch.uint8, device=numbers.device)
-        for column in padded.unbind(1):
+        for column in padded.unbind(1):  # passes over bytes avoid a wider intermediate tensor
             packed = (packed << width if width < 8 else packed) | column
         return packed
-    if width <= _COMPILED_WIDTH and (loop := kernel("pack_numbers", device=numbers.device)):
+    if loop := kernel("pack_numbers", device=numbers.device):
         coded: Tensor = loop(numbers, width)
         return coded
     shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
@@ -39,7 +38,7 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
     `dtype`."""
     if width == 0:
         return torch.zeros(n, dtype=dtype, device=packed.device)
-    if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
+    if loop := kernel("unpack_numbers", device=packed.device):
         numbers: Tensor = loop(packed, width, n, dtype)
         return numbers
     if 8 % width == 0:
@@ -58,18 +57,13 @@ def pack_bits(bits: Tensor) -> Tensor:
     """Pack bool[n] into uint8[ceil(n / 8)], most significant bit first, padded with zeros."""
     if bits.device.type == "cpu":
         return torch.from_numpy(np.packbits(bits.numpy()))
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
-    packed = torch.zeros(len(padded), dtype=torch.uint8, device=bits.device)
-    for column in padded.unbind(1):  # eight passes over bytes avoid a wider intermediate tensor
-        packed = (packed << 1) | column
-    return packed
+    return pack(bits, 1)
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
+    return unpack(packed, 1, n, torch.bool)
 
 
 def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
@@ -79,7 +73,7 @@ def pack_rice(numbers: Tensor, b: int, unary: int) -> Tensor:
     the number of bits for the quotients, at least `unary_bits`; the bits that are not needed are zeros. n is not
     stored.
     """
-    if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
+    if loop := kernel("pack_rice", device=numbers.device):
         coded: Tensor = loop(numbers, b, unary)
         return coded
     ends = torch.cumsum((numbers >> b) + 1, 0)
@@ -94,7 +88,7 @@ def unpack_rice(
     most `most`. With `padded`, any number of zero bytes may follow the quotients; otherwise such bytes make the bool[]
     False."""
     wrong = packed.new_zeros((), dtype=torch.bool)
-    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
+    if loop := kernel("unpack_rice", device=packed.device):
         found: Tensor | None = loop(packed, n, b, most, dtype, padded)
         return packed.new_zeros(n, dtype=dtype) if found is None else found, ~wrong if found is not None else wrong
     split = len(packed) - math.ceil(n * b / 8)

@@ -199,7 +199,8 @@ class EscapeCheck:
         """
         y, n = x.to(pending.dtype, copy=True), self._averaged
         y[:n].sub_(self._channel.mean(pending[:n].clone(), "reset"))
-        return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))
+        y[n:].sub_(pending[n:])
+        return y
 
     def _objective(self) -> float:
         """Return the loss f at the current values of the parameters, i.e. the mean of the workers' objectives f_i;

@@ -91,12 +91,6 @@ class ErrorMemory:
     def spare_bytes(self) -> int:
         return 0 if self._next is self._now else self._next.flat.nbytes
 
-    @property
-    def is_deferrable(self) -> bool:
-        """True if a step can be committed or rolled back as late as in the next step, when the step's gradients were
-        overwritten."""
-        return self._next is not self._now
-
     # Methods called during an exchange.
 
     def correct(self, update: Update) -> Tensor:

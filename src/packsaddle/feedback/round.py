@@ -305,7 +305,6 @@ class Round:
         """
         if not target.defers and not self.verdict.read():
             return
-        assert self._memory.is_deferrable or not target.defers
         done = target.apply(self.g, self.verdict.magnitude)
         if done.fits is not False:
             self.verdict.fits = done.fits

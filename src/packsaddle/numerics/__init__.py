@@ -1,7 +1,6 @@
 """Numerics: random numbers, finiteness checks, sketches of vectors, compiled inner loops.
 
-These modules are independent of communication and training, and stateless except for the prediction in `candidates`.
-Start with `seeds`.
+These modules are stateless, and independent of communication and training. Start with `seeds`.
 """
 
 from packsaddle.numerics.finite import is_in_range

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.candidates import Candidates
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
@@ -86,22 +85,17 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
 Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): the addition out += alpha * more of tensors of the same shape
 
 
-def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> float | None:
+def add_if_finite(sums: Iterable[Sum]) -> float | None:
     """Add alpha * more to out, in place, for each (out, more, alpha) in `sums`. Returns the sum of the squared norms of
-    all results, up to rounding. If `candidates` is given, the tensors `out` must be ranges of one vector, and the
-    vector's candidates are collected.
+    all results, up to rounding.
 
     Returns None if the sum of the squares of the results is non-finite. Additions that were completed before are then
     undone by subtraction, so all tensors are unchanged up to rounding.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
-    lines.sort(key=lambda line: line[0].storage_offset())
     add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
-    wanted = (math.inf, 0) if candidates is None else (candidates.threshold, candidates.room)
-    added, squares, reached = add(lines, *wanted)
+    added, squares = add(lines)
     if math.isfinite(squares):
-        if candidates is not None:
-            candidates.collect([out for out, _, _ in lines], added, reached)
         return squares
     for i, start, stop in added:
         out, more, alpha = lines[i]
@@ -120,9 +114,8 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     return out.unsqueeze(0), more.unsqueeze(0)
 
 
-def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`. For each range, that loop also returns the
-    indices of results of large magnitude. This version returns None instead of these indices."""
+def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):
@@ -131,11 +124,11 @@ def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, in
             result = torch.add(o, m, alpha=alpha)
             squares = float(torch.linalg.vector_norm(result)) ** 2
             if not squares <= torch.finfo(out.dtype).max:  # `<=` is False if `squares` is NaN
-                return added, math.inf, []
+                return added, math.inf
             o.copy_(result)
             added.append((i, start, start + len(o)))
             total += squares
-    return added, total, [None] * len(added)
+    return added, total
 
 
 def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:

@@ -14,7 +14,6 @@ from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
-from packsaddle.numerics.candidates import Candidates
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
 
@@ -72,8 +71,6 @@ class Gradient:
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        # Candidates for the largest coordinates of base + scale * u, the last result of `add` or `add_if_finite`.
-        self.candidates = Candidates(flat.compressed_d)
         # Upper bound on the norm of base + scale * gradient, as computed last, over the parameters with gradients. It
         # does not include weight decay and noise. None: unknown.
         self.norm: Tensor | None = None
@@ -112,11 +109,7 @@ class Gradient:
         If the sum of `out` and the scaled gradients is not finite, `out` gets its old values again, up to rounding, and
         the result is False. `scales` has the scale of each parameter group.
         """
-        # Collect candidates for the largest coordinates of `out` only if nothing changes `out` after the sums below.
-        # Noise, weight decay and frozen parameters would change it.
-        self.candidates.discard()
-        is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
-        squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
+        squares = add_if_finite(self._sums(out, scales, extras))
         if squares is None:
             return False
         self.norm = out.flat.new_tensor(squares, dtype=wide(out.flat.device)).sqrt()

@@ -97,9 +97,6 @@ class EstimateMemory(ErrorMemory):
         self._clear_frozen(self.vector)
         self._clear_frozen(self.mean)
 
-    def add(self, update: Tensor) -> None:
-        raise NotImplementedError("an estimate takes no update: nothing is ever pending")
-
     def reset(self, rounding: Tensor | None = None) -> None:
         """No-op: the estimates of the gradient stay valid when the escape check rolls the parameters back."""
 

@@ -238,8 +238,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        where = self._flat, self._flat.x, self.channel, self.seed
-        self._escape = EscapeCheck(escape, *where) if escape else None
+        self._escape = EscapeCheck(escape, self._flat, self._flat.x, self.channel, self.seed) if escape else None
         self.saved_state = State(
             *("CompressedSGD", _RULES, self._identity, self._saved_fields),
             head=("param_groups", ANY),
@@ -290,8 +289,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
-            with self._direction.candidates.offer():
-                round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
+            round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
             # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_common import (
-    MAGNITUDE,
     Array,
     bits_of,
     check_room,
@@ -113,8 +112,7 @@ def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int,
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
-    a, b, o, s = v.numpy(), bits_of(v), out.numpy(), norms.numpy()
-    mask = b.dtype.type(MAGNITUDE[v.dtype])
+    a, (b, mask), o, s = v.numpy(), bits_of(v), out.numpy(), norms.numpy()
     shape, key = (levels, bits, bucket), (np.uint32(keys[0]), np.uint32(keys[1]))
 
     def part(start: int, stop: int) -> None:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
-MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # mask of all bits except the sign
 BLOCK = 64  # elements per block in loops that select by magnitude
 WORTH_THREADS = 1 << 18  # minimum number of elements per thread
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 # Loops with this decorator may reorder their floating-point additions.
@@ -65,7 +63,8 @@ def scalar(value: float, like: Array) -> Any:
         return like.dtype.type(value)
 
 
-def bits_of(v: Tensor) -> Array:
-    """Return the bit patterns of v, float[n], as signed integers of the same size. With their sign bits cleared, the
-    integers are in the order of the magnitudes of v."""
-    return v.detach().view(_INTEGER[v.dtype]).numpy()
+def bits_of(v: Tensor) -> tuple[Array, Any]:
+    """Return the bit patterns of v, float[n], as signed integers of the same size, and a mask that clears their sign
+    bits. The masked integers are in the order of the magnitudes of v."""
+    bits = v.numpy().view(f"i{v.element_size()}")
+    return bits, bits.dtype.type(np.iinfo(bits.dtype).max)

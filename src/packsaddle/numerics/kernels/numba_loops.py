@@ -9,7 +9,6 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_common import (
     BLOCK,
-    MAGNITUDE,
     Array,
     bits_of,
     compiled_fma,
@@ -56,14 +55,14 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
     """Return the indices of the elements of v, float[n], whose magnitude is at least `threshold`. The indices are
     int64[...], in increasing order. The threshold is an integer, and the magnitudes are compared with it as integers.
     `expected` is an estimate of the number of indices. See `compressors.selection.reaching`."""
-    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v)
     limit = bits.dtype.type(threshold)
 
     def part(start: int, stop: int) -> Tensor:
         room = min(2 * (expected * (stop - start) // max(1, len(v))) + 16 * BLOCK, stop - start + BLOCK)
         while True:
             out = torch.empty(room, dtype=torch.int64)
-            found = _select(bits[start:stop], limit, bits.dtype.type(mask), start, out.numpy())
+            found = _select(bits[start:stop], limit, mask, start, out.numpy())
             if found + BLOCK <= room:
                 return out[:found]
             room = found + BLOCK
@@ -111,8 +110,8 @@ def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Te
     equal magnitudes, the first are selected."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
-    bits, o = bits_of(v), out.numpy()
-    mask, step = bits.dtype.type(MAGNITUDE[v.dtype]), 1 << (22 if v.dtype == torch.float32 else 51)
+    (bits, mask), o = bits_of(v), out.numpy()
+    step = 1 << (22 if v.dtype == torch.float32 else 51)
 
     def part(start: int, stop: int) -> None:
         _largest_of_chunks(bits[start:stop], mask, step, chunk, kept, kept_of_last, start, o[start // chunk * kept :])
@@ -210,13 +209,13 @@ def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Te
     """Compute two histograms of v, float[n], whose bins are the values of the first `first_bits` bits of a magnitude.
     The first, int64[bins], contains the number of elements x in each bin. The second, float64[bins], contains the sum
     of (x / top)^2 over the elements x in each bin."""
-    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v)
     shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
         # Count in four tables, so that consecutive increments of the same bin are independent.
         counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
-        _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
+        _histogram(v.numpy()[start:stop], bits[start:stop], mask, shift, top, counts, energy)
         return counts.sum(0), energy.sum(0)
 
     parts = in_parts(len(v), BLOCK, part)
@@ -238,87 +237,52 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
         energy[0, b] += x * x
 
 
-def add_finite(
-    sums: Sequence[tuple[Tensor, Tensor, float]], limit: float = np.inf, room: int = 0
-) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
+def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
     """Add alpha * more to out, float[n], in place, for each (out, more, alpha) in `sums`. Additions stop when the sum
     of the squares of the results overflows.
 
-    Args:
-        sums: The additions.
-        limit: The magnitude from which on a result is called large.
-        room: The largest number of indices of large results to return for a range; 0: return no indices.
-
-    Returns:
-        The ranges of elements to which the additions were completed. A range is (index in `sums`, start, stop).
-        The sum of the squares over these ranges, or infinity if the additions were stopped.
-        For each range, the indices in `out` of the large results, int64[...]. It is None if `room` is 0, or if there
-            may be more than `room` such indices.
+    Returns the ranges of elements to which the additions were completed, and the sum of the squares over these ranges,
+    or infinity if the additions were stopped. A range is (index in `sums`, start, stop).
     """
-    arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
-    ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
-    added, total, reached = [], 0.0, list[Tensor | None]()
+    added, total = [], 0.0
     # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes the additions in `added`.
-    for i, (o, m, factor) in enumerate(ready):
-        squares = 0.0
-        for start, stop, of_part, found in _in_threads(o, m, factor, scalar(limit, o), room):
+    for i, (out, more, alpha) in enumerate(sums):
+        for start, stop, squares in _in_threads(out.numpy(), more.numpy(), alpha):
             added.append((i, start, stop))
-            reached.append(found)
-            squares += of_part
-        total += squares
-        if squares == np.inf:
+            total += squares
+        if total == np.inf:
             break
-    return added, total, reached
+    return added, total
 
 
-def _in_threads(
-    out: Array, more: Array, factor: Any, limit: Any, room: int
-) -> list[tuple[int, int, float, Tensor | None]]:
-    def part(start: int, stop: int) -> tuple[int, int, float, Tensor | None]:
-        if not room:
-            added, squares, _ = _add_finite(out[start:stop], more[start:stop], factor, limit, start, None)
-            return start, start + added, squares, None
-        found = torch.empty(min(room, stop - start) + 2 * _LINE, dtype=torch.int64)
-        added, squares, n = _add_finite(out[start:stop], more[start:stop], factor, limit, start, found.numpy())
-        return start, start + added, squares, found[:n] if n + _LINE <= len(found) else None
+def _in_threads(out: Array, more: Array, alpha: float) -> list[tuple[int, int, float]]:
+    factor = scalar(alpha, out)
+
+    def part(start: int, stop: int) -> tuple[int, int, float]:
+        added, squares = _add_finite(out[start:stop], more[start:stop], factor)
+        return start, start + added, squares
 
     return in_parts(len(out), _LINE, part)
 
 
 _LINE = 256  # elements added at a time, few enough that they stay in the cache
-_PIECE = 32  # elements searched at a time
 
 
 @compiled_fma
-def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, found: Array | None) -> Any:
-    n: Any = 0
+def _add_finite(out: Array, more: Array, factor: Any) -> Any:
     total = 0.0
     unchanged = np.empty(_LINE, out.dtype)
     for start in range(0, len(out), _LINE):
         o, m = out[start : start + _LINE], more[start : start + _LINE]
         before = unchanged[: len(o)]
-        # Count in floats, since numba adds integers in 64 bits, of which fewer fit into a vector register.
-        squares, reaching = o.dtype.type(0), o.dtype.type(0)
+        squares = o.dtype.type(0)
         for i in range(len(o)):
             x = o[i] + factor * m[i]
             before[i] = o[i]
             squares += x * x
-            reaching += o.dtype.type(abs(x) >= limit)
             o[i] = x
         if not np.isfinite(squares):
             o[:] = before
-            return start, np.inf, n
+            return start, np.inf
         total += squares
-        if found is None or reaching == 0 or n + _LINE > len(found):
-            continue
-        # Search the results for large ones immediately, while they are in the cache.
-        for at in range(0, len(o), _PIECE):
-            piece = o[at : at + _PIECE]
-            reaching = o.dtype.type(0)
-            for i in range(len(piece)):
-                reaching += o.dtype.type(abs(piece[i]) >= limit)
-            # No branches: write every index to place n, and increment n only if the magnitude is at least `limit`.
-            for i in range(len(piece) if reaching else 0):
-                found[n] = offset + start + at + i
-                n += np.int64(abs(piece[i]) >= limit)
-    return len(out), total, n
+    return len(out), total

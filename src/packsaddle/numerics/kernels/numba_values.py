@@ -121,13 +121,6 @@ def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
     return s / max(n, 1.0)
 
 
-def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
-    """Decode the output of `pack_levels_of_blocks`. Returns the values, float[k], in the dtype of `levels`."""
-    out = torch.zeros(k, dtype=levels.dtype)
-    add_levels_of_blocks(packed, halvings, block, levels, out)
-    return out
-
-
 def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
     """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in place. `levels` must have
     the dtype of out."""
