@@ -91,16 +91,18 @@ audit: .venv/.installed
 	$(BIN)/python -m pip freeze --exclude-editable > build-audit.txt
 	.venv-audit/bin/pip-audit --requirement build-audit.txt --no-deps --disable-pip
 
-# What the demo needs; then what developers need too. pip prints what it installs.
+# What the demo needs, and all that developers need. pip prints what it installs.
 .venv/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) -e '.[fast,lab]'
 	touch $@
 
-.venv/.installed: .venv/.demo
-	$(INSTALL) -e '.[dev]'
-	touch $@
+.venv/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -e '.[fast,lab,dev]'
+	touch .venv/.demo $@
 
 clean:
 	rm -rf .venv .venv-audit build-audit.txt runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

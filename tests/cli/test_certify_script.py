@@ -166,6 +166,7 @@ def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.Captu
     refused(capsys, "output folder found already exists", *words, "--out", "found")
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.parametrize("function", ["mine", "sharded"])
 def test_workers_under_torchrun_certify_the_union(folder: Path, function: str) -> None:

@@ -195,6 +195,7 @@ def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
     return found
 
 
+@pytest.mark.nightly
 def test_every_compressor_and_every_loop_with_any_optimizer(gloo: Gloo) -> None:
     first, second = gloo(matrix, 2)
     for case, (before, after, x, counted, seen) in first.items():

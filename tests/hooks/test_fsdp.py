@@ -320,6 +320,7 @@ def uneven() -> tuple[float, float, int, list[int]]:
     return float(found.norm()), float(e.norm()), len(found), [b - a for a, b in pairwise(sent)]
 
 
+@pytest.mark.nightly
 def test_modules_choose_as_one(gloo: Gloo) -> None:
     """TopK's k is of the shards of all modules, as it is of all of DDP's buckets."""
     for ours, chosen_as_one, d, sent in gloo(uneven, 4):

@@ -20,6 +20,7 @@ import forked_python
 import pytest
 import torch
 import torch.distributed as dist
+from nightly import thinned
 from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle import Compression, TopK, register_ddp_hook
@@ -88,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", thinned(LIBRARIES, 2))
 def test_examples_train_with_little_traffic(name: str, folder: Path) -> None:
     needs(LIBRARIES[name])
     workers = example(name, folder)

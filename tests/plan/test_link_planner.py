@@ -256,6 +256,7 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loopback interface, NOT on a network" in link["source"]
 
 
+@pytest.mark.nightly
 def test_plan_link_auto_under_torchrun() -> None:
     """The link between torchrun's workers, said by the first of them only."""
     asked = ("plan", "link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")

@@ -158,6 +158,7 @@ def quadratics(**options: Any) -> float:
     return simulate(worker, WORKERS)[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""

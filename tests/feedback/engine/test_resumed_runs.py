@@ -137,6 +137,7 @@ def overlapped() -> dict[str, list[str]]:
     return {way: resumed("local overlapped", way) for way in ways}
 
 
+@pytest.mark.nightly
 def test_an_exchange_in_a_thread_is_saved_too(gloo: Callable[..., list[Any]]) -> None:
     """In processes an exchange with a delay continues beside the steps; simulated, it is done at once."""
     for found in gloo(overlapped, 2):

@@ -47,6 +47,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path: Path) -> None:
     """The same two workers three ways; also what a run folder holds."""
     folders = {name: tmp_path / name for name in ("processes", "serial", "torchrun")}

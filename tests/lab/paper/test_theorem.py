@@ -8,6 +8,7 @@ from lab.paper.theorem import Job, measure
 SHORT = {"question": "share", "problem": "cosine", "epsilon": 0.4, "d": 64, "seed": 0, "quiet": True, "factor": 64.0}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "least", "most"),

@@ -117,6 +117,7 @@ def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]
     assert 2 * 4 * d < one["powersgd-1"][3] < 3 * 4 * d  # dense twice, then little
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @real
 def test_link(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def test_sigterm_stops_a_launched_run_that_goes_on_to_the_same_end(config: Path,
     assert differences(result(straight), result(launched)) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_a_killed_run_goes_on_to_the_same_end(config: Path, tmp_path: Path) -> None:
     """All processes get SIGKILL while they save checkpoints, of which the last one may be half written."""

@@ -68,7 +68,7 @@ VARIANTS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [nightly("one"), nightly("serial"), "fused", "local"])
+@pytest.mark.parametrize("name", [*map(nightly, ("one", "serial", "fused")), "local"])
 def test_a_run_that_was_cut_off_goes_on(
     name: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
