@@ -32,7 +32,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_390, 11_500, 27_670
+LIBRARY, LAB, TESTS = 18_390, 11_500, 27_680
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -406,6 +406,15 @@ def other_tasks() -> Iterator[str]:
 
     low_rank, ours = cell("resnet", "powersgd-4"), cell("resnet", f"{TOPK} every=8")
     yield f"SGD | {cell('resnet', 'ddp')} | {ours} (`TopK(1/16)`) | {low_rank} (torch's PowerSGD, rank 4) |"
+    rows, dense = read(ROOT / "experiments" / "fine-tuning" / "minilm.csv"), load(RACE / "finetune.csv")
+    ours, theirs = (
+        [row for row in rows if row["method"] == method and row["rate"] == "0.0003"]
+        for method in ("one bit 2, agreement 1, no mm", "dense")
+    )
+    assert len(ours) == len(theirs) == 3
+    lost = fmean(float(row["loss"]) for row in ours) - fmean(float(row["loss"]) for row in theirs)
+    (whole,) = {curve.sent / 1000 for curve in dense if curve.contender == "ddp"}
+    yield f"MiniLM loses {lost:.3f} to DDP, at a {whole / float(ours[0]['kB_a_step']):.0f}st of the bytes (three seeds)"
     sign, plain = cell("finetune", f"{SIGN} every=8"), cell("finetune", "local-sgd-32")
     yield f"AdamW | {cell('finetune', 'ddp')} | {sign} (`Sign`) | {plain} (torch's local SGD every 32) |"
 

@@ -60,7 +60,9 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
     assert speed_ups(best) in card
     assert limits(best) in card
     assert table(best) in card
-    assert table(searched(rows(ROWS.with_name("muon.csv")))) in card
+    muon = searched(rows(ROWS.with_name("muon.csv")))
+    assert table(muon) in card
+    assert speed_ups(muon) in card
     assert table(untuned(every, 1000)) in card
     library, by_size = searched(rows(ROWS.with_name("library.csv"))), rows(SIZES)
     for each in (table(library), speed_ups(library), limits(library), *sizes(by_size).split("\n\n")[:1]):
