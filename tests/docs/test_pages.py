@@ -1,6 +1,6 @@
 """Pages are in a table of contents, and their links lead to files and headings that exist.
 
-It is what most of the site's warnings are about (test_site builds the site), in a hundredth of the time.
+It finds in a second what most of the site's warnings are about (test_site builds the site).
 """
 
 import re

@@ -10,7 +10,6 @@ import pytest
 import torch
 from fronts import differences
 from local_updates import CLOCK, MODELS, OPTIONS, OUTERS, Case, Trace, begin, check_twin, flat, train
-from nightly import thinned
 from torch import Tensor
 
 from packsaddle import (
@@ -165,7 +164,7 @@ def few_objects() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:mean_momentum raised the loss", "ignore:nothing will be compressed")
-@pytest.mark.parametrize("batch", thinned(range(BATCHES), 2))
+@pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_settings(batch: int, few_objects: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("packsaddle.local.pace.time", CLOCK)
     for number in range(batch, SETTINGS, BATCHES):
