@@ -15,10 +15,13 @@ Outcomes = dict[Key, Outcome]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of this folder on one of several pytest processes, for their common outcomes."""
+    """Keep the tests of this folder on one of several pytest processes, for their common outcomes, and leave those of
+    the pretended device, which takes 20 s to compile, to `make test-all`."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.xdist_group("devices"))
+            if {"library", "in_child", "together", "alone"} & {*getattr(item, "fixturenames", ())}:
+                item.add_marker(pytest.mark.nightly)
 
 
 @pytest.fixture(scope="session")
