@@ -13,7 +13,7 @@ import packsaddle
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("sphinx")
-pytestmark = pytest.mark.xdist_group("site")  # built once; see also test_pages
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("site")]  # built once; see also test_pages
 
 
 @pytest.fixture(scope="module")
