@@ -140,12 +140,12 @@ def workers(canvas: Canvas) -> None:
 
     Hollow points are upper limits: these trainings end above the loss of one machine alone.
     """
-    plot, theme = Plot(canvas, (1, 2, 4, 8), (0, 1, 2, 3)), canvas.theme
+    plot, theme = Plot(canvas, (1, 2, 4, 8, 16), (0, 1, 2, 3)), canvas.theme
     plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, 10 Mbit/s", "workers")
     best = searched(rows(ROWS))
     found, above = reached(best), {(one.workers, one.method): one for one, _ in unreached(best)}
     for method, words, at, color in (
-        ("local, agreement", "LocalUpdates, one bit", (1.15, 2.2), theme.first),
+        ("local, agreement", "LocalUpdates, one bit", (1.3, 2.5), theme.first),
         ("local SGD 128, 16 bits", "local SGD, 16 bits", (2.5, 1.2), theme.second),
         ("DiLoCo 32, 16 bits", "DiLoCo, 16 bits", (2.3, 0.7), theme.kept),
     ):

@@ -317,9 +317,9 @@ def nano_gpt() -> Iterator[str]:
     hidden = speed_up(2, "local, overlap", 10)
     assert f"{hidden:.2f}" == f"{speed_up(2, 'local, overlap', 1000):.2f}"
     yield f"two workers with `overlap=2` need {hidden:.2f} times less time"
-    two, four, eight = (f"{speed_up(workers, 'local, agreement', 10):.2f}" for workers in (2, 4, 8))
+    two, four, *more = (f"{speed_up(workers, 'local, agreement', 10):.2f}" for workers in (2, 4, 8, 16))
     yield f"Without overlap two workers need {two} times less time at 10 Mbit/s, four workers {four} times less"
-    yield f"and eight {eight} times"
+    yield f"eight {more[0]} times, and sixteen {more[1]} times"
     peers = [
         one.speed_up(10) for one, _ in unreached(best()) if one.workers == 2 and one.method.startswith("local SGD")
     ]
