@@ -92,17 +92,17 @@ audit: .venv/.installed
 	.venv-audit/bin/pip-audit --requirement build-audit.txt --no-deps --disable-pip
 
 # What the demo needs, and all that developers need. pip prints what it installs.
-.venv/.demo: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+.venv/.demo: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[fast,lab]'
 	touch $@
 
-.venv/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+.venv/.installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[fast,lab,dev]'
 	touch .venv/.demo $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
 
 clean:
 	rm -rf .venv .venv-audit build-audit.txt runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -541,7 +541,7 @@ def front() -> Iterator[str]:
     names = "Muon, local 8, Sign", "Muon, dense"
     assert at_equal_steps(2, 1000, 3) <= 0
     four, eight = at_equal_steps(4, 750, 3), at_equal_steps(8, 500, 3)
-    yield f"It is {four:.3f} higher with four workers, and {eight:.3f} with eight"
+    yield f"with two workers, {four:.3f} more with four, and {eight:.3f} with eight"
     yield "DDP sends over 230 times the bytes"
     lengths = (("2", "1000"), ("4", "750"), ("8", "500"))
     sent = {(row["method"], row["workers"], row["steps"]): float(row["sent"]) for row in best()}

@@ -364,12 +364,11 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
 
 
 def parameters_of(fronts: Mapping[str, Iterable[str]], step: int = 1) -> Any:
-    """Return the decorator that parametrizes a test over (front, way). Fronts that start processes have a mark, and so
-    have all but every `step`-th way of a front, which are left to `make test-all`."""
+    """Return the decorator that parametrizes a test over (front, way). Fronts that start processes have the mark
+    `process`. Of each `step` ways of a front the first has no other mark, and the others have the mark `nightly`."""
+    process, nightly = pytest.mark.process, pytest.mark.nightly
     cases = [
-        pytest.param(
-            *(name, way), marks=[pytest.mark.process] * FRONTS[name].processes + [pytest.mark.nightly] * (i % step > 0)
-        )
+        pytest.param(name, way, marks=[process] * FRONTS[name].processes + [nightly] * (i % step > 0))
         for name, ways in fronts.items()
         for i, way in enumerate(ways)
     ]

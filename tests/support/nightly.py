@@ -7,9 +7,10 @@ import pytest
 
 
 def thinned(values: Iterable[Any], step: int) -> list[Any]:
-    """Return the values of a parametrized test, all of which but every `step`-th are marked `nightly`."""
+    """Return the values of a parametrized test. Of each `step` of them the first has no mark, and the others have the
+    mark `nightly`."""
     given = [v if isinstance(v, tuple) else (v,) for v in values]
-    return [pytest.param(*v, marks=[pytest.mark.nightly] * (i % step > 0)) for i, v in enumerate(given)]
+    return [nightly(*v) if i % step else pytest.param(*v) for i, v in enumerate(given)]
 
 
 def nightly(*values: Any) -> Any:

@@ -272,8 +272,8 @@ def _complete_states(
     for some parameter, it is given the mean of the states that the other workers have saved for this parameter.
 
     A worker has no state for a parameter before its first gradient, or after the state was reset because of a NaN.
-    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this
-    worker has read. `shares` has the weights of the state dicts that this worker has read.
+    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this worker has read.
+    `shares` has the weights of the state dicts that this worker has read.
     """
     first, *mine = [state.get("state", {}) for state in states]
     # Gather the keys (indices of parameters) of every saved state, each with the weight of the state.

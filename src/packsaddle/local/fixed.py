@@ -115,7 +115,7 @@ class FixedWorkers:
         has_norms, paced = settings.clip is not None, settings.weight == "steps"
         self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms, paced=paced)
         self._checks = Lockstep(Communicator(group, Ledger()), device, to.behind, norms=has_norms, paced=paced)
-        self._given_weights = [1.0] * group.size  # `Workers.weight` of each worker, by rank; 1: None
+        self._given_weights = [1.0] * group.size  # `Workers.weight` by rank, and 1 if it is not set
         # With weight="steps", workers make different numbers of steps in a round. Unless the user has fixed these
         # numbers, a clock measures the time of this worker's steps.
         self._is_paced, self._pacing = paced, Pacing.of(settings.steps, group.size, schedule.every)
