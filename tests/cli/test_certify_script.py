@@ -4,16 +4,12 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commandline import command, refused
 from forked_python import environment, python, torchrun
-
-from packsaddle.curvature.sharded import load_whole
 
 SCRIPT = """
 import torch
@@ -27,12 +23,6 @@ def mine():
     import torch.distributed as dist
     model, loss_fn, batches = problem()
     return model, loss_fn, batches[dist.get_rank()::2]
-
-def sharded():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    model, loss_fn, batches = mine()
-    return fully_shard(model, mesh=init_device_mesh("cpu", (2,))), loss_fn, batches
 
 class Own(nn.Module):
     def __init__(self):
@@ -168,11 +158,10 @@ def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.Captu
 
 @pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.parametrize("function", ["mine", "sharded"])
-def test_workers_under_torchrun_certify_the_union(folder: Path, function: str) -> None:
-    """Each has half of the batches; the model is whole on both, or sharded by FSDP2."""
+def test_workers_under_torchrun_certify_the_union(folder: Path) -> None:
+    """Each has half of the batches."""
     words = ("--epsilon", "10", "--hessian-lipschitz", "1e-4", "--hvp", "differences", "--json")
-    call = torchrun("-m", "packsaddle.cli", "certify-script", f"script_of_mine:{function}", "zero.pt", *words)
+    call = torchrun("-m", "packsaddle.cli", "certify-script", "script_of_mine:mine", "zero.pt", *words)
     done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -181,31 +170,6 @@ def test_workers_under_torchrun_certify_the_union(folder: Path, function: str) -
     assert (found["verdict"], found["examples"]) == ("saddle", 32)
     for name in ("loss", "lambda_min_upper", "grad_norm"):
         assert found[name] == pytest.approx(alone[name], abs=1e-3 * abs(alone["lambda_min_upper"]))
-
-
-def refuse_other_weights() -> list[str]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(torch.nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
-    whole = torch.nn.Linear(4, 4).state_dict()
-    told = []
-    for weights in (
-        {"weight": whole["weight"]},
-        whole | {"weight": torch.zeros(2, 2)},
-        whole | {"more": torch.zeros(1)},
-    ):
-        with pytest.raises(RuntimeError) as caught:
-            load_whole(model, weights)
-        told.append(str(caught.value))
-    load_whole(model, {name: torch.full(value.shape, 3.0) for name, value in whole.items()})
-    assert all((p.to_local() == 3.0).all() for p in model.parameters())
-    return told
-
-
-def test_weights_that_do_not_fit_a_sharded_model_are_refused(gloo: Callable[..., list[Any]]) -> None:
-    shapes = ["bias must have the shape (4,), got None", "weight must have the shape (4, 4), got (2, 2)"]
-    assert gloo(refuse_other_weights, 2) == [[*shapes, "the model has no more"]] * 2
 
 
 @pytest.mark.process
@@ -224,7 +188,7 @@ MISTAKES = {
     (":one", "zero.pt"): "script_of_mine has no function 'one'",
     (".py:problem", "zero.pt"): "write script_of_mine:problem",
     (":two", "zero.pt"): "script_of_mine:two must return a model, a loss function and batches, got",
-    (":number", "zero.pt"): "the model of script_of_mine:number must be a torch.nn.Module, got int",
+    (":number", "zero.pt"): "script_of_mine:number: model must be a torch.nn.Module, got int",
     (":broken", "zero.pt"): "script_of_mine:broken failed: KeyError: 'no data'",
     (":problem", "none.pt"): "checkpoint none.pt does not exist",
     (":problem", "damaged.pt"): "checkpoint damaged.pt cannot be read: ",

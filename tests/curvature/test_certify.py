@@ -279,6 +279,21 @@ def test_what_is_not_a_function_is_refused() -> None:
             call()
 
 
+def certify_shards() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="model must not be sharded") as caught:
+        certify(model, loss_fn, [])
+    return str(caught.value)
+
+
+def test_a_sharded_model_is_refused(gloo: Callable[..., list[Any]]) -> None:
+    for message in gloo(certify_shards, 2):
+        assert message.startswith("model must not be sharded, but 0.weight is a DTensor: load the full state dict")
+
+
 def test_one_workers_trouble_stops_all() -> None:
     def worker(rank: int) -> str:
         model, batches = network()

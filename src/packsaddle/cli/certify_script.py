@@ -46,7 +46,7 @@ def certify_script(
     The verdict is saddle, second-order stationary, gradient too large, or undecided. Without --epsilon the verdict is
     on the curvature alone. FUNCTION is imported from the current folder and called without arguments. It returns a
     model, a loss function of (model, batch), and the batches as an iterable that can be iterated repeatedly. Under
-    torchrun every worker calls it and returns its own batches; it may shard the model with FSDP2.
+    torchrun every worker calls it and returns its own batches.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
@@ -94,8 +94,7 @@ def certify_script(
 
 
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
-    from torch import nn
-
+    from packsaddle.curvature.hessian import trainable
     from packsaddle.curvature.population import check_population
 
     # Make the model, loss and batches, and load the checkpoint.
@@ -103,8 +102,10 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     if not (isinstance(problem, tuple) and len(problem) == 3 and callable(problem[1])):
         raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(problem).__name__}")
     model, given, batches = problem
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"the model of {function} must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        trainable(model)
+    except (TypeError, ValueError) as error:  # invalid model
+        raise ConfigError(f"{function}: {error}") from None
     _load(model, checkpoint)
 
     def loss_fn(model: Any, batch: Any) -> Any:
@@ -121,13 +122,12 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
         return questions.finding(checkpoint, model, loss_fn, batches, certificate)
-    except ValueError as error:  # invalid model, loss or batches
+    except ValueError as error:  # invalid loss or batches
         raise ConfigError(f"{function}: {error}") from None
 
 
 def _load(model: Any, checkpoint: Path) -> None:
     from packsaddle.cli.findings import read_weights
-    from packsaddle.curvature.sharded import load_whole
 
     weights = read_weights(checkpoint)
     model = getattr(model, "_orig_mod", model)  # load weights into the module inside a compiled model
@@ -139,7 +139,7 @@ def _load(model: Any, checkpoint: Path) -> None:
             if wrapped and weights.keys() != own:
                 weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     try:
-        load_whole(model, weights)
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"{checkpoint} does not hold the weights of this model: {reason}") from None

@@ -21,14 +21,12 @@ from packsaddle.cli.progress import Report, countdown
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import LossFn, every_nth
+from packsaddle.curvature.hessian import Curvature, LossFn, every_nth
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
-from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
@@ -59,7 +57,6 @@ class Finding:
     sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # True if the model is sharded: directions are then only this worker's shards
     lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +134,7 @@ class Questions:
             with self._counting("population", MOST_PRODUCTS) as progress:
                 goal, search = self._goal, self._started(3)
                 population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
-        return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
+        return Finding(file, certificate, escape, sharpest, spectrum, population, self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
         """Context manager that shows the progress of the computation named `what`, which needs at most `most`
@@ -160,7 +157,7 @@ class Questions:
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
-    curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
+    curvature = Curvature(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
     direction = direction.to(curvature.device)
     distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
     losses = [curvature.loss_at(direction, s) for s in distances]
@@ -186,8 +183,7 @@ def read_weights(file: Path) -> Any:
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
     """Write `document` to the folder as certificates.json. For each of `findings`, also write a plot and the directions
-    of least and largest curvature. The directions of a sharded model are not written, since each worker has only its
-    shard of every direction. Raises ConfigError if a file cannot be written."""
+    of least and largest curvature. Raises ConfigError if a file cannot be written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))
@@ -196,6 +192,5 @@ def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -
             directions = {"escape_direction": finding.certificate.escape_direction}
             if finding.certificate.sharpest_direction is not None:
                 directions["sharpest_direction"] = finding.certificate.sharpest_direction
-            if not finding.sharded:
-                write_whole(folder / f"{name}.direction.pt", partial(torch.save, directions))
+            write_whole(folder / f"{name}.direction.pt", partial(torch.save, directions))
             save(draw_certificate(point), folder, name)

@@ -1,13 +1,8 @@
-"""Properties of DTensors and of models that have them, without importing torch.distributed."""
+"""Properties of DTensors, without importing torch.distributed."""
 
 from typing import Any
 
-from torch import Tensor, nn
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return True if any trainable parameter is a DTensor, as with FSDP2 or tensor parallelism."""
-    return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
+from torch import Tensor
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -29,16 +24,3 @@ def as_shard(value: Any, p: Any) -> Any:
     if not is_part or value.shape != p.to_local().shape:
         return value
     return type(p).from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-
-
-def part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this process's part of a whole tensor, according to the placements of the parameter p. If p is a plain
-    tensor, return the whole tensor. Strided shards are split last; FSDP creates them along a dimension that tensor
-    parallelism also shards."""
-    placements = list(enumerate(getattr(p, "placements", ())))
-    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
-        if hasattr(placement, "dim"):
-            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
-            place = p.device_mesh.get_coordinate()[i]
-            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
-    return tensor

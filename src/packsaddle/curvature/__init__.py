@@ -2,8 +2,7 @@
 
 Start with `certify`, which uses these modules:
 
-- `hessian` computes losses, gradients and Hessian-vector products over the batches of all workers; `sharded` does so
-  for sharded models.
+- `hessian` computes losses, gradients and Hessian-vector products over the batches of all workers.
 - `products` chooses how Hessian-vector products are computed: by double backward or by differences of gradients.
 - `lanczos` bounds the extreme eigenvalues of the Hessian.
 - `search` does Lanczos steps until a verdict on the point, such as "saddle", is decided. It first searches a part of

@@ -128,7 +128,7 @@ class Certificate:
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True if rho was measured along the escape direction, as a lower bound on rho
-    escape_direction: Tensor  # escape direction v, unit vector float64[d]; in a sharded model, this worker's part of it
+    escape_direction: Tensor  # escape direction v, unit vector float64[d]
     sharpest_direction: Tensor | None  # unit Ritz vector of the largest Ritz value, float64[d]; None: not available
     slope: float  # <grad f, v>, derivative of the loss along the escape direction v
     escape_distance: float | None  # s, positive or negative, with the lowest f(x + s v) found; None: no s was tried

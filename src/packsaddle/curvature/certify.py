@@ -19,13 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, threshold_of
-from packsaddle.curvature.hessian import LossFn, certifying, with_examples
+from packsaddle.curvature.hessian import Curvature, LossFn, certifying, with_examples
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
 from packsaddle.curvature.search import Bounds, CurvatureSearch, Walk, pilot
-from packsaddle.curvature.sharded import derivatives
 from packsaddle.errors import check_positive
 
 
@@ -39,15 +37,14 @@ def certify(
     search: Search = Search(),  # noqa: B008 -- immutable
     sample_of: int | None = None,
     process_group: Any = None,
-    tensor_parallel: Any = None,
     progress: Callable[[Bounds], None] = lambda bounds: None,
 ) -> Certificate:
     """Compute a certificate for the model's current parameters; collective. The loss is the mean over the batches of
     all workers.
 
     Args:
-        model: a network, evaluated in eval mode. Only trainable parameters count. If it is sharded over the workers
-            by FSDP2 or tensor parallelism, every vector is sharded too.
+        model: a network, evaluated in eval mode. Only trainable parameters count. They must not be DTensors: load the
+            full state dict of a sharded model into an unsharded one.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
         epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon). If
@@ -61,7 +58,6 @@ def certify(
             examples in these batches, the certificate has a standard error of the gradient, from the variation between
             batches.
         process_group: the group of the workers; by default torch's default group, or this process alone.
-        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches; None: not used.
         progress: called with the current bounds (`curvature.search.Bounds`) after each Hessian-vector product of the
             search.
 
@@ -76,13 +72,11 @@ def certify(
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
-    # Skip empty batches, except with a sharded model, whose workers must process every batch together.
-    if not is_sharded(model):
-        batches = with_examples(batches)
+    batches = with_examples(batches)
     with certifying(model, process_group) as channel:
         # Evaluate the loss and its gradient at the current parameters, and choose the method of Hessian-vector
         # products.
-        of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
+        of = partial(Curvature, model, loss_fn, channel=channel)
         curvature = of(batches)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
@@ -92,7 +86,7 @@ def certify(
         # backward pass.
         chosen = choose_products(curvature, search.hvp)
         gradient, error = curvature.gradient()
-        grad_norm = curvature.norm(gradient)
+        grad_norm = float(gradient.norm())
         grad_norm_error = None
         if sample_of is not None:  # correct the standard error, since the examples were drawn without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
@@ -138,7 +132,7 @@ def certify(
         hessian_lipschitz_estimated=hessian_lipschitz is None,
         escape_direction=full.v.cpu(),
         sharpest_direction=None if sharpest is None else sharpest.cpu(),
-        slope=curvature.dot(gradient, full.v),
+        slope=float(gradient @ full.v),
         escape_distance=distance,
         escape_loss=lowest,
         escape_bend=bend,

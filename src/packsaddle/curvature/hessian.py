@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_map_only
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.sharding import local_part, part_of
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.devices import device_of_doubles, to_device
@@ -53,8 +52,8 @@ def fresh_generator() -> torch.Generator:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Return the list of a model's trainable parameters.
 
-    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError if it has no trainable parameters, or if one
-    of them is not floating-point, such as a complex parameter.
+    Raises TypeError if `model` is not a torch.nn.Module. Raises ValueError if it has no trainable parameters, if one of
+    them is not floating-point, such as a complex parameter, or if one of them is a DTensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -64,6 +63,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     for name, p in found.items():
         if not p.is_floating_point():
             raise ValueError(f"model must have real parameters, but {name} is {p.dtype}")
+        if hasattr(p, "placements"):
+            raise ValueError(
+                f"model must not be sharded, but {name} is a DTensor: load the full state dict into an unsharded model"
+            )
     return list(found.values())
 
 
@@ -82,17 +85,10 @@ class Curvature:
     finite.
     """
 
-    has_double_backward = True
-    _alike = 1  # number of workers that process the same batch, as with tensor parallelism
-
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        # Number of elements of a vector that a worker stores, as a maximum over workers; less than d in a sharded
-        # model.
-        self.held = self.d
-        self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
         # Device of all flat float64 vectors, such as gradients.
         self.device = device_of_doubles(self.parameters[0].device)
         self.products = 0  # number of Hessian-vector products so far
@@ -127,7 +123,7 @@ class Curvature:
         # Find the coarsest precision in which the loss is computed, and the mean loss f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
-        self.examples = int(examples) // self._alike
+        self.examples = int(examples)
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
@@ -172,8 +168,6 @@ class Curvature:
         tensor has no graph.
         """
         loss: Any = self._loss_fn(self._model, batch)
-        # With tensor parallelism the loss is a DTensor.
-        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
@@ -189,7 +183,7 @@ class Curvature:
         return round(self.sum_of(len(self._sizes_of_batches)))
 
     def examples_of_every(self, n: int) -> int:
-        return round(self.sum_of(sum(self._sizes_of_batches[::n]))) // self._alike
+        return round(self.sum_of(sum(self._sizes_of_batches[::n])))
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(torch.float64)
@@ -337,33 +331,17 @@ class Curvature:
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], which is identical on all workers; collective.
 
-        It is drawn from `generator` on rank 0. If that is None, a new generator is seeded by the operating system. For
-        a sharded model each worker gets its own part of the vector.
+        It is drawn from `generator` on rank 0. If that is None, a new generator is seeded by the operating system.
         """
-        rng = self._shared_generator(generator)
-        parts = (part_of(torch.randn(p.shape, generator=rng, dtype=torch.float64), p) for p in self.parameters)
-        return torch.cat([part.reshape(-1) for part in parts]).to(self.device)
-
-    def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """Return a CPU generator, seeded on all workers by one draw from rank 0's generator; collective."""
         generator = fresh_generator() if generator is None else generator
+        # Broadcast a seed instead of the vector, and draw the vector from it on the CPU of every worker.
         seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
         self._channel.broadcast(seed, "certificate")
-        return torch.Generator().manual_seed(int(seed))
-
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        return float(self.inner(a, b))
-
-    def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
-        """Return the inner product <a, b> of two vectors. The result is a float64[] on the vectors' device, so that the
-        host does not wait for its value. If the model is sharded, the result is a float."""
-        return a @ b
-
-    def norm(self, a: Tensor) -> float:
-        return math.sqrt(self.dot(a, a))
+        shared = torch.Generator().manual_seed(int(seed))
+        return torch.randn(self.d, generator=shared, dtype=torch.float64).to(self.device)
 
     def size_of_parameters(self) -> float:
-        return math.sqrt(sum(float(self._doubles(t).square().sum()) for t in self._tensors))
+        return math.sqrt(sum(float(self._doubles(p.detach()).square().sum()) for p in self.parameters))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor, ...]]) -> Tensor:
         """Return the mean over all examples of all workers of a derivative of the loss, float64[d]; collective.
@@ -376,13 +354,8 @@ class Curvature:
             for batch, n in self.read():
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
-        return self._finite(self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples))
-
-    def _is_finite(self, vector: Tensor) -> bool:
-        return bool(is_finite(vector))
-
-    def _finite(self, mean: Tensor) -> Tensor:
-        if not self._is_finite(mean):  # the mean is identical on all workers, so all raise
+        mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
+        if not is_finite(mean):  # the mean is identical on all workers, so all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 
@@ -394,9 +367,10 @@ class Curvature:
         If a seed `dither` is given, 16-bit parameters are rounded stochastically, so that the expected value of the
         result is exact. Without stochastic rounding, a displacement smaller than their resolution would be lost.
         """
-        pieces = torch.split(direction, [t.numel() for t in self._tensors])
-        with _restored(self._tensors):
-            for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
+        tensors = [p.detach() for p in self.parameters]
+        pieces = torch.split(direction, [t.numel() for t in tensors])
+        with _restored(tensors):
+            for i, (p, piece) in enumerate(zip(tensors, pieces, strict=True)):
                 shift = (piece * distance).view(p.shape)
                 if dither is None or p.element_size() > 2:
                     p.add_(shift.to(p.dtype).to(p.device))
@@ -408,7 +382,7 @@ class Curvature:
     def loss_at(self, direction: Tensor, distance: float) -> float:
         with self.moved(direction, distance):
             total = self._totals()[0]
-        return self.sum_of(total) / self._alike / self.examples
+        return self.sum_of(total) / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]

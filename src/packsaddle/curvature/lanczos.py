@@ -39,13 +39,12 @@ term of the sum instead of the sum.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Number = Tensor | float
 # Maximum number of evaluations of the sum of p_j^2 in the computation of one bound; a dozen usually suffice.
 _EVALUATIONS = 100
 # Smallest rounding error of a product A v, in units of the last place of ||A||; typical for long sums
@@ -175,9 +174,6 @@ class Lanczos:
         relative_error: returns the current estimate of the rounding error of a product, relative to ||A||. The error
             assumed is at least 16 times `precision`.
         error: returns the current estimate of the error of a product with a unit vector.
-        n: the size of A, if each worker has only a part of every vector; by default the length of `start`.
-        dot: the inner product of two vectors; collective if each worker has only a part of them. It returns a float, or
-            a float64[], for which the host waits once per step.
 
     Recurrences are computed in float64. Raises ValueError for `max_vectors` below 2.
     """
@@ -191,18 +187,16 @@ class Lanczos:
         precision: float = torch.finfo(torch.float64).eps,
         relative_error: Callable[[], float] = lambda: 0.0,
         error: Callable[[], float] = lambda: 0.0,
-        n: int | None = None,
-        dot: Callable[[Tensor, Tensor], Number] = torch.dot,
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
-        n = len(start) if n is None else n
-        self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
-        self._relative_error, self._known_error, self._dot = relative_error, error, dot
+        self._matvec, self._n, self._precision = matvec, len(start), precision
+        self._limit = max_vectors or self._n
+        self._relative_error, self._known_error = relative_error, error
         # Largest magnitude, over all products so far, of a component of A q_k that would be 0 in exact arithmetic.
         self._error = 0.0
         self.products = 0  # number of products A v so far, including those computed for Ritz vectors
-        self._basis = [start / self._norm(start)]
+        self._basis = [start / start.norm()]
         # The last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty.
         self._pair = (torch.zeros(0), self._basis[0])
         self._alphas: list[float] = []
@@ -223,22 +217,23 @@ class Lanczos:
 
         # Compute beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
         before, q = self._pair
-        w = self._product(q)
-        alpha = self._dot(w, q)
-        w = self._recur(w, alpha, q, before)
-        orthogonal, components = len(self._alphas) < self._limit, list[Number]()
+        product = self._product(q)
+        along_q = product @ q
+        w = self._recur(product, along_q, q, before, len(self._alphas))
+        orthogonal, components = len(self._alphas) < self._limit, list[Tensor]()
         if orthogonal:
             for sweep in range(2):
                 for p in self._basis:
-                    component = self._dot(w, p)
-                    _minus(w, p, component, in_place=True)
+                    component = w @ p
+                    w.addcmul_(p, component, value=-1.0)
                     # For p = q the component is only the rounding error of alpha, and not an error of the product.
                     if sweep == 0 and p is not q:
                         components.append(component)
-        alpha, square, *found = _read([alpha, self._dot(w, w), *components])
+        # Read all numbers together, so that the host waits for a GPU only once.
+        alpha, square, *found = torch.stack([along_q, w @ w, *components]).tolist()
         self._error = max([self._error, *map(abs, found)])
         self._alphas.append(alpha)
-        beta = math.sqrt(square) if square > _UNDERFLOW else self._norm(w.mul(_UP)) / _UP
+        beta = math.sqrt(square) if square > _UNDERFLOW else float(w.mul(_UP).norm()) / _UP
 
         # The Ritz values are the eigenvalues of the tridiagonal matrix. The process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
@@ -296,48 +291,27 @@ class Lanczos:
         if len(weights) > len(self._basis):
             before, q = self._basis[-2:]
             for j in range(len(self._basis) - 1, len(weights) - 1):
-                w = self._recur(self._product(q), self._alphas[j], q, before, j)
+                w = self._recur(self._product(q), q.new_tensor(self._alphas[j]), q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
-        return v.div_(self._norm(v))
-
-    def _norm(self, v: Tensor) -> float:
-        return math.sqrt(float(self._dot(v, v)))
+        return v.div_(v.norm())
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1
         return self._matvec(q)
 
-    def _recur(self, product: Tensor, alpha: Number, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
+    def _recur(self, product: Tensor, alpha: Tensor, q: Tensor, before: Tensor, j: int) -> Tensor:
         """Return A q_j - alpha_j q_j - beta_j q_{j-1}, float64[n], the next Lanczos vector before its normalization.
 
         Args:
             product: A q_j, which is not modified.
-            alpha: alpha_j.
+            alpha: alpha_j, float64[].
             q: q_j.
             before: q_{j-1}, which is ignored if j is 0.
-            j: the index of q; by default the number of finished steps.
+            j: the index of q.
         """
-        j = len(self._alphas) if j is None else j
-        w = _minus(product, q, alpha)
+        w = product.addcmul(q, alpha, value=-1.0)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
-
-
-def _minus(w: Tensor, p: Tensor, by: Number, *, in_place: bool = False) -> Tensor:
-    """Return the vector w - by * p. If `in_place` is True, w is overwritten. If `by` is a tensor on a GPU, the host
-    does not wait for its value."""
-    if isinstance(by, Tensor) and by.device.type != "cpu":
-        return (w.addcmul_ if in_place else w.addcmul)(p, by, value=-1.0)
-    return (w.sub_ if in_place else w.sub)(p, alpha=float(by))
-
-
-def _read(numbers: Sequence[Number]) -> list[float]:
-    """Return numbers as a list of floats.
-
-    They must be all floats or all tensors, float64[] each. For tensors on a GPU the host waits only once.
-    """
-    tensors = [number for number in numbers if isinstance(number, Tensor)]
-    return torch.stack(tensors).tolist() if tensors else list(map(float, numbers))
 
 
 def check_probability(failure_probability: float) -> None:

@@ -33,11 +33,10 @@ from torch import Tensor, nn
 
 from packsaddle.comm.group import resolve
 from packsaddle.curvature.certificate import Verdict, for_json, headline_of, judge, threshold_of
-from packsaddle.curvature.hessian import LossFn, certifying, every_nth, with_examples
+from packsaddle.curvature.hessian import Curvature, LossFn, certifying, every_nth, with_examples
 from packsaddle.curvature.lanczos import Ritz
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
-from packsaddle.curvature.sharded import derivatives
 from packsaddle.errors import check_positive
 
 _STATEMENTS = 5
@@ -151,8 +150,6 @@ def certify_population(
             the Hessian's variance over batches with a vector counts as three Hessian-vector products.
 
     Raises ValueError for invalid arguments, for fewer than eight batches, and for losses that vary between evaluations.
-    Raises ValueError also for a sharded model, since its workers cannot compute Hessian-vector products of a single
-    batch.
 
     >>> import torch
     >>> from packsaddle.curvature import certify_population
@@ -168,7 +165,7 @@ def certify_population(
     delta = search.failure_probability / _STATEMENTS
     batches = with_examples(batches)
     with certifying(model, process_group) as channel:
-        curvature = derivatives(model, loss_fn, batches, channel)
+        curvature = Curvature(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
 
@@ -176,11 +173,11 @@ def certify_population(
         # the remaining ones to measure v^T H v. Half of the workers start at the second batch, so that both halves have
         # about the same number of batches.
         gradient, spread = curvature.gradient()
-        grad_norm = curvature.norm(gradient)
+        grad_norm = float(gradient.norm())
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
         least, most = max(0.0, grad_norm - off), grad_norm + off
         starts = ((channel.group.rank + half) % 2 for half in (0, 1))
-        halves = [derivatives(model, loss_fn, every_nth(batches, 2, start), channel) for start in starts]
+        halves = [Curvature(model, loss_fn, every_nth(batches, 2, start), channel) for start in starts]
 
         def measure(products: Products) -> PopulationCertificate:
             seen, fresh = map(products.of, halves)
@@ -235,12 +232,7 @@ def certify_population(
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
     """Return the number of batches over all workers, after a check that `certify_population` accepts the arguments;
-    collective.
-
-    Raises ValueError for a sharded model, and for fewer than eight batches.
-    """
-    if any(hasattr(p, "placements") for p in model.parameters()):
-        raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
+    collective. Raises ValueError for fewer than eight batches."""
     mine = torch.tensor([sum(1 for _ in batches)], device=next(model.parameters()).device)
     resolve(process_group).all_reduce(mine)
     count = int(mine)
@@ -259,7 +251,7 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     # Sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v and n_b is the number of examples.
     sums = torch.zeros(3, dtype=torch.float64)
     for batch, n in curvature.read():
-        q = curvature.dot(v, products.of_batch(batch, v))
+        q = float(v @ products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
     curvature.passes += 2
     total, squares, count = curvature.sum(sums).tolist()

@@ -169,10 +169,10 @@ class DoubleBackward(Products):
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
-        norm = self.curvature.norm(product)
+        norm = float(product.norm())
         first, self._begun, self._largest = not self._repeats, True, max(self._largest, norm)
         if first:
-            apart = self.curvature.norm(self.curvature.hessian_vector(v).sub_(product))
+            apart = float(self.curvature.hessian_vector(v).sub_(product).norm())
             allowed = min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS)
             if apart > allowed * norm:
                 raise ValueError(
@@ -200,10 +200,10 @@ class DoubleBackward(Products):
             return 0.0
         exact, error = self.curvature.product_in_double(v), 0.0
         if exact is None and first:
-            return math.sqrt(self.precision) * self.curvature.norm(product)
+            return math.sqrt(self.precision) * float(product.norm())
         if exact is None:
             exact, error = Differences(self.curvature).checked(v)
-        return self.curvature.norm(exact.sub_(product)) + error
+        return float(exact.sub_(product).norm()) + error
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
         """Compare `product`, the Hessian-vector product with v by double backward, with differences of gradients;
@@ -260,7 +260,7 @@ class DoubleBackward(Products):
             ahead = self.curvature.hessian_vector(v)
         with self.curvature.moved(v, -h):
             behind = self.curvature.hessian_vector(v)
-        return self.curvature.norm(ahead - behind) / (2 * h)
+        return float((ahead - behind).norm()) / (2 * h)
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,8 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
     """
     curvature = differences.curvature
     other, error = differences.checked(v)
-    size = max(curvature.norm(product), curvature.norm(other))
-    apart = curvature.norm(other.sub_(product))
+    size = max(float(product.norm()), float(other.norm()))
+    apart = float(other.sub_(product).norm())
     largest = max(largest, size)
     allowed = _DOUBT * (error + _ROUNDING * curvature.precision * largest)
     if apart <= allowed <= _SURE * largest:
@@ -340,7 +340,7 @@ class Differences(Products):
                 break
             # In a sharp valley a shorter step gives a larger product. A smaller product means that some parameters did
             # not move.
-            shrunk = far and self.curvature.norm(tried.product) < _SHRUNK * self.curvature.norm(best.product)
+            shrunk = far and float(tried.product.norm()) < _SHRUNK * float(best.product.norm())
             best, last = best if worse or shrunk else tried, tried
         best = self._between_kinks(v, best)
         self.step, self._rounding = best.step, best.noise * best.step
@@ -356,7 +356,7 @@ class Differences(Products):
         the trial with the smallest error so far.
         """
         rounds = last.noise * last.step <= _LOUD * self._quietest
-        return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
+        return best.error > _FAR * float(best.product.norm()) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
         """Try shorter steps h, until a step crosses no kink of the loss, such as that of a ReLU. Return the trial with
@@ -367,7 +367,7 @@ class Differences(Products):
         backward.
         """
         step = best.step
-        while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
+        while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * float(best.product.norm()):
             step /= _FARTHEST
             if step < self._shortest:
                 break
@@ -377,9 +377,9 @@ class Differences(Products):
 
     def _trial(self, v: Tensor, h: float) -> _Trial:
         product = self._difference(v, h)
-        noise = self.curvature.norm(self._difference(v, _NEARBY * h) - product)
-        noise = max(noise, self._eps * self.curvature.norm(product))
-        apart = self.curvature.norm(self._difference(v, 2 * h) - product)
+        noise = float((self._difference(v, _NEARBY * h) - product).norm())
+        noise = max(noise, self._eps * float(product.norm()))
+        apart = float((self._difference(v, 2 * h) - product).norm())
         return _Trial(h, product, noise, apart, max(noise + apart / 3, 2 * apart))
 
     @staticmethod
@@ -429,7 +429,7 @@ class Differences(Products):
         s = max(_RHO_DISTANCE, 2 * self.step)
         second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
-        square = self.curvature.norm(second) ** 2 - 6 * self._rounding**2
+        square = float(second.norm()) ** 2 - 6 * self._rounding**2
         return math.sqrt(max(square, 0.0)) / (s * s)
 
 
@@ -443,12 +443,10 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
     return Lanczos(
         matvec or products,
         curvature.random_vector(search.generator),
-        max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
+        max_vectors=max(2, search.memory_limit // (8 * curvature.d)),
         precision=products.precision,
         relative_error=lambda: products.relative_error,
         error=lambda: 0.0 if matvec else products.error,
-        n=curvature.d,
-        dot=curvature.inner,
     )
 
 
@@ -456,14 +454,12 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
     """Return an object that computes Hessian-vector products by the method `hvp`; collective.
 
     "auto" selects double backward if it succeeds on the first batch of every worker, and otherwise differences of
-    gradients. Raises ValueError for "double-backward" with a sharded model.
+    gradients.
     """
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
         return Differences(curvature, reason)
-    if hvp == "double-backward" and not curvature.has_double_backward:
-        raise ValueError("hvp must be 'differences' or 'auto' for a sharded model: it has no double backward")
     return DoubleBackward(curvature)
 
 

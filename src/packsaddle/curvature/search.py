@@ -226,8 +226,8 @@ class CurvatureSearch:
         Returns the quotient and the error of the product.
         """
         product, error = self.products.checked(self.v)
-        quotient = self.curvature.dot(self.v, product)
-        self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
+        quotient = float(self.v @ product)
+        self.residual = float(product.sub_(self.v, alpha=quotient).norm())
         return quotient, error
 
     def _judged(self, upper: float) -> Verdict:

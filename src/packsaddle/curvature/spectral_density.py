@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle.curvature.hessian import LossFn, certifying
+from packsaddle.curvature.hessian import Curvature, LossFn, certifying
 from packsaddle.curvature.lanczos import Ritz
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
-from packsaddle.curvature.sharded import derivatives
 from packsaddle.errors import check_positive
 
 
@@ -130,7 +129,7 @@ def spectral_density(
 
     # Compute the nodes theta_j and weights tau_j of each probe's Gauss quadrature.
     with certifying(model, process_group) as channel:
-        curvature = derivatives(model, loss_fn, batches, channel)
+        curvature = Curvature(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
             runs = (lanczos_over(products, search).run for _ in range(probes))
