@@ -88,7 +88,7 @@ class Audit:
             except ValueError as error:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
 
-        # Certify all files, with one progress display. Then compute the loss along directions, spectra and populations.
+        # Certify all files, with one progress display. Then compute the loss along directions, and certify populations.
         certificates = []
         most = self.questions.search.max_hvps
         with self.questions.countdown("certify", len(self.files) * most) as progress:

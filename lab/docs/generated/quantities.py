@@ -121,7 +121,7 @@ CERTIFICATE = (
         'of a saddle, or of "not a minimum": the s with the lowest f(x + s v) found, and that loss',
     ),
     _of("escape_bend", "of the same: the largest amount found by which [f(x + s v) + f(x - s v)] / 2 is below f(x)"),
-    _of("ritz_values ritz_shares", "the Ritz spectrum, and the share of the random start along each"),
+    _of("ritz_values ritz_shares", "the Ritz values, and the share of the random start along each"),
     _of(
         "saddle_below_rho",
         "for a rho below it the point would be a saddle; null without epsilon, or if no negative curvature was found",

@@ -1,5 +1,5 @@
 """The figure of a certificate, i.e. of the evidence on whether the parameters of a model are a saddle or a minimum: the
-loss along the directions of least and largest curvature, and the spectrum of the Hessian."""
+loss along the directions of least and largest curvature, and the Ritz values of the Hessian."""
 
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,27 @@ NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette, which color-blind readers can distinguish. Black comes first, for the baseline of a figure.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 _LEAST_SHARE = 1e-9  # lower end of the y axis in the plot of Ritz values
-_LEAST_DENSITY = 1e-6  # lower end of the y axis in the plot of the density, relative to the largest density
 
 
 def draw_certificate(certificate: dict[str, Any]) -> Any:
     """Return a matplotlib figure of a certificate, which is given as the result of `Finding.to_dict`.
 
     The first panel shows the loss along the escape direction, i.e. the direction of the least curvature found. If the
-    direction of the largest curvature is known, the next panel shows the loss along it. The last panel shows the
-    spectrum of the Hessian, with bounds on the extreme eigenvalues: the density of the eigenvalues if it was estimated,
-    and otherwise the Ritz values.
+    direction of the largest curvature is known, the next panel shows the loss along it. The last panel shows the Ritz
+    values, and the bounds on the Hessian's extreme eigenvalues.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
-    # After only one Hessian-vector product the escape direction v is still the random start vector, and there is no
-    # spectrum to draw.
+    sharpest = certificate["sharpest_profile"]
+    # After only one Hessian-vector product the escape direction v is still the random start vector, and a single Ritz
+    # value says little of the eigenvalues.
     random = len(certificate["ritz_values"]) == 1
-    panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
+    panels = 1 + (sharpest is not None) + (not random)
 
     # Draw the panels from the left: the loss along the escape direction v, the loss along the sharpest direction w, and
-    # the spectrum.
+    # the Ritz values.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -54,9 +52,7 @@ def draw_certificate(certificate: dict[str, Any]) -> Any:
             pilot = certificate["pilot_examples"]
             whose = "" if pilot is None else f", of {pilot:,} examples"
             _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}", has_model=False)
-        if spectrum is not None:
-            _draw_density(axes[-1], certificate, spectrum)
-        elif not random:
+        if not random:
             _draw_ritz_values(axes[-1], certificate)
         title = f"{certificate['headline']} (gradient norm {certificate['grad_norm']:.3e})"
         figure.suptitle(title, fontsize=11, wrap=True)
@@ -105,21 +101,6 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
     axis.set_ylim(bottom=min(*shares, 0.1) / 3)
     _draw_bounds(axis, certificate, values[0], values[-1])
     axis.set_ylabel("share of a random direction")
-
-
-def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, Any]) -> None:
-    t, density, error = spectrum["values"], spectrum["density"], spectrum["error"]
-    least = _LEAST_DENSITY * max(density)
-    probes = len(spectrum["nodes"])
-    axis.plot(t, [max(d, least) for d in density], color=COLOURS[1], label=f"density, {probes} probes")
-    if probes > 1:
-        below = [max(d - e, least) for d, e in zip(density, error, strict=True)]
-        above = [max(d + e, least) for d, e in zip(density, error, strict=True)]
-        axis.fill_between(t, below, above, color=COLOURS[1], alpha=0.25, linewidth=0)
-    axis.set_yscale("log")
-    axis.set_ylim(bottom=least)
-    _draw_bounds(axis, certificate, min(n[0] for n in spectrum["nodes"]), max(n[-1] for n in spectrum["nodes"]))
-    axis.set_ylabel(f"density of eigenvalues (Gaussian of {spectrum['width']:.0e})")
 
 
 def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:

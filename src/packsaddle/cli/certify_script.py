@@ -25,7 +25,7 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 @grouped(
     {
         "": "epsilon hessian_lipschitz out json",
-        "result": "spectrum population",
+        "result": "population",
         "search": "max_hvps tolerance sharpness failure_probability hvp pilot_examples memory_limit seed",
     }
 )
@@ -35,7 +35,6 @@ def certify_script(
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
     search: Search = Search(),  # noqa: B008 -- immutable
-    spectrum: bool = False,
     population: bool = False,
     out: Path | None = None,
     seed: int = 0,
@@ -51,7 +50,7 @@ def certify_script(
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
         packsaddle certify-script train:problem checkpoint.pt --epsilon 0.01 --hvp differences --json
-        packsaddle certify-script train:problem checkpoint.pt --sharpness 0.01 --spectrum --out certificate
+        packsaddle certify-script train:problem checkpoint.pt --sharpness 0.01 --out certificate
         torchrun --nproc-per-node 2 -m packsaddle.cli certify-script train:problem checkpoint.pt
 
     Args:
@@ -63,7 +62,6 @@ def certify_script(
             there is no verdict on stationarity.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
             direction.
-        spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
         population: Also certify the expected loss over the distribution from which the examples are drawn. This costs
             about 150 Hessian-vector products.
         out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
@@ -78,7 +76,7 @@ def certify_script(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")
-    questions = Questions(epsilon, hessian_lipschitz, search, spectrum, population, seed=seed, quiet=json)
+    questions = Questions(epsilon, hessian_lipschitz, search, population, seed=seed, quiet=json)
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
@@ -114,7 +112,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    # Compute the certificate, then the loss profiles, spectrum and population certificate.
+    # Compute the certificate, then the loss profiles and the population certificate.
     try:
         if questions.population:
             # Raise errors for invalid batches before the long computation.

@@ -27,14 +27,12 @@ from packsaddle.curvature.hessian import Curvature, LossFn, every_nth
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
-from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 
 _POINTS = 20  # number of losses that a loss profile has on each side of the parameters x
 _PROFILED = 4096  # approximate number of examples in each of the 41 losses of a profile; using all would take long
-_PROBES, _STEPS = 4, 40  # numbers of Lanczos probes, and of Hessian-vector products per probe
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Finding:
     certificate: Certificate
     profile: Profile  # loss along the escape direction
     sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
-    spectrum: SpectralDensity | None
     population: PopulationCertificate | None
     lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
@@ -65,12 +62,11 @@ class Finding:
             **self.certificate.to_dict(self.lr),
             "profile": asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
-            "spectrum": None if self.spectrum is None else asdict(self.spectrum),
             "population": None if self.population is None else self.population.to_dict(),
         }
 
     def __str__(self) -> str:
-        more = [str(part) for part in (self.population, self.spectrum) if part is not None]
+        more = [] if self.population is None else [str(self.population)]
         steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
         if steps is not None and self.certificate.verdict is Verdict.SECOND_ORDER_STATIONARY:
             more.insert(0, f"  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps")
@@ -85,7 +81,6 @@ class Questions:
     epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
-    spectrum: bool = False  # True: also estimate the density of all eigenvalues
     population: bool = False  # True: also certify the loss of the population from which the examples are drawn
     # Largest distance at which the loss is evaluated along each of the directions of least and of largest curvature.
     # None: twice the escape distance if known, else 1.
@@ -114,8 +109,8 @@ class Questions:
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
         """Return all results for certified parameters: the certificate, and the loss along the directions of least and
-        of largest curvature. If the options request them, also return the spectrum and the certificate of the
-        population loss. Collective."""
+        of largest curvature. If the options request it, also return the certificate of the population loss.
+        Collective."""
         # Evaluate the loss along the directions of least and of largest curvature, v and w.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
@@ -123,18 +118,13 @@ class Questions:
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
 
-        # Estimate the density of all eigenvalues, and certify the population loss.
-        spectrum = population = None
-        if self.spectrum:
-            with self._counting("spectral density", _PROBES * _STEPS) as progress:
-                limits = {"probes": _PROBES, "steps": _STEPS}
-                search = self._started(2)
-                spectrum = spectral_density(model, loss_fn, batches, **limits, search=search, progress=progress)
+        # Certify the population loss.
+        population = None
         if self.population:
             with self._counting("population", MOST_PRODUCTS) as progress:
                 goal, search = self._goal, self._started(3)
                 population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
-        return Finding(file, certificate, escape, sharpest, spectrum, population, self.lr)
+        return Finding(file, certificate, escape, sharpest, population, self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
         """Context manager that shows the progress of the computation named `what`, which needs at most `most`

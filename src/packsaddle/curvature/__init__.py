@@ -17,7 +17,6 @@ from packsaddle.curvature.lanczos import Lanczos
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
-from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 
 __all__ = [
     "Bounds",
@@ -29,9 +28,7 @@ __all__ = [
     "PopulationCertificate",
     "Search",
     "Share",
-    "SpectralDensity",
     "Verdict",
     "certify_population",
     "draw_iterates",
-    "spectral_density",
 ]
