@@ -24,7 +24,7 @@ _SAMPLE = 512  # default number of training examples: about a minute for a small
     {
         "": "epsilon hessian_lipschitz examples out json",
         "point": "checkpoint iterates",
-        "result": "population distance",
+        "result": "distance",
         "data": "batch_size data_dir workers seed",
         "search": "max_hvps tolerance sharpness failure_probability hvp double pilot_examples memory_limit",
     }
@@ -36,7 +36,6 @@ def certify(
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
     search: Overrides[Search] = Overrides(),  # noqa: B008 -- immutable
-    population: bool = False,
     examples: int | Literal["all"] | None = None,
     batch_size: int | None = None,
     double: bool = False,
@@ -59,7 +58,6 @@ def certify(
         python -m lab certify runs/a
         python -m lab certify runs/a --epsilon 0.01 --examples all
         python -m lab certify runs/a --sharpness 0.01
-        python -m lab certify runs/a --examples 4096 --population
         python -m lab certify runs/a --iterates --workers 2 --data-dir MNIST
         python -m lab certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
 
@@ -73,8 +71,6 @@ def certify(
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default the run's certify.hessian_lipschitz,
             else measured along the escape direction. The threshold for a saddle depends on it: set it when you compare
             points.
-        population: Also certify the expected loss over the distribution that the examples are drawn from; costs about
-            150 Hessian-vector products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples per batch; by default 64, or 500 if all examples are used.
         double: Compute the Hessian-vector products in float64.
@@ -109,7 +105,7 @@ def certify(
     names = chain(["certificate"], (f"certificate-{n}" for n in count(2)))
     folder = out or next(run / name for name in names if not (run / name).exists())
     options, lr = replace(options, **search.values), config.sgd_lr()
-    questions = Questions(epsilon, hessian_lipschitz, options, population, distance, lr, seed, quiet=json)
+    questions = Questions(epsilon, hessian_lipschitz, options, distance, lr, seed, quiet=json)
     size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
     audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
     with new_folder(folder) if is_first() else nullcontext():

@@ -17,7 +17,6 @@ from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import resolve
 from packsaddle.comm.launching import launch, process_group
 from packsaddle.curvature.hessian import NotFiniteError
-from packsaddle.curvature.population import check_population
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.devices import device_of_doubles
 from packsaddle.numerics.seeds import Stream, generator
@@ -25,8 +24,6 @@ from packsaddle.options.schema import build
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
 _WORKERS_PER_CORE = 8  # maximum number of worker processes per core
-# Minimum number of batches for a certificate of the population, whose bounds come from the variance between batches.
-_BATCHES_OF_POPULATION = 32
 
 
 @dataclass(frozen=True)
@@ -82,16 +79,11 @@ class Audit:
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
-        if self.questions.population:
-            try:
-                check_population(task, examples)
-            except ValueError as error:
-                raise ConfigError(f"{error}; --batch-size makes them smaller") from None
 
-        # Certify all files, with one progress display. Then compute the loss along directions, and certify populations.
-        certificates = []
+        # Certify all files, with one progress display.
+        findings = []
         most = self.questions.search.max_hvps
-        with self.questions.countdown("certify", len(self.files) * most) as progress:
+        with self.questions.countdown(len(self.files)) as progress:
             for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
                 task.network.load_state_dict(tensors)
                 which = f"point {i + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
@@ -100,13 +92,9 @@ class Audit:
                     progress(before + step, f"{which}{text}")
 
                 try:
-                    certificates.append(self.questions.certify(task, task_loss, examples, report, len(data)))
+                    findings.append(self.questions.finding(file, task, task_loss, examples, report, len(data)))
                 except NotFiniteError as error:
                     raise ConfigError(f"{file}: {error}") from None
-        findings = []
-        for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
-            task.network.load_state_dict(tensors)
-            findings.append(self.questions.finding(file, task, task_loss, examples, certificate))
         return findings
 
     def prepare(self) -> tuple[Task, Examples]:
@@ -122,8 +110,6 @@ class Audit:
         chosen = order[: self.examples or self.at_most]
         mine = chosen[group.rank :: group.size]
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
-        if self.questions.population and self.batch_size is None:
-            batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
         return Examples(data, mine, device_of_doubles(local_device()), dtype, batch_size)
 
 

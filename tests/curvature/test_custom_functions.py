@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from searches import Point, arguments, certified, dense_hessian
+from searches import Point, certified, dense_hessian
 from torch import Tensor, nn
 
 from packsaddle import Verdict, certify, simulate
-from packsaddle.curvature import Curvature, certify_population
+from packsaddle.curvature import Curvature
 from packsaddle.curvature.custom_functions import custom_functions
 
 Loss = Callable[[Any, Any], Tensor]
@@ -240,19 +240,6 @@ def test_workers_decide_alike() -> None:
     assert len({(c.verdict, c.hvps, c.lambda_min_upper, c.lambda_min_lower) for c in found}) == 1
     assert "FusedCrossEntropy" in str(found[1].hvp_reason)
     assert "of another worker" in str(found[0].hvp_reason)
-
-
-def test_populations_are_by_differences_too() -> None:
-    model, (x, labels) = classifier(torch.float64)
-    batches = list(zip(x.split(8), labels.split(8), strict=True))
-    given = arguments(epsilon=10.0, hessian_lipschitz=1e-2, failure_probability=0.05, seed=0)
-    plain = certify_population(model, plainly, batches, **given)
-    by_fused = certify_population(model, loss_by(fused), batches, **given)
-    assert by_fused.hvp == "differences of gradients"
-    assert by_fused.quotient == pytest.approx(plain.quotient, rel=0.5)
-    assert "FusedCrossEntropy" in str(by_fused.hvp_reason)
-    assert "by differences of gradients; no double backward" in str(by_fused)
-    assert plain.hvp_reason is None
 
 
 def test_random_curvature_is_refused_where_the_loss_is_zero() -> None:

@@ -25,7 +25,6 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 @grouped(
     {
         "": "epsilon hessian_lipschitz out json",
-        "result": "population",
         "search": "max_hvps tolerance sharpness failure_probability hvp pilot_examples memory_limit seed",
     }
 )
@@ -35,7 +34,6 @@ def certify_script(
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
     search: Search = Search(),  # noqa: B008 -- immutable
-    population: bool = False,
     out: Path | None = None,
     seed: int = 0,
     json: bool = False,
@@ -62,8 +60,6 @@ def certify_script(
             there is no verdict on stationarity.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
             direction.
-        population: Also certify the expected loss over the distribution from which the examples are drawn. This costs
-            about 150 Hessian-vector products.
         out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
         seed: Seed of the random start vector.
         json: Print one JSON document.
@@ -76,7 +72,7 @@ def certify_script(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")
-    questions = Questions(epsilon, hessian_lipschitz, search, population, seed=seed, quiet=json)
+    questions = Questions(epsilon, hessian_lipschitz, search, seed=seed, quiet=json)
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
@@ -93,7 +89,6 @@ def certify_script(
 
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     from packsaddle.curvature.hessian import trainable
-    from packsaddle.curvature.population import check_population
 
     # Make the model, loss and batches, and load the checkpoint.
     problem = call(function)
@@ -112,14 +107,10 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    # Compute the certificate, then the loss profiles and the population certificate.
+    # Compute the certificate and the loss profiles.
     try:
-        if questions.population:
-            # Raise errors for invalid batches before the long computation.
-            check_population(model, batches)
-        with questions.countdown("certify", questions.search.max_hvps) as progress:
-            certificate = questions.certify(model, loss_fn, batches, progress)
-        return questions.finding(checkpoint, model, loss_fn, batches, certificate)
+        with questions.countdown() as progress:
+            return questions.finding(checkpoint, model, loss_fn, batches, progress)
     except ValueError as error:  # invalid loss or batches
         raise ConfigError(f"{function}: {error}") from None
 

@@ -4,8 +4,8 @@ certification."""
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import Curvature, LossFn, every_nth
 from packsaddle.curvature.options import Search
-from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
@@ -53,7 +52,6 @@ class Finding:
     certificate: Certificate
     profile: Profile  # loss along the escape direction
     sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
-    population: PopulationCertificate | None
     lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,15 +60,14 @@ class Finding:
             **self.certificate.to_dict(self.lr),
             "profile": asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
-            "population": None if self.population is None else self.population.to_dict(),
         }
 
     def __str__(self) -> str:
-        more = [] if self.population is None else [str(self.population)]
+        text = f"{self.file}: {self.certificate}"
         steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
-        if steps is not None and self.certificate.verdict is Verdict.SECOND_ORDER_STATIONARY:
-            more.insert(0, f"  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps")
-        return "\n".join([f"{self.file}: {self.certificate}", *more])
+        if steps is None or self.certificate.verdict is not Verdict.SECOND_ORDER_STATIONARY:
+            return text
+        return f"{text}\n  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps"
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ class Questions:
     epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
-    population: bool = False  # True: also certify the loss of the population from which the examples are drawn
     # Largest distance at which the loss is evaluated along each of the directions of least and of largest curvature.
     # None: twice the escape distance if known, else 1.
     distance: float | None = None
@@ -89,61 +85,54 @@ class Questions:
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr
 
-    def certify(
-        self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
-    ) -> Certificate:
-        """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary; collective.
-        `progress` is called with a progress value, from 0 to `search.max_hvps`, and a text with the current bounds on
-        the smallest Hessian eigenvalue. `sample_of` is the size of the data set from which the batches were drawn, or
-        None if they are not a sample."""
+    def finding(
+        self,
+        file: Path,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        progress: Report = lambda step, text: None,
+        sample_of: int | None = None,
+    ) -> Finding:
+        """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary, and evaluate the
+        loss along the directions of least and of largest curvature; collective.
+
+        Args:
+            file: the file of the model's weights, which is not read.
+            model, loss_fn, batches, sample_of: see `packsaddle.certify`.
+            progress: called with a progress value, from 0 to `search.max_hvps`, and a text with the current bounds on
+                the smallest Hessian eigenvalue.
+        """
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
         def tell(b: Bounds) -> None:
             progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
 
-        search = self._started(1)
-        return certify(model, loss_fn, batches, **self._goal, search=search, sample_of=sample_of, progress=tell)
+        certificate = certify(
+            model,
+            loss_fn,
+            batches,
+            epsilon=self.epsilon,
+            hessian_lipschitz=self.hessian_lipschitz,
+            search=replace(self.search, generator=generator(self.seed, 1, Stream.CERTIFY)),
+            sample_of=sample_of,
+            progress=tell,
+        )
 
-    def finding(
-        self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
-    ) -> Finding:
-        """Return all results for certified parameters: the certificate, and the loss along the directions of least and
-        of largest curvature. If the options request it, also return the certificate of the population loss.
-        Collective."""
         # Evaluate the loss along the directions of least and of largest curvature, v and w.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
+        return Finding(file, certificate, escape, sharpest, self.lr)
 
-        # Certify the population loss.
-        population = None
-        if self.population:
-            with self._counting("population", MOST_PRODUCTS) as progress:
-                goal, search = self._goal, self._started(3)
-                population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
-        return Finding(file, certificate, escape, sharpest, population, self.lr)
-
-    def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
-        """Context manager that shows the progress of the computation named `what`, which needs at most `most`
-        Hessian-vector products. It shows nothing if `self.quiet` is True, or if this worker's rank is not 0."""
-        return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
-
-    @property
-    def _goal(self) -> dict[str, float | None]:
-        return {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
-
-    def _started(self, step: int) -> Search:
-        return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))
-
-    @contextmanager
-    def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Context manager that shows the progress of the computation named `what`, which needs at most `most`
-        Hessian-vector products. It yields a function to be called with the number of products computed so far."""
-        with self.countdown(what, most) as progress:
-            yield lambda products: progress(products, f"{products} of at most {most} products")
+    def countdown(self, points: int = 1) -> AbstractContextManager[Report]:
+        """Context manager that shows the progress of the certification of `points` points, each of which needs at most
+        `search.max_hvps` Hessian-vector products. It shows nothing if `self.quiet` is True, or if this worker's rank is
+        not 0."""
+        return countdown("certify", points * self.search.max_hvps, quiet=self.quiet or resolve(None).rank != 0)
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:

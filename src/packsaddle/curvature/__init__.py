@@ -15,7 +15,6 @@ from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos
 from packsaddle.curvature.options import Search
-from packsaddle.curvature.population import PopulationCertificate, certify_population
 from packsaddle.curvature.search import Bounds
 
 __all__ = [
@@ -25,10 +24,8 @@ __all__ = [
     "Curvature",
     "GradientNoise",
     "Lanczos",
-    "PopulationCertificate",
     "Search",
     "Share",
     "Verdict",
-    "certify_population",
     "draw_iterates",
 ]

@@ -11,7 +11,7 @@ are all non-stationary with probability at most 2^-m.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -55,46 +55,23 @@ def threshold_of(epsilon: float | None, rho: float) -> float | None:
     return None if epsilon is None else -math.sqrt(rho * epsilon)
 
 
-def judge(least: float, most: float, epsilon: float | None, rho: float, lower: float, upper: float) -> Verdict:
-    """Return the verdict from bounds on the gradient norm (`least`, `most`) and on the smallest Hessian eigenvalue,
-    lambda_min (`lower`, `upper`).
+def judge(grad_norm: float, epsilon: float | None, rho: float, lower: float, upper: float) -> Verdict:
+    """Return the verdict from the gradient norm and from bounds on the smallest Hessian eigenvalue, lambda_min
+    (`lower`, `upper`).
 
     The gradient norm is compared with epsilon, and lambda_min with -sqrt(rho epsilon), where rho is the Lipschitz
     constant of the Hessian (Definition 2.4 of the paper). Without epsilon lambda_min is compared with 0.
     """
-    if epsilon is None:
+    threshold = threshold_of(epsilon, rho)
+    if epsilon is None or threshold is None:
         if upper < 0:
             return Verdict.NOT_A_MINIMUM
         return Verdict.NO_NEGATIVE_CURVATURE if lower >= 0 else Verdict.UNDECIDED
-    if not least <= epsilon:
+    if grad_norm > epsilon:
         return Verdict.GRADIENT_TOO_LARGE
-    if most > epsilon:
-        return Verdict.UNDECIDED
-    threshold = -math.sqrt(rho * epsilon)
     if upper < threshold:
         return Verdict.SADDLE
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
-
-
-def headline_of(verdict: Verdict, epsilon: float | None, lower: float, upper: float) -> str:
-    """Return a verdict as one line of text.
-
-    If `epsilon` is None, the text includes bounds on lambda_min, the smallest Hessian eigenvalue. A proof of negative
-    curvature cites the upper bound `upper`, and its absence the lower bound `lower`. The text of an undecided verdict
-    cites both.
-    """
-    if verdict is Verdict.NOT_A_MINIMUM:
-        return f"{verdict}: lambda_min is at most {upper:.3e}"
-    if verdict is Verdict.NO_NEGATIVE_CURVATURE:
-        return f"{verdict}: lambda_min is at least {lower:.3e}"
-    if verdict is Verdict.UNDECIDED and epsilon is None:
-        return f"{verdict}: lambda_min is in [{lower:.3e}, {upper:.3e}]"
-    is_plateau = verdict is Verdict.SECOND_ORDER_STATIONARY and upper < 0
-    return f"{verdict}{', not a minimum' if is_plateau else ''}"
-
-
-def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -183,8 +160,17 @@ class Certificate:
     @property
     def headline(self) -> str:
         """The verdict as text. If epsilon is None, the text includes the bounds on lambda_min, the smallest Hessian
-        eigenvalue, from which the verdict follows."""
-        return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
+        eigenvalue, from which the verdict follows: the upper bound if there is negative curvature, the lower bound if
+        there is none, and both if the verdict is undecided."""
+        lower, upper = f"{self.lambda_min_lower:.3e}", f"{self.lambda_min_upper:.3e}"
+        if self.verdict is Verdict.NOT_A_MINIMUM:
+            return f"{self.verdict}: lambda_min is at most {upper}"
+        if self.verdict is Verdict.NO_NEGATIVE_CURVATURE:
+            return f"{self.verdict}: lambda_min is at least {lower}"
+        if self.verdict is Verdict.UNDECIDED and self.epsilon is None:
+            return f"{self.verdict}: lambda_min is in [{lower}, {upper}]"
+        is_plateau = self.verdict is Verdict.SECOND_ORDER_STATIONARY and self.lambda_min_upper < 0
+        return f"{self.verdict}{', not a minimum' if is_plateau else ''}"
 
     @property
     def loss_name(self) -> str:
@@ -205,7 +191,7 @@ class Certificate:
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
         values |= {"headline": self.headline, "saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
-        return for_json(values)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
         # List the quantities compared by Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).

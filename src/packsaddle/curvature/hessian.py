@@ -141,11 +141,11 @@ class Curvature:
         computed inside the context manager `watch`."""
         total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), []
         with evaluating(self._model):
-            for batch, n in self.read():
+            for batch in self._batches:
                 with watch:
                     loss = self._value(batch)
-                total += self._doubles(loss.reshape(())) * n
-                sizes.append(n)
+                sizes.append(batch_size(batch))
+                total += self._doubles(loss.reshape(())) * sizes[-1]
         self._sizes_of_batches = sizes
         return total, sum(sizes)
 
@@ -174,13 +174,6 @@ class Curvature:
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("loss_fn must return a loss that torch can differentiate, got a tensor without a graph")
         return loss
-
-    def read(self) -> Iterator[tuple[Any, int]]:
-        for batch in self._batches:
-            yield batch, batch_size(batch)
-
-    def batches(self) -> int:
-        return round(self.sum_of(len(self._sizes_of_batches)))
 
     def examples_of_every(self, n: int) -> int:
         return round(self.sum_of(sum(self._sizes_of_batches[::n])))
@@ -243,20 +236,6 @@ class Curvature:
             return tuple(torch.zeros_like(p) for p in self.parameters)
         inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
         return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, materialize_grads=True)
-
-    @sdpa_kernel(SDPBackend.MATH)
-    def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return the Hessian-vector product of one batch's loss with v, float64[d], by double backward; not
-        collective."""
-        with differentiating(self._model):
-            return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
-
-    def gradient_of_batch(self, batch: Any) -> Tensor:
-        with differentiating(self._model):
-            return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, materialize_grads=True))
-
-    def _flat(self, parts: tuple[Tensor, ...]) -> Tensor:
-        return self._doubles(torch.cat([g.detach().reshape(-1) for g in parts]))
 
     def _doubles(self, tensor: Tensor) -> Tensor:
         """Convert a tensor to float64 on `self.device`, the device of all flat vectors."""
@@ -351,9 +330,10 @@ class Curvature:
         """
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with differentiating(self._model):
-            for batch, n in self.read():
+            for batch in self._batches:
+                n = batch_size(batch)
                 parts = derivative(self._loss_of(batch), n)
-                total.add_(self._flat(parts), alpha=n)
+                total.add_(self._doubles(torch.cat([part.detach().reshape(-1) for part in parts])), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
         if not is_finite(mean):  # the mean is identical on all workers, so all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
@@ -484,8 +464,8 @@ def with_examples(batches: Iterable[Any]) -> Reread:
     return Reread(batches, partial(filter, batch_size))
 
 
-def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
-    return Reread(batches, lambda read: islice(read, first, None, n))
+def every_nth(batches: Iterable[Any], n: int) -> Reread:
+    return Reread(batches, lambda read: islice(read, 0, None, n))
 
 
 def _to_double(batch: Any) -> Any:

@@ -266,21 +266,6 @@ class Lanczos:
             orthogonal,
         )
 
-    def run(
-        self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
-    ) -> Ritz:
-        """Do Lanczos steps, and return the result of the last one.
-
-        The steps end after `most` steps, when `is_enough` returns True for the result so far, or when the Krylov space
-        is exhausted. `progress` is called after each step with the number of steps in this call.
-        """
-        for k in range(1, most + 1):
-            ritz = self.step()
-            progress(k)
-            if self.exhausted or is_enough(ritz):
-                break
-        return ritz
-
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
         """Return the unit Ritz vector of the smallest Ritz value, float64[n]. If `largest` is True, return that of the
         largest Ritz value instead."""

@@ -23,15 +23,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from packsaddle.curvature.custom_functions import custom_functions
 from packsaddle.curvature.hessian import Curvature
-from packsaddle.curvature.lanczos import Lanczos
-from packsaddle.curvature.options import Hvp, Search
+from packsaddle.curvature.options import Hvp
 
 Result = TypeVar("Result")
 
@@ -82,8 +81,7 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of the Hessian-vector products of a mean loss over the batches of all workers. Calls are collective,
-    except `of_batch`.
+    """Interface of the Hessian-vector products of a mean loss over the batches of all workers. Calls are collective.
 
     `error` is the largest ||H v - product|| that was measured for unit vectors v so far. `relative_error` is the same
     for rounding alone, relative to ||H v||, for a random v.
@@ -108,10 +106,6 @@ class Products(ABC):
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         """Return the product H v, float64[d], for a unit vector v, float64[d], and measure its error. The second result
         is this error. If it exceeds `self.error`, it becomes `self.error`."""
-
-    @abstractmethod
-    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return the Hessian-vector product of one batch's loss with a unit vector v, float64[d]; not collective."""
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
@@ -237,9 +231,6 @@ class DoubleBackward(Products):
         self.curvature.passes += curvature.passes
         return why and f"in float64 {why}"
 
-    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        return self.curvature.product_of_batch(batch, v)
-
     def of(self, curvature: Curvature) -> "DoubleBackward":
         return DoubleBackward(curvature)
 
@@ -314,7 +305,6 @@ class Differences(Products):
         # Smallest of the values of `_rounding` measured so far; inf: not measured yet.
         self._quietest = math.inf
         self._count, self._next_check = 0, 1
-        self._dithers = 0  # number of seeds that `of_batch` has used for stochastic rounding
 
     def __call__(self, v: Tensor) -> Tensor:
         self._count += 1
@@ -401,14 +391,6 @@ class Differences(Products):
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
 
-    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        self._dithers += 2
-        with self.curvature.moved(v, self.step, dither=self._dithers):
-            ahead = self.curvature.gradient_of_batch(batch)
-        with self.curvature.moved(v, -self.step, dither=self._dithers + 1):
-            behind = self.curvature.gradient_of_batch(batch)
-        return ahead.sub_(behind).div_(2 * self.step)
-
     def of(self, curvature: Curvature) -> "Differences":
         other = Differences(curvature, self.reason)
         other.copy_estimates(self)
@@ -431,23 +413,6 @@ class Differences(Products):
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
         square = float(second.norm()) ** 2 - 6 * self._rounding**2
         return math.sqrt(max(square, 0.0)) / (s * s)
-
-
-def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
-    """Return a Lanczos process on the Hessian, whose products are `products`, from a random start vector; collective.
-
-    If `matvec` is given, the process is on another symmetric matrix A instead, and `matvec` maps v to A v. Stores
-    Lanczos vectors of up to `search.memory_limit` bytes in total, and at least two.
-    """
-    curvature = products.curvature
-    return Lanczos(
-        matvec or products,
-        curvature.random_vector(search.generator),
-        max_vectors=max(2, search.memory_limit // (8 * curvature.d)),
-        precision=products.precision,
-        relative_error=lambda: products.relative_error,
-        error=lambda: 0.0 if matvec else products.error,
-    )
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:

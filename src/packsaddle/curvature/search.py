@@ -20,7 +20,7 @@ from packsaddle.curvature.certificate import Verdict, judge, threshold_of
 from packsaddle.curvature.hessian import Curvature, every_nth
 from packsaddle.curvature.lanczos import Lanczos, Ritz
 from packsaddle.curvature.options import Search
-from packsaddle.curvature.products import Products, lanczos_over
+from packsaddle.curvature.products import Products
 
 _LONGEST_WALK = 12
 _PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number of examples in a pilot search
@@ -96,7 +96,7 @@ class CurvatureSearch:
         """
         most, measured_at = self.options.max_hvps, 0
         self.rho = self.given_rho or 0.0
-        self.lanczos = lanczos = lanczos_over(self.products, self.options)
+        self.lanczos = lanczos = self._from_random_vector()
         for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
             # Each step replaces the bounds. The new ones are never worse than the old ones, except by rounding.
@@ -187,6 +187,18 @@ class CurvatureSearch:
     def _on_both_sides(self, v: Tensor, s: float) -> tuple[float, float]:
         return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
 
+    def _from_random_vector(self) -> Lanczos:
+        """Return a Lanczos process on the Hessian, from a random start vector; collective. It stores Lanczos vectors of
+        up to `memory_limit` bytes in total, and at least two."""
+        return Lanczos(
+            self.products,
+            self.curvature.random_vector(self.options.generator),
+            max_vectors=max(2, self.options.memory_limit // (8 * self.curvature.d)),
+            precision=self.products.precision,
+            relative_error=lambda: self.products.relative_error,
+            error=lambda: self.products.error,
+        )
+
     def _bound(self, ritz: Ritz) -> None:
         probability = self.options.failure_probability
         self.lower = ritz.lower_bound(probability)
@@ -231,7 +243,7 @@ class CurvatureSearch:
         return quotient, error
 
     def _judged(self, upper: float) -> Verdict:
-        return judge(self.grad_norm, self.grad_norm, self.epsilon, self.rho, self.lower, upper)
+        return judge(self.grad_norm, self.epsilon, self.rho, self.lower, upper)
 
 
 def pilot(

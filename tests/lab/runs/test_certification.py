@@ -249,9 +249,7 @@ def test_the_figures_title_is_the_first_line_of_the_text(epsilon: float | None, 
         x = model.weight[0]
         return (x[1] ** 2 - x[0] ** 2) / 2 + 0.3 * x[0] + 0 * batch.sum()
 
-    questions, batches = Questions(epsilon, 0.1), [torch.ones(1, 2)]
-    certificate = questions.certify(model, loss_fn, batches, lambda step, text: None)
-    finding = questions.finding(Path("w.pt"), model, loss_fn, batches, certificate)
+    finding = Questions(epsilon, 0.1).finding(Path("w.pt"), model, loss_fn, [torch.ones(1, 2)])
     figure = draw_certificate(finding.to_dict())
     headline = str(finding).splitlines()[0].removeprefix("w.pt: ")
     assert headline.startswith(first)
