@@ -10,7 +10,6 @@ Start with `certify`, which uses these modules:
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates
-from packsaddle.curvature.certify import CertifyEvery
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos
@@ -20,7 +19,6 @@ from packsaddle.curvature.search import Bounds
 __all__ = [
     "Bounds",
     "Certificate",
-    "CertifyEvery",
     "Curvature",
     "GradientNoise",
     "Lanczos",
