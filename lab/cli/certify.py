@@ -26,7 +26,7 @@ _SAMPLE = 512  # default number of training examples: about a minute for a small
         "point": "checkpoint iterates",
         "result": "distance",
         "data": "batch_size data_dir workers seed",
-        "search": "max_hvps tolerance sharpness failure_probability hvp double pilot_examples memory_limit",
+        "search": "max_hvps tolerance sharpness failure_probability hvp double memory_limit",
     }
 )
 def certify(
@@ -52,7 +52,7 @@ def certify(
     certify.epsilon. Without epsilon the verdict is on the curvature alone: "not a minimum" if some is negative. The
     certificate is computed on a random sample of the training examples (--examples); it is printed, and written to a
     new folder with the extreme directions and a plot of the loss along them. Under torchrun its workers compute it.
-    Search options default to the run's [certify] (except pilot_examples), or to packsaddle.Search if the run has none.
+    Search options default to the run's [certify], or to packsaddle.Search if the run has none.
 
     Examples:
         python -m lab certify runs/a
@@ -90,14 +90,13 @@ def certify(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
         check_counts(batch_size=batch_size, workers=workers)
 
-    # Options that are not given are those of the run's [certify], except pilot_examples, which is for certificates
-    # during training only.
+    # Options that are not given are those of the run's [certify].
     config = read_config(run)
     options = Search()
     if config.certify is not None:
         epsilon = config.certify.epsilon if epsilon is None else epsilon
         hessian_lipschitz = config.certify.hessian_lipschitz if hessian_lipschitz is None else hessian_lipschitz
-        options = replace(config.certify, pilot_examples=options.pilot_examples)
+        options = config.certify
 
     # Validate the input and create the folder before the work.
     require("matplotlib", "lab", "the certificate's picture")

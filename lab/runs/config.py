@@ -119,8 +119,7 @@ class EscapeConfig(EscapeRule):
 @dataclass(frozen=True, kw_only=True)
 class CertifyConfig(Search):
     """Certificates along the run (see `packsaddle.certify`), and iterates saved for certification afterwards.
-    The defaults of `max_hvps` and `pilot_examples` are below those of `Search`, since a certificate along the run
-    interrupts it, and a pilot gives one bound only."""
+    The default of `max_hvps` is below that of `Search`, since a certificate along the run interrupts it."""
 
     epsilon: float  # target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
     hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
@@ -130,7 +129,6 @@ class CertifyConfig(Search):
     iterates: int = 0  # iterates drawn uniformly from x_0 ... x_T and saved, for python -m lab certify --iterates
     examples: int = 1024  # examples per worker, along the run
     max_hvps: int = 100
-    pilot_examples: int = 0  # examples of a first, cheaper search, which gives one bound only; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -204,25 +204,6 @@ def test_a_loss_without_a_copy_in_double_precision_is_not_trusted() -> None:
     assert "in float64 (TypeError); the loss has a custom autograd.Function, Square" in str(found.hvp_reason)
 
 
-def test_a_pilot_and_the_proof_are_compared() -> None:
-    """On few examples first, where a search begins; on all, where other batches have the function."""
-
-    def loss(model: Any, batch: Tensor) -> Tensor:
-        x = model.weight[0]
-        part = Concave.apply(x) + x.square().sum() if bool(batch[0, 0]) else x.square().sum() / 2
-        return part - x[0] ** 2
-
-    model = nn.Linear(12, 1, bias=False).double()
-    nn.init.zeros_(model.weight)
-    flags = torch.zeros(64, 8, 1, dtype=torch.float64)
-    for some in (slice(None), slice(1, None, 8)):  # a pilot has every eighth batch
-        flags[some] = 1.0
-        found = certificate(model, loss, list(flags), epsilon=1e-2, hessian_lipschitz=1.0, pilot_examples=64)
-        assert found.hvp == "differences of gradients"
-        assert found.lambda_min_upper == pytest.approx(-1.0, abs=1e-6)
-        flags.zero_()
-
-
 def test_workers_decide_alike() -> None:
     """The function is in one worker's batches, and one has no batch; the verdict is that of the union."""
     _, (x, labels) = classifier(torch.float32, nn.ReLU())

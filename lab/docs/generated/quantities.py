@@ -132,10 +132,6 @@ CERTIFICATE = (
     ),
     _of("smallest_epsilon", "the smallest epsilon for which the point would be certified with this rho"),
     _of(
-        "pilot_examples pilot_hvps",
-        "on which v was found first, and the products over them; null and 0 without a pilot",
-    ),
-    _of(
         "examples sample_of loss_name",
         "the examples of the Hessian, the number they were drawn from, and both in words",
     ),

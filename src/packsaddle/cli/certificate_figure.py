@@ -49,9 +49,7 @@ def draw_certificate(certificate: dict[str, Any]) -> Any:
         name = "a random direction v" if random else "the escape direction v"
         _draw_profile(axes[0], certificate, certificate["profile"], name, has_model=True)
         if sharpest is not None:
-            pilot = certificate["pilot_examples"]
-            whose = "" if pilot is None else f", of {pilot:,} examples"
-            _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}", has_model=False)
+            _draw_profile(axes[1], certificate, sharpest, "the sharpest direction w", has_model=False)
         if not random:
             _draw_ritz_values(axes[-1], certificate)
         title = f"{certificate['headline']} (gradient norm {certificate['grad_norm']:.3e})"
@@ -89,35 +87,29 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Draw a vertical line at each Ritz value. Its height is the squared component, along the value's Ritz vector, of
-    the random vector from which Lanczos started."""
+    """Draw a vertical line at each Ritz value, the certificate's bounds on the smallest and the largest eigenvalue, and
+    its threshold if it has an epsilon. A line's height is the squared component, along the value's Ritz vector, of the
+    random vector from which Lanczos started."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
-    pilot = certificate["pilot_examples"]
-    whose = "Ritz values" if pilot is None else f"Ritz values of {pilot:,} examples"
-    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label=whose)
+    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label="Ritz values")
     axis.set_yscale("log")
     axis.set_ylim(bottom=min(*shares, 0.1) / 3)
-    _draw_bounds(axis, certificate, values[0], values[-1])
     axis.set_ylabel("share of a random direction")
 
-
-def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
-    """Draw the certificate's bounds on the smallest and the largest eigenvalue. If the certificate has an epsilon, also
-    draw the threshold: the point is a saddle if the smallest eigenvalue is below it. `least` and `largest` are the
-    extreme Ritz values."""
-    threshold = certificate["threshold"]
+    # Draw the bounds on the extreme eigenvalues, and the threshold: the point is a saddle if the smallest eigenvalue is
+    # below it.
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
-        if low is not None and high is not None:
-            axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
-        elif end == "min":
-            axis.axvline(high, color=colour, label="lambda_min is at most this")
+        axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
+    threshold = certificate["threshold"]
     if threshold is not None:
         axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
-    near = max(abs(least), abs(threshold or 0.0))
+
     # Use a logarithmic axis if on a linear one the smallest eigenvalue would be hard to distinguish from 0.
+    least, largest = values[0], values[-1]
+    near = max(abs(least), abs(threshold or 0.0))
     if near and max(largest - least, near) > 20 * abs(least):
         axis.set_xscale("symlog", linthresh=near, linscale=0.5)
         axis.margins(x=0.08)

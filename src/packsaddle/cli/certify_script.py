@@ -25,7 +25,7 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 @grouped(
     {
         "": "epsilon hessian_lipschitz out json",
-        "search": "max_hvps tolerance sharpness failure_probability hvp pilot_examples memory_limit seed",
+        "search": "max_hvps tolerance sharpness failure_probability hvp memory_limit seed",
     }
 )
 def certify_script(

@@ -106,8 +106,8 @@ class Questions:
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
-        def tell(b: Bounds) -> None:
-            progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
+        def report(bounds: Bounds) -> None:
+            progress(bounds.products, f"{bounds.products} of at most {most} products: {bounds}")
 
         certificate = certify(
             model,
@@ -117,7 +117,7 @@ class Questions:
             hessian_lipschitz=self.hessian_lipschitz,
             search=replace(self.search, generator=generator(self.seed, 1, Stream.CERTIFY)),
             sample_of=sample_of,
-            progress=tell,
+            progress=report,
         )
 
         # Evaluate the loss along the directions of least and of largest curvature, v and w.

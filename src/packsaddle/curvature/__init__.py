@@ -5,8 +5,7 @@ Start with `certify`, which uses these modules:
 - `hessian` computes losses, gradients and Hessian-vector products over the batches of all workers.
 - `products` chooses how Hessian-vector products are computed: by double backward or by differences of gradients.
 - `lanczos` bounds the extreme eigenvalues of the Hessian.
-- `search` does Lanczos steps until a verdict on the point, such as "saddle", is decided. It first searches a part of
-  the examples.
+- `search` does Lanczos steps until a verdict on the point, such as "saddle", is decided.
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

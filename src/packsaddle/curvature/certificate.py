@@ -82,10 +82,6 @@ class Certificate:
     the smallest and the largest eigenvalue of H. The escape direction v is the unit vector with the smallest curvature
     that was found.
 
-    A pilot search uses only a part of the examples. It decides the verdict if it finds a direction whose negative
-    curvature is then proved by one product over all examples. In this case lambda_min has no lower bound, lambda_max
-    has no bounds, and the Ritz values are those of the pilot search.
-
     The loss along v is evaluated at several points x + s v if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     `sharpest_direction` is not available after a single Lanczos step, or if not all Lanczos vectors were stored.
     `failure_probability` is over the random start vector of Lanczos.
@@ -97,9 +93,9 @@ class Certificate:
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
     grad_norm_error: float | None  # sampling error of the gradient, as a standard error; None: `sample_of` is None
     lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
-    lambda_min_lower: float  # lower bound on lambda_min; -inf if the pilot search decided the verdict
-    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf as for `lambda_min_lower`
-    lambda_max_upper: float  # upper bound on lambda_max; inf if the pilot search decided the verdict
+    lambda_min_lower: float  # lower bound on lambda_min
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error
+    lambda_max_upper: float  # upper bound on lambda_max
     residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
     failure_probability: float  # largest probability that `lambda_min_lower` is wrong; the same for `lambda_max_upper`
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
@@ -115,15 +111,13 @@ class Certificate:
     ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
     examples: int  # number of examples in the mean loss f
     sample_of: int | None  # size of the data set that was sampled; None: not given, or all its examples were used
-    pilot_examples: int | None  # number of examples in the pilot search; None: no pilot search, or it did not decide
-    pilot_hvps: int  # number of Hessian-vector products over the pilot search's examples; 0 if `pilot_examples` is None
     precision: str  # dtype of the model, in which Hessian-vector products are computed, e.g. "float32"
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
     hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
     hvp_error: float  # estimated error of a Hessian-vector product with a unit vector, included in all bounds
     hvp_step: float | None  # last step h of the differences of gradients; None: double backward was used
-    hvps: int  # number of Hessian-vector products over all examples, including those by a float64 copy of the model
-    backward_passes: int  # number of backward passes over all examples; a pass over a part counts as a fraction
+    hvps: int  # number of Hessian-vector products, including those by a float64 copy of the model
+    backward_passes: int  # number of backward passes over all examples
     bytes_sent: int  # number of bytes that this worker sent for the certificate
     seconds: float  # duration of the certification
 
@@ -131,8 +125,7 @@ class Certificate:
     def smallest_epsilon(self) -> float:
         """The smallest epsilon for which the bounds in this certificate prove second-order stationarity.
 
-        rho, the Lipschitz constant of the Hessian, is assumed to be `hessian_lipschitz`. The value is inf if there is
-        no lower bound on lambda_min.
+        rho, the Lipschitz constant of the Hessian, is assumed to be `hessian_lipschitz`.
         """
         below = max(0.0, -self.lambda_min_lower)
         return max(self.grad_norm, below * below / self.hessian_lipschitz)
@@ -220,22 +213,16 @@ class Certificate:
         # no useful bounds.
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:
             return ["no search for negative curvature: the gradient decides"]
-        if self.pilot_examples is None:
-            bounds = [
-                f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
-                f"probability {1 - self.failure_probability:g}, residual {self.residual:.1e}",
-                f"lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
-                f"probability",
-            ]
-        else:
-            bounds = [
-                f"lambda_min is at most {self.lambda_min_upper:.3e}, by a direction found on {self.pilot_examples:,} "
-                f"examples with {self.pilot_hvps} products"
-            ]
         value = f"{self.hessian_lipschitz:.3e}" if self.hessian_lipschitz > 1e-300 else "about 0: quadratic along v"
         given = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
         threshold = "" if self.threshold is None else f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, "
-        return [*bounds, f"{threshold}rho {value} ({given})"]
+        return [
+            f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
+            f"probability {1 - self.failure_probability:g}, residual {self.residual:.1e}",
+            f"lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
+            f"probability",
+            f"{threshold}rho {value} ({given})",
+        ]
 
     def _remarks(self) -> list[str]:
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:

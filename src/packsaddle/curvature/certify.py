@@ -13,7 +13,6 @@ not a minimum.
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,7 @@ from packsaddle.curvature.certificate import Certificate, threshold_of
 from packsaddle.curvature.hessian import Curvature, LossFn, certifying, with_examples
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
-from packsaddle.curvature.search import Bounds, CurvatureSearch, Walk, pilot
+from packsaddle.curvature.search import Bounds, CurvatureSearch
 from packsaddle.errors import check_positive
 
 
@@ -71,12 +70,10 @@ def certify(
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
-    batches = with_examples(batches)
     with certifying(model, process_group) as channel:
         # Evaluate the loss and its gradient at the current parameters, and choose the method of Hessian-vector
         # products.
-        of = partial(Curvature, model, loss_fn, channel=channel)
-        curvature = of(batches)
+        curvature = Curvature(model, loss_fn, with_examples(batches), channel)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
@@ -89,49 +86,36 @@ def certify(
         grad_norm_error = None
         if sample_of is not None:  # correct the standard error, since the examples were drawn without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
-        settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
-
-        def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Search for negative curvature: first on a subset of the examples, and then, if that proves nothing, on
-            all examples.
-
-            Returns three objects: the search over all examples, the search on the subset, and the losses along the
-            direction v that was found. The second is None if the subset gave no direction that proves negative
-            curvature on all examples. The third is None if the verdict does not rest on negative curvature.
-            """
-            full, pilot_search = CurvatureSearch(products, *settings), None
-            if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
-                pilot_search = pilot(full, batches, of)
-            if pilot_search is None or not full.proves(pilot_search.v, pilot_search.error):
-                pilot_search = None
-                full.run()
-            return full, pilot_search, full.walk(pilot_search) if full.verdict.rests_on_negative_curvature else None
 
         # Decide if the smallest eigenvalue, lambda_min, is below its threshold: -sqrt(rho epsilon), or 0 if no epsilon
         # is given.
-        full, pilot_search, walk = with_products(chosen, search.hvp, decide)
-        products, sharpest = full.products, (pilot_search or full).sharpest
+        def searched(products: Products) -> CurvatureSearch:
+            found = CurvatureSearch(products, grad_norm, epsilon, hessian_lipschitz, search, progress)
+            found.run()
+            return found
+
+        found = with_products(chosen, search.hvp, searched)
+        walk = found.walk() if found.verdict.rests_on_negative_curvature else None
+        products, ritz, sharpest = found.products, found.ritz, found.sharpest
     distance, lowest, bend = walk or (None, None, None)
-    ritz = (pilot_search or full).ritz
-    assert ritz is not None
     return Certificate(
-        verdict=full.verdict,
+        verdict=found.verdict,
         epsilon=epsilon,
         loss=curvature.loss,
         grad_norm=grad_norm,
         grad_norm_error=grad_norm_error,
-        lambda_min_upper=full.upper,
-        lambda_min_lower=full.lower,
-        lambda_max_lower=full.lambda_max[0],
-        lambda_max_upper=full.lambda_max[1],
-        residual=full.residual,
+        lambda_min_upper=found.upper,
+        lambda_min_lower=found.lower,
+        lambda_max_lower=found.lambda_max[0],
+        lambda_max_upper=found.lambda_max[1],
+        residual=found.residual,
         failure_probability=search.failure_probability,
-        threshold=threshold_of(epsilon, full.rho),
-        hessian_lipschitz=full.rho,
+        threshold=threshold_of(epsilon, found.rho),
+        hessian_lipschitz=found.rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
-        escape_direction=full.v.cpu(),
+        escape_direction=found.v.cpu(),
         sharpest_direction=None if sharpest is None else sharpest.cpu(),
-        slope=float(gradient @ full.v),
+        slope=float(gradient @ found.v),
         escape_distance=distance,
         escape_loss=lowest,
         escape_bend=bend,
@@ -139,15 +123,13 @@ def certify(
         ritz_shares=ritz.shares,
         examples=curvature.examples,
         sample_of=sample_of,
-        pilot_examples=None if pilot_search is None else pilot_search.curvature.examples,
-        pilot_hvps=0 if pilot_search is None else pilot_search.curvature.products,
         precision=str(curvature.parameters[0].dtype).removeprefix("torch."),
         hvp=products.name,
         hvp_reason=products.reason,
-        hvp_error=full.error,
+        hvp_error=ritz.rounding,
         hvp_step=products.step if isinstance(products, Differences) else None,
         hvps=curvature.products,
-        backward_passes=math.ceil(curvature.passes),
+        backward_passes=curvature.passes,
         bytes_sent=channel.ledger.total.sent,
         seconds=time.perf_counter() - begin,
     )

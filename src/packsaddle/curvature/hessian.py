@@ -92,9 +92,7 @@ class Curvature:
         # Device of all flat float64 vectors, such as gradients.
         self.device = device_of_doubles(self.parameters[0].device)
         self.products = 0  # number of Hessian-vector products so far
-        # Number of backward passes over all examples so far; a pass over a part of them counts as a fraction.
-        self.passes = 0.0
-        self._sizes_of_batches: list[int] = []  # number of examples in each batch of this worker
+        self.passes = 0  # number of backward passes over all examples so far
         self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
         self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
 
@@ -103,6 +101,7 @@ class Curvature:
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
         (loss, examples), again = ((float(loss), n) for loss, n in (first, second))
+        self._is_idle = not examples  # True if this worker has no examples
         problems = [float(repr((loss, examples)) != repr(again)), float(self._differs_from_rank_0())]
         found = [loss, examples, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
         total = torch.tensor(found, dtype=torch.float64, device=self.device)
@@ -139,15 +138,15 @@ class Curvature:
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
         """Return the sum of the losses of this worker's examples, float64[], and the number of examples. All losses are
         computed inside the context manager `watch`."""
-        total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), []
+        total, examples = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with evaluating(self._model):
             for batch in self._batches:
                 with watch:
                     loss = self._value(batch)
-                sizes.append(batch_size(batch))
-                total += self._doubles(loss.reshape(())) * sizes[-1]
-        self._sizes_of_batches = sizes
-        return total, sum(sizes)
+                n = batch_size(batch)
+                total += self._doubles(loss.reshape(())) * n
+                examples += n
+        return total, examples
 
     def _value(self, batch: Any) -> Tensor:
         """Return a batch's loss, detached. Gradients are enabled only if the loss itself computes gradients, as a
@@ -174,9 +173,6 @@ class Curvature:
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("loss_fn must return a loss that torch can differentiate, got a tensor without a graph")
         return loss
-
-    def examples_of_every(self, n: int) -> int:
-        return round(self.sum_of(sum(self._sizes_of_batches[::n])))
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(torch.float64)
@@ -273,7 +269,7 @@ class Curvature:
     def in_double(self) -> "Curvature | None":
         """Return a `Curvature` of a float64 copy of the model, over this worker's batches alone. Returns None if this
         worker has no examples. Not collective."""
-        if not sum(self._sizes_of_batches):
+        if self._is_idle:
             return None
         model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))

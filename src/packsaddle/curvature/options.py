@@ -26,10 +26,6 @@ class Search:
         sharpness: Largest distance between the two bounds on lambda_max, relative to the larger magnitude, above 0,
             such as 0.01: the search continues until the distance is at most that. With inf it stops once the verdict is
             decided.
-        pilot_examples: Number of examples of a first, cheaper search for a saddle's direction. If it finds one, one
-            product over all examples proves the saddle, and the certificate has no other bounds on eigenvalues. There
-            is no such search unless there are eight times as many examples in total, and tolerance and sharpness are
-            inf. 0 disables it.
         hvp: Method of the Hessian-vector products. "double-backward" is exact; "differences" of gradients have an
             error, which is measured and widens both bounds. "auto" uses double backward, or differences if torch does
             not support it (compiled networks, flash-attn) or if it is wrong (a custom autograd.Function, see
@@ -45,7 +41,6 @@ class Search:
     failure_probability: float = 1e-3
     tolerance: float = math.inf
     sharpness: float = math.inf
-    pilot_examples: int = 2048
     hvp: Hvp = "auto"
     memory_limit: int = 4 * 2**30
     generator: torch.Generator | None = field(default=None, metadata={"internal": True})
@@ -57,8 +52,7 @@ class Search:
         for name in ("tolerance", "sharpness"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("pilot_examples", "memory_limit"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.memory_limit < 0:
+            raise ValueError(f"memory_limit must not be negative, got {self.memory_limit}")
         if self.hvp not in get_args(Hvp):
             raise ValueError(f"hvp must be one of {', '.join(get_args(Hvp))}, got {self.hvp!r}")

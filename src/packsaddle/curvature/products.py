@@ -108,15 +108,6 @@ class Products(ABC):
         is this error. If it exceeds `self.error`, it becomes `self.error`."""
 
     @abstractmethod
-    def of(self, curvature: Curvature) -> "Products":
-        """Return an object that computes Hessian-vector products by the same method, over the examples of
-        `curvature`."""
-
-    def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
-        """Copy the step sizes and error estimates of `other`, which computes products by the same method over different
-        examples. No-op for methods without estimates."""
-
-    @abstractmethod
     def change(self, v: Tensor) -> float:
         """Return ||d/ds H(x + s v) v|| at s = 0, for a unit vector v, float64[d]. It is the rate at which the
         Hessian-vector product H v changes if the parameters x move along v.
@@ -149,7 +140,7 @@ class DoubleBackward(Products):
     def __init__(self, curvature: Curvature) -> None:
         super().__init__(curvature)
         self.precision = curvature.precision
-        self._begun = self._repeats = False
+        self._begun = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a Hessian-vector product so far
         # Differences of gradients, with which products by double backward are compared; None: no comparison was made
@@ -164,7 +155,7 @@ class DoubleBackward(Products):
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
         norm = float(product.norm())
-        first, self._begun, self._largest = not self._repeats, True, max(self._largest, norm)
+        first, self._begun, self._largest = not self._begun, True, max(self._largest, norm)
         if first:
             apart = float(self.curvature.hessian_vector(v).sub_(product).norm())
             allowed = min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS)
@@ -173,7 +164,6 @@ class DoubleBackward(Products):
                     "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
                     "everything that is random"
                 )
-            self._repeats = True
         self.unproven = self.curvature.on_any_worker(bool(self._custom))
         if self.unproven:
             self._compare(v, product)
@@ -230,20 +220,6 @@ class DoubleBackward(Products):
             return f"its product cannot be compared with differences of gradients in float64 ({type(error).__name__})"
         self.curvature.passes += curvature.passes
         return why and f"in float64 {why}"
-
-    def of(self, curvature: Curvature) -> "DoubleBackward":
-        return DoubleBackward(curvature)
-
-    def copy_estimates(self, other: Products) -> None:
-        """Copy from `other` the relative rounding error, and the largest norm of a Hessian-vector product if it exceeds
-        the largest norm here.
-
-        If `other` has passed the test for a random loss, which computes the first product twice, the test is skipped
-        here.
-        """
-        assert isinstance(other, DoubleBackward)
-        self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
-        self.relative_error = other.relative_error
 
     def change(self, v: Tensor) -> float:
         h = _RHO_DISTANCE
@@ -390,15 +366,6 @@ class Differences(Products):
         # Between h and 17 h / 16, the term h^2 M_3 / 6 changes by 0.129 of its value.
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
-
-    def of(self, curvature: Curvature) -> "Differences":
-        other = Differences(curvature, self.reason)
-        other.copy_estimates(self)
-        return other
-
-    def copy_estimates(self, other: Products) -> None:
-        assert isinstance(other, Differences)
-        self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest
 
     def _difference(self, v: Tensor, h: float) -> Tensor:
         ahead = self.curvature.gradient_at(v, h)

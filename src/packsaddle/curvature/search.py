@@ -3,28 +3,22 @@
 The threshold is -sqrt(rho epsilon), where epsilon is the threshold for the gradient norm and rho the Lipschitz constant
 of the Hessian. If no epsilon is given, the threshold is 0.
 
-A single Rayleigh quotient below the threshold, over all examples, proves a saddle, no matter how its direction was
-found. So `pilot` first searches for a direction on a part of the examples, where Hessian-vector products are cheaper.
-`CurvatureSearch.proves` then computes the Rayleigh quotient with one product over all examples. Only a proof that no
-eigenvalue is below the threshold needs all Lanczos steps over all examples.
+A Rayleigh quotient below the threshold proves that an eigenvalue is below it. That no eigenvalue is below the threshold
+follows from the lower bound of `lanczos`, which usually needs more steps.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
 from packsaddle.curvature.certificate import Verdict, judge, threshold_of
-from packsaddle.curvature.hessian import Curvature, every_nth
+from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos, Ritz
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products
 
-_LONGEST_WALK = 12
-_PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number of examples in a pilot search
-_PILOT_COST = 2  # largest cost of a pilot search, in units of a Hessian-vector product over all examples
+_LONGEST_WALK = 12  # maximum number of distances at which the loss is evaluated along a direction
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,6 @@ class Bounds:
     """
 
     products: int  # number of Hessian-vector products so far
-    most: int  # maximum number of Hessian-vector products
-    examples: int  # number of examples in the mean loss whose Hessian is searched
     lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
     lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
     threshold: float | None  # threshold for lambda_min, below which x is a saddle; None: no epsilon, or rho unknown
@@ -44,7 +36,7 @@ class Bounds:
     def __str__(self) -> str:
         low, high = self.lambda_min
         asked = "" if self.threshold is None else f", threshold {self.threshold:.1e}"
-        return f"lambda_min in [{low:.1e}, {high:.1e}] of {self.examples:,} examples{asked}"
+        return f"lambda_min in [{low:.1e}, {high:.1e}]{asked}"
 
 
 OnBounds = Callable[[Bounds], None]
@@ -56,8 +48,8 @@ Walk = tuple[float, float, float]
 class CurvatureSearch:
     """A search for negative curvature of the Hessian, by the Lanczos method on the Hessian-vector products `products`.
 
-    `run` does the search, and `proves` tests a given direction. Both store their results as attributes: rho, the bounds
-    on the extreme eigenvalues (`lower`, `upper`, `lambda_max`), the direction `v` with its `residual`, and the verdict.
+    `run` does the search, and stores its results as attributes: rho, the bounds on the extreme eigenvalues (`lower`,
+    `upper`, `lambda_max`), the direction `v` with its `residual`, and the verdict.
     """
 
     products: Products
@@ -66,16 +58,15 @@ class CurvatureSearch:
     given_rho: float | None  # rho, the Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search  # limits and tolerances of the search
     on_bounds: OnBounds
-    rho: float = 0.0
-    lower: float = -math.inf
-    lambda_max: tuple[float, float] = (-math.inf, math.inf)
-    lanczos: Lanczos | None = None
-    ritz: Ritz | None = None
+    rho: float = field(init=False)
+    lanczos: Lanczos = field(init=False)
+    ritz: Ritz = field(init=False)
+    lower: float = field(init=False)
+    upper: float = field(init=False)
+    lambda_max: tuple[float, float] = field(init=False)
     v: Tensor = field(init=False)
-    error: float = 0.0  # error of a Hessian-vector product with a unit vector, included in the bounds
-    upper: float = math.inf
-    residual: float = math.inf
-    verdict: Verdict = Verdict.UNDECIDED
+    residual: float = field(init=False)
+    verdict: Verdict = field(init=False)
 
     @property
     def curvature(self) -> Curvature:
@@ -104,7 +95,7 @@ class CurvatureSearch:
             is_known = measured_at or self.given_rho is not None
             threshold = threshold_of(self.epsilon, self.rho) if is_known else None
             low = self.lower, ritz.theta_min + ritz.rounding
-            self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
+            self.on_bounds(Bounds(k, low, self.lambda_max, threshold))
             last = k == most or lanczos.exhausted
 
             # If rho is not given, measure it as soon as the Ritz vector is nearly an eigenvector.
@@ -125,39 +116,22 @@ class CurvatureSearch:
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
                     break
 
-    def proves(self, v: Tensor, rounding: float) -> bool:
-        """Return True if the unit vector v, float64[d], proves negative curvature below the threshold, by its Rayleigh
-        quotient over the examples of this search.
-
-        The threshold is -sqrt(rho epsilon), or 0 if no epsilon is given. If rho, the Lipschitz constant of the Hessian,
-        is not given, it is measured along v. `rounding` is the error of the products over different examples, by which
-        v was found. The error assumed for the Rayleigh quotient is at least `rounding`.
-        """
-        self.v = v
-        quotient, error = self._measure_quotient()
-        self.error = max(error, rounding)
-        self.upper = quotient + self.error
-        self.rho = self.given_rho or self.products.rho(v)
-        self.verdict = self._judged(self.upper)
-        return self.verdict.rests_on_negative_curvature
-
     @property
     def sharpest(self) -> Tensor | None:
         """The unit Ritz vector of the largest Ritz value, float64[d].
 
         It is None if only one product was computed, or if not all Lanczos vectors were stored.
         """
-        if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
+        if not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
-    def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
+    def walk(self) -> Walk:
         """Evaluate the loss f at x + s v and x - s v for increasing distances s.
 
         Here x are the parameters, and v is the direction of negative curvature. The first s is max(1, ||x||) / 1000 or
         less, and each further s is four times the last one. The walk ends after 12 distances, or at the first s of at
-        least max(1, ||x||) / 100 where neither loss is below that at the last s. With `pilot_search`, the losses over
-        its examples select at most two s, at which f is then evaluated over all examples.
+        least max(1, ||x||) / 100 where neither loss is below that at the last s.
 
         Returns three numbers:
 
@@ -168,24 +142,18 @@ class CurvatureSearch:
         Let lambda < 0 be the curvature along v, and rho the true Lipschitz constant of the Hessian. At any s from
         |lambda| / (2 rho) to four times that, the third number is at least |lambda|^3 / (10 rho^2).
         """
-        search, losses = pilot_search or self, dict[float, tuple[float, float]]()
-        reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)
+        curvature, losses = self.curvature, dict[float, tuple[float, float]]()
+        reach, last = max(1.0, curvature.size_of_parameters()), (curvature.loss, curvature.loss)
         s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
         for _ in range(_LONGEST_WALK):
-            losses[s] = ahead, behind = search._on_both_sides(self.v, s)
+            losses[s] = ahead, behind = curvature.loss_at(self.v, s), curvature.loss_at(self.v, -s)
             # The walk does not stop at distances below max(1, ||x||) / 100, where the loss may rise by rounding alone.
             if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
                 break
             last, s = (ahead, behind), 4 * s
-        if pilot_search is not None:
-            chosen = {min(losses, key=lambda s: min(losses[s])), min(losses, key=lambda s: sum(losses[s]))}
-            losses = {s: self._on_both_sides(self.v, s) for s in sorted(chosen)}
         sides = [(loss, s * sign) for s, pair in losses.items() for loss, sign in zip(pair, (1, -1), strict=True)]
         lowest, distance = min(sides, key=lambda side: side[0])
-        return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
-
-    def _on_both_sides(self, v: Tensor, s: float) -> tuple[float, float]:
-        return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
+        return distance, lowest, max(curvature.loss - sum(pair) / 2 for pair in losses.values())
 
     def _from_random_vector(self) -> Lanczos:
         """Return a Lanczos process on the Hessian, from a random start vector; collective. It stores Lanczos vectors of
@@ -227,8 +195,7 @@ class CurvatureSearch:
             if error > ritz.rounding:
                 self.ritz = ritz = replace(ritz, rounding=error)
                 self._bound(ritz)
-        self.error = ritz.rounding
-        self.upper = quotient + self.error
+        self.upper = quotient + ritz.rounding
         self.verdict = self._judged(self.upper)
 
     def _measure_quotient(self) -> tuple[float, float]:
@@ -244,37 +211,3 @@ class CurvatureSearch:
 
     def _judged(self, upper: float) -> Verdict:
         return judge(self.grad_norm, self.epsilon, self.rho, self.lower, upper)
-
-
-def pilot(
-    full: CurvatureSearch, batches: Iterable[Any], derivatives: Callable[[Iterable[Any]], Curvature]
-) -> CurvatureSearch | None:
-    """Search for negative curvature on a part of the examples, in evenly spaced batches; collective.
-
-    Args:
-        full: the search over all examples, before its first step. The pilot search uses the same method and options.
-        batches: this worker's batches.
-        derivatives: returns the `Curvature` of the model over given batches.
-
-    The part has about `full.options.pilot_examples` examples. The products of the pilot search cost at most about as
-    much as two products over all examples.
-
-    Returns the pilot search if it found curvature below the threshold for the mean loss over its examples, and
-    otherwise None. Also returns None, without a search, if `full` has fewer than eight times as many examples, or if
-    there are too few batches to use only one of eight.
-    """
-    curvature, search = full.curvature, full.options
-    examples = search.pilot_examples
-    stride = curvature.examples // examples if examples else 0
-    if stride < _PILOT_SHARE or _PILOT_SHARE * curvature.examples_of_every(stride) > curvature.examples:
-        return None
-    part = derivatives(every_nth(batches, stride))
-    most = max(1, _PILOT_COST * curvature.examples // part.examples)
-    fewer = replace(search, max_hvps=min(search.max_hvps, most))
-    pilot_search = replace(full, products=full.products.of(part), options=fewer)
-    try:
-        pilot_search.run()
-    finally:
-        curvature.passes += part.passes * part.examples / curvature.examples
-    full.products.copy_estimates(pilot_search.products)
-    return pilot_search if pilot_search.verdict.rests_on_negative_curvature else None

@@ -119,7 +119,7 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
 
 
 def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its [certify] has max_hvps = 60; a pilot along the run is of other examples than the command's."""
+    """Its [certify] has max_hvps = 60."""
     audits: list[Audit] = []
 
     def certify(audit: Audit, workers: int) -> None:
@@ -131,14 +131,13 @@ def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: 
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     assert config["certify"]["tolerance"] == "inf"
-    config["certify"] |= {"tolerance": 0.25, "pilot_examples": 3, "hvp": "differences"}
+    config["certify"] |= {"tolerance": 0.25, "hvp": "differences"}
     (copy / "config.json").write_text(json.dumps(config))
     assert command("lab", "certify", copy, "--hvp", "auto", "--sharpness", 0.5) == 2
     (audit,) = audits
     assert (audit.questions.epsilon, audit.questions.hessian_lipschitz, audit.questions.lr) == (0.5, 0.1, 0.5)
     found = audit.questions.search
-    assert (found.max_hvps, found.tolerance, found.sharpness) == (60, 0.25, 0.5)
-    assert (found.pilot_examples, found.hvp) == (2048, "auto")
+    assert (found.max_hvps, found.tolerance, found.sharpness, found.hvp) == (60, 0.25, 0.5, "auto")
 
 
 def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:

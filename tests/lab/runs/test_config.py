@@ -96,7 +96,6 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "workers": (1, None),  # a number of processes, and a process group
     "momentum": (None, 0.0),  # with Muon inside, its own
     "max_hvps": (100, 200),  # a certificate along a run interrupts it
-    "pilot_examples": (0, 2048),  # and has both bounds
 }
 
 
@@ -202,10 +201,9 @@ def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
 
 def test_a_certificates_options_are_those_of_a_search() -> None:
     """All are keys of [certify]; infinities survive the JSON of a run folder, which has none."""
-    keys = {"epsilon": 0.1, "tolerance": 0.1, "hvp": "differences", "pilot_examples": 64, "memory_limit": 0}
+    keys = {"epsilon": 0.1, "tolerance": 0.1, "hvp": "differences", "memory_limit": 0}
     rule = build(CertifyConfig, keys)
-    assert (rule.tolerance, rule.sharpness, rule.max_hvps, rule.pilot_examples) == (0.1, math.inf, 100, 64)
-    assert CertifyConfig(epsilon=1.0).pilot_examples == 0
+    assert (rule.tolerance, rule.sharpness, rule.max_hvps) == (0.1, math.inf, 100)
     kept = json.dumps(plain(rule), allow_nan=False)
     assert build(CertifyConfig, json.loads(kept)) == rule
     for key, value, message in (
