@@ -97,11 +97,6 @@ class Audit:
                     raise ConfigError(f"{file}: {error}") from None
         return findings
 
-    def prepare(self) -> tuple[Task, Examples]:
-        task, data, _ = self.load()
-        examples = self._examples(data)
-        return task.to(examples.device, examples.dtype), examples
-
     def _examples(self, data: Dataset) -> Examples:
         """Return this worker's part of the examples on which weights are certified, in batches."""
         group, n = resolve(None), len(data)

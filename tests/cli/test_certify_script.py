@@ -38,7 +38,7 @@ def named():
 
 def float_loss():
     model, loss_fn, batches = problem()
-    return model, lambda model, x: float(loss_fn(model, x)), batches
+    return model, lambda model, x: loss_fn(model, x).item(), batches
 
 def vector_loss():
     model, loss_fn, batches = problem()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import Curvature, LossFn, every_nth
+from packsaddle.curvature.hessian import Curvature, LossFn
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
@@ -122,10 +123,10 @@ class Questions:
 
         # Evaluate the loss along the directions of least and of largest curvature, v and w.
         v, w = certificate.escape_direction, certificate.sharpest_direction
-        every = every_nth(batches, max(1, certificate.examples // _PROFILED))
+        some = list(islice(batches, 0, None, max(1, certificate.examples // _PROFILED)))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
-        escape = _profile(model, loss_fn, every, v, reach)
-        sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
+        escape = _profile(model, loss_fn, some, v, reach)
+        sharpest = None if w is None else _profile(model, loss_fn, some, w, reach)
         return Finding(file, certificate, escape, sharpest, self.lr)
 
     def countdown(self, points: int = 1) -> AbstractContextManager[Report]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from packsaddle.curvature.certificate import Certificate, threshold_of
-from packsaddle.curvature.hessian import Curvature, LossFn, certifying, with_examples
+from packsaddle.curvature.hessian import Curvature, LossFn, certifying
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
 from packsaddle.curvature.search import Bounds, CurvatureSearch
@@ -73,7 +73,7 @@ def certify(
     with certifying(model, process_group) as channel:
         # Evaluate the loss and its gradient at the current parameters, and choose the method of Hessian-vector
         # products.
-        curvature = Curvature(model, loss_fn, with_examples(batches), channel)
+        curvature = Curvature(model, loss_fn, batches, channel)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:

@@ -10,8 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -34,7 +32,6 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 # Parts of the messages that torch's errors have if the gradient of an operation, such as a fused kernel, has no
 # derivative.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
-UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
 _UNDIFFERENTIABLE = "torch::autograd::Error"  # name of the autograd node of a function marked once_differentiable
 
@@ -93,12 +90,11 @@ class Curvature:
         self.device = device_of_doubles(self.parameters[0].device)
         self.products = 0  # number of Hessian-vector products so far
         self.passes = 0  # number of backward passes over all examples so far
-        self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
         self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
 
         # Evaluate the sum of losses, sum_b n_b loss_b, twice: the values differ if loss or batches are random.
         watch = _Precision()
-        first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
+        first = self._totals(watch if self.parameters[0].dtype is torch.float64 else None)
         second = self._totals()
         (loss, examples), again = ((float(loss), n) for loss, n in (first, second))
         self._is_idle = not examples  # True if this worker has no examples
@@ -135,42 +131,34 @@ class Curvature:
         self._channel.broadcast(theirs, "certificate")
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
-    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
+    def _read(self) -> Iterator[tuple[Any, int]]:
+        """Yield this worker's batches and their numbers of examples, without empty batches, whose mean loss is NaN."""
+        for batch in self._batches:
+            if n := batch_size(batch):
+                yield batch, n
+
+    def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[Tensor, int]:
         """Return the sum of the losses of this worker's examples, float64[], and the number of examples. All losses are
-        computed inside the context manager `watch`."""
+        computed inside the context manager `watch`, if it is given."""
         total, examples = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        with evaluating(self._model):
-            for batch in self._batches:
-                with watch:
-                    loss = self._value(batch)
-                n = batch_size(batch)
+        with differentiating(self._model):  # since the loss itself may compute gradients, as a gradient penalty does
+            for batch, n in self._read():
+                with watch or nullcontext():
+                    loss = self._loss_of(batch).detach()
                 total += self._doubles(loss.reshape(())) * n
                 examples += n
         return total, examples
 
-    def _value(self, batch: Any) -> Tensor:
-        """Return a batch's loss, detached. Gradients are enabled only if the loss itself computes gradients, as a
-        gradient penalty does."""
-        try:
-            with torch.set_grad_enabled(self._derives):
-                return self._loss_of(batch).detach()
-        except RuntimeError as error:
-            if self._derives or "does not require grad" not in str(error):
-                raise
-        self._derives = True
-        return self._value(batch)
-
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled.
+        """Return a batch's mean loss, float[], with a graph.
 
-        Raises ValueError if `loss_fn` does not return a tensor of one number, or if gradients are enabled and the
-        tensor has no graph.
+        Raises ValueError if `loss_fn` does not return a tensor of one number, or if the tensor has no graph.
         """
         loss: Any = self._loss_fn(self._model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
-        if torch.is_grad_enabled() and not loss.requires_grad:
+        if not loss.requires_grad:
             raise ValueError("loss_fn must return a loss that torch can differentiate, got a tensor without a graph")
         return loss
 
@@ -248,7 +236,7 @@ class Curvature:
         any worker; collective. Returns None if double backward succeeds on all workers."""
         reason, ones = None, [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
-            for batch in islice(self._batches, 1):
+            for batch, _ in islice(self._read(), 1):
                 try:
                     loss = self._loss_of(batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
@@ -271,8 +259,12 @@ class Curvature:
         worker has no examples. Not collective."""
         if self._is_idle:
             return None
-        model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
-        return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            return self._loss_fn(model, _to_double(batch))
+
+        model = copy.deepcopy(self._model).to(self.device).double()
+        return Curvature(model, loss_fn, self._batches, Communicator(Solo(), Ledger()))
 
     def product_in_double(self, v: Tensor) -> Tensor | None:
         """Return the Hessian-vector product H v, float64[d], computed with a float64 copy of the model; collective.
@@ -326,8 +318,7 @@ class Curvature:
         """
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with differentiating(self._model):
-            for batch in self._batches:
-                n = batch_size(batch)
+            for batch, n in self._read():
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._doubles(torch.cat([part.detach().reshape(-1) for part in parts])), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
@@ -419,49 +410,17 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 def differentiating(model: nn.Module) -> Iterator[None]:
     """Context manager in which derivatives of a loss are computed.
 
-    It sets the model to eval mode and enables gradients. It also disables oneDNN if oneDNN's gradients for this model
-    could be wrong (see `safe_derivatives`).
-    """
-    with torch.enable_grad(), evaluating(model), safe_derivatives(model):
-        yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets every module of a model to eval mode.
-
-    On exit each module's training flag is restored.
+    It sets every module of the model to eval mode and enables gradients. It also disables oneDNN if oneDNN's gradients
+    for this model could be wrong (see `safe_derivatives`). On exit each module's training flag is restored.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.enable_grad(), safe_derivatives(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training
-
-
-@dataclass(frozen=True)
-class Reread:
-    """An iterable of a part of some batches: of those that `read` yields, when given an iterator over `batches`.
-
-    It can be iterated as often as `batches` can.
-    """
-
-    batches: Iterable[Any]
-    read: Callable[[Iterator[Any]], Iterator[Any]]
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.read(iter(self.batches))
-
-
-def with_examples(batches: Iterable[Any]) -> Reread:
-    """Return an iterable of the batches that are not empty, since the mean loss of an empty batch would be NaN."""
-    return Reread(batches, partial(filter, batch_size))
-
-
-def every_nth(batches: Iterable[Any], n: int) -> Reread:
-    return Reread(batches, lambda read: islice(read, 0, None, n))
 
 
 def _to_double(batch: Any) -> Any:
