@@ -197,8 +197,6 @@ MISTAKES = {
     (":vector_loss", "zero.pt"): "loss_fn must return a tensor of one number, the batch's mean loss",
     (":constant_loss", "zero.pt"): "loss_fn must return a loss that torch can differentiate, got",
     (":problem", "zero.pt", "--max-hvps", "0"): "--max-hvps must be at least 1, got 0",
-    (":problem", "zero.pt", "--tolerance", "0"): "--tolerance must be positive, got 0.0",
-    (":problem", "zero.pt", "--hvp", "exact"): "--hvp must be one of auto, double-backward, differences, got 'exact'",
     (":problem", "zero.pt", "--epsilon", "0"): "--epsilon must be positive and finite, got 0",
 }
 

@@ -48,31 +48,17 @@ def derivatives(model: nn.Module, loss_fn: Callable[..., Tensor], batches: Any) 
     return Curvature(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
 
 
-class _Loss(nn.Module):
-    """A module that contains a model, and returns the loss of a batch."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss_fn(self.model, batch)
-
-
 def dense_hessian(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Tensor:
-    """Return the Hessian with respect to the trainable parameters, float64[d, d], as torch.autograd computes it.
+    """Return the Hessian with respect to the trainable parameters, float64[d, d], by one backward pass for each row.
 
     The model is in evaluation mode.
     """
-    whole = _Loss(copy.deepcopy(model).double().eval(), loss_fn)
-    named = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+    whole = copy.deepcopy(model).double().eval()
+    parameters = [p for p in whole.parameters() if p.requires_grad]
     inputs = tuple(part.double() if part.is_floating_point() else part for part in batch)
-
-    def f(x: Tensor) -> Tensor:
-        pieces = zip(named.items(), x.split([p.numel() for p in named.values()]), strict=True)
-        found: Tensor = torch.func.functional_call(whole, {n: t.view(p.shape) for (n, p), t in pieces}, (inputs,))
-        return found
-
-    at = torch.cat([p.detach().reshape(-1) for p in named.values()])
-    hessian: Tensor = torch.autograd.functional.hessian(f, at)  # type: ignore[no-untyped-call]
-    return hessian
+    gradients = torch.autograd.grad(loss_fn(whole, inputs), parameters, create_graph=True)
+    rows = [
+        torch.autograd.grad(element, parameters, retain_graph=True, materialize_grads=True)
+        for element in torch.cat([g.reshape(-1) for g in gradients])
+    ]
+    return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
