@@ -26,7 +26,7 @@ _SAMPLE = 512  # default number of training examples: about a minute for a small
         "point": "checkpoint iterates",
         "result": "distance",
         "data": "batch_size data_dir workers seed",
-        "search": "max_hvps tolerance sharpness failure_probability hvp double memory_limit",
+        "search": "max_hvps tolerance failure_probability hvp double memory_limit",
     }
 )
 def certify(
@@ -57,7 +57,7 @@ def certify(
     Examples:
         python -m lab certify runs/a
         python -m lab certify runs/a --epsilon 0.01 --examples all
-        python -m lab certify runs/a --sharpness 0.01
+        python -m lab certify runs/a --tolerance 0.01
         python -m lab certify runs/a --iterates --workers 2 --data-dir MNIST
         python -m lab certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
 

@@ -1,6 +1,5 @@
 """Certification of the saved weights of a run as a saddle or a second-order stationary point."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
-_WORKERS_PER_CORE = 8  # maximum number of worker processes per core
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,11 @@ class Audit:
     def execute(self, workers: int) -> list[Finding]:
         """Certify the weights in every file, and return one finding per file.
 
-        If `workers` is above 1, that number of processes is started. Raises ConfigError if there are more workers than
-        examples, or more than 8 per core.
+        If `workers` is above 1, that number of processes is started.
         """
         if workers == 1:
             return self.certify()
-        _, data, _ = self.load()  # raises ConfigError for invalid input, before any worker starts
-        examples = self.examples or min(self.at_most or len(data), len(data))
-        for most, of in ((examples, "examples"), (_WORKERS_PER_CORE * (os.cpu_count() or 1), "cores")):
-            if workers > most:
-                raise ConfigError(f"--workers must be at most {most} for the number of {of}, got {workers}")
+        self.load()  # raises ConfigError for invalid input, before any worker starts
         findings: list[Finding] = launch(certify_in_process_group, (self,), workers)
         return findings
 

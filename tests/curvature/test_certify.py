@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lab.paper.problems import (
 )
 from packsaddle import Verdict, certify, simulate
 from packsaddle.comm.group import resolve
+from packsaddle.curvature import Bounds
 from packsaddle.curvature.hessian import NotFiniteError, batch_size
 from packsaddle.integrations.callbacks import certificate_line
 
@@ -75,6 +77,19 @@ def test_a_verdict_is_never_stronger_than_its_evidence() -> None:
     one_flat[7] = 0.0
     assert certify_point(problem, one_flat, max_hvps=1, **settings).verdict == Verdict.UNDECIDED
     assert certify_point(problem, one_flat, **settings).verdict == Verdict.SADDLE
+
+
+def test_progress_tells_bounds_that_close_in() -> None:
+    """Each product takes two backward passes, and the gradient one."""
+    told: list[Bounds] = []
+    at = torch.zeros(200, dtype=torch.float64)
+    found = certify_point(Bowl(), at, epsilon=0.1, hessian_lipschitz=0.1, progress=told.append)
+    assert found.backward_passes == 1 + 2 * found.hvps
+    assert [b.products for b in told] == list(range(1, len(told) + 1))
+    assert all(b.lambda_min[0] <= 0.01 <= b.lambda_min[1] for b in told)
+    assert all(later.lambda_min[1] <= earlier.lambda_min[1] + 1e-9 for earlier, later in pairwise(told))
+    assert {b.threshold for b in told} == {-0.1}
+    assert str(told[-1]).startswith("lambda_min in [")
 
 
 def test_a_kink_is_told_from_a_saddle() -> None:

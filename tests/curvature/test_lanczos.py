@@ -137,7 +137,7 @@ def test_exhausted_means_exact(kind: str) -> None:
         last = lanczos.step()
     scale = float(eigenvalues.abs().max())
     assert last.exhausted
-    assert last.steps == lanczos.products <= len(set(eigenvalues.tolist()))
+    assert last.steps <= len(set(eigenvalues.tolist()))
     assert last.theta_min == pytest.approx(float(eigenvalues.min()), abs=1e-8 * scale)
     assert last.theta_max == pytest.approx(float(eigenvalues.max()), abs=1e-8 * scale)
     assert last.lower_bound(1e-3) <= float(eigenvalues.min()) + 1e-9 * scale

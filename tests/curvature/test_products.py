@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -122,6 +123,55 @@ def test_the_error_at_kinks_is_measured() -> None:
     settings: dict[str, Any] = {"epsilon": 2.0, "hessian_lipschitz": 1e-9, "hvp": "differences", "max_hvps": 2}
     certificate = certified(Point(torch.zeros(2, dtype=torch.float64)), kinked, [torch.zeros(1)], **settings)
     assert certificate.lambda_min_lower <= 1.0 <= certificate.lambda_min_upper
+
+
+def test_differences_in_double_precision_are_double_backward_at_kinks() -> None:
+    """ReLU's kinks are further from a point than the steps that double precision allows; a first step crosses many."""
+    rng = torch.Generator().manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+        model[0].bias.mul_(1e-2)  # type: ignore[operator, union-attr]
+    x = 1e-3 * torch.randn(256, 6, generator=rng, dtype=torch.float64)
+    batch, settings = (x, torch.ones_like(x)), {"epsilon": 10.0, "hessian_lipschitz": 1e-4}
+    exact, differences = (
+        certified(model, loss_fn, [batch], hvp=hvp, **settings) for hvp in ("double-backward", "differences")
+    )
+    assert differences.verdict is exact.verdict
+    assert differences.hvp_error < 1e-6
+    assert differences.lambda_min_upper == pytest.approx(exact.lambda_min_upper, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_short_steps_are_taken_where_the_loss_rounds(dtype: torch.dtype) -> None:
+    """A loss of fewer bits than its parameters is a staircase: a step within one stair sees none of its curvature."""
+    model = Point(torch.linspace(0.5, 1.0, 12, dtype=torch.float64))
+
+    def rounded(model: Any, batch: Tensor) -> Tensor:
+        x: Tensor = model.x
+        return x.to(dtype).square().mean().double() * 5 - 0.05 * x.square().mean()
+
+    exact = (10 - 0.1) / 12
+    found = certified(model, rounded, [torch.zeros(1)], epsilon=10.0, hvp="differences")
+    assert found.verdict is not Verdict.SADDLE
+    assert found.lambda_min_lower <= exact <= found.lambda_max_upper
+    assert found.lambda_max_lower <= exact <= found.lambda_min_upper + 2 * found.hvp_error
+
+
+def test_examples_read_in_single_precision_do_not_shorten_a_loss_in_double() -> None:
+    """Data that become float64 as they are read, and constants of other dtypes, are no rounding of the parameters."""
+
+    class Batches:
+        def __iter__(self) -> Iterator[Tensor]:
+            yield (torch.ones(4, 3) / 3).double()
+
+    def loss(model: Any, batch: Tensor) -> Tensor:
+        x: Tensor = model.x
+        return (batch * x.square()).mean() * torch.ones(1, dtype=torch.float32).item()
+
+    at = Point(torch.zeros(3, dtype=torch.float64))
+    assert derivatives(at, loss, Batches()).precision == torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize("w", [8.0, 100.0])

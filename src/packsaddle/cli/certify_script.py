@@ -25,7 +25,7 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 @grouped(
     {
         "": "epsilon hessian_lipschitz out json",
-        "search": "max_hvps tolerance sharpness failure_probability hvp memory_limit seed",
+        "search": "max_hvps tolerance failure_probability hvp memory_limit seed",
     }
 )
 def certify_script(
@@ -48,7 +48,7 @@ def certify_script(
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
         packsaddle certify-script train:problem checkpoint.pt --epsilon 0.01 --hvp differences --json
-        packsaddle certify-script train:problem checkpoint.pt --sharpness 0.01 --out certificate
+        packsaddle certify-script train:problem checkpoint.pt --tolerance 0.01 --out certificate
         torchrun --nproc-per-node 2 -m packsaddle.cli certify-script train:problem checkpoint.pt
 
     Args:

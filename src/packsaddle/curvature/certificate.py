@@ -62,13 +62,13 @@ def judge(grad_norm: float, epsilon: float | None, rho: float, lower: float, upp
     The gradient norm is compared with epsilon, and lambda_min with -sqrt(rho epsilon), where rho is the Lipschitz
     constant of the Hessian (Definition 2.4 of the paper). Without epsilon lambda_min is compared with 0.
     """
-    threshold = threshold_of(epsilon, rho)
-    if epsilon is None or threshold is None:
+    if epsilon is None:
         if upper < 0:
             return Verdict.NOT_A_MINIMUM
         return Verdict.NO_NEGATIVE_CURVATURE if lower >= 0 else Verdict.UNDECIDED
     if grad_norm > epsilon:
         return Verdict.GRADIENT_TOO_LARGE
+    threshold = -math.sqrt(rho * epsilon)
     if upper < threshold:
         return Verdict.SADDLE
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED

@@ -59,8 +59,7 @@ def certify(
         progress: called with the current bounds (`curvature.search.Bounds`) after each Hessian-vector product of the
             search.
 
-    The search stops once the verdict is decided, unless `search` sets a `tolerance` or a `sharpness` that needs more
-    products.
+    The search stops once the verdict is decided, unless `search` sets a `tolerance` that needs more products.
 
     Raises ValueError for invalid arguments, and for losses that vary between evaluations (augmentation, shuffling).
     Raises NotFiniteError if the loss or a derivative is not finite. With hvp="double-backward", raises

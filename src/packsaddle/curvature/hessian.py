@@ -101,7 +101,7 @@ class Curvature:
         problems = [float(repr((loss, examples)) != repr(again)), float(self._differs_from_rank_0())]
         found = [loss, examples, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
         total = torch.tensor(found, dtype=torch.float64, device=self.device)
-        loss, examples, differ, apart, *short = self.sum(total).tolist()
+        loss, examples, differ, apart, *short = self._sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # True if the values differ on any worker, so that all workers raise
@@ -162,16 +162,13 @@ class Curvature:
             raise ValueError("loss_fn must return a loss that torch can differentiate, got a tensor without a graph")
         return loss
 
-    def sum(self, values: Tensor) -> Tensor:
-        values = values.to(torch.float64)
-        values = values if values.device == self.device else to_device(values, self.device)
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sum over workers of the vectors `values`, float64[n] on `self.device`; collective."""
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
-    def sum_of(self, value: Tensor | float) -> float:
-        return float(self.sum(torch.as_tensor(value, dtype=torch.float64).reshape(1)))
-
     def on_any_worker(self, found: bool) -> bool:
-        return self.sum_of(found) > 0
+        count = to_device(torch.tensor([float(found)], dtype=torch.float64), self.device)
+        return float(self._sum(count)) > 0
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return the gradient of the mean loss f, float64[d], and its standard error; collective.
@@ -190,14 +187,11 @@ class Curvature:
 
         self.passes += 1
         mean = self._mean(derivative)
-        squares, batches = self.sum(spread).tolist()
-        return mean, self._standard_error(squares, float(mean.square().sum()), batches)
-
-    def _standard_error(self, squares: float, square_of_mean: float, batches: float) -> float:
+        squares, batches = self._sum(spread).tolist()
         if batches == 1:
-            return math.inf
-        within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
-        return math.sqrt(within / self.examples)
+            return mean, math.inf
+        within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
+        return mean, math.sqrt(within / self.examples)
 
     @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention has no double backward
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
@@ -282,7 +276,7 @@ class Curvature:
                 failed = len(dtypes) > 1 or double.precision > torch.finfo(torch.float64).eps
         except Exception:  # a loss may raise any error with dtypes that it was not written for
             failed = True
-        return None if self.on_any_worker(failed) else self.sum(total).div_(self.examples)
+        return None if self.on_any_worker(failed) else self._sum(total).div_(self.examples)
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
         """Return the gradient of the mean loss at x + distance * direction, float64[d], where x are the current
@@ -290,10 +284,7 @@ class Curvature:
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
-            return self._mean_gradient()
-
-    def _mean_gradient(self) -> Tensor:
-        return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+            return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], which is identical on all workers; collective.
@@ -348,8 +339,8 @@ class Curvature:
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
         with self.moved(direction, distance):
-            total = self._totals()[0]
-        return self.sum_of(total) / self.examples
+            total, _ = self._totals()
+        return float(self._sum(total.reshape(1))) / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -195,7 +195,6 @@ class Lanczos:
         self._relative_error, self._known_error = relative_error, error
         # Largest magnitude, over all products so far, of a component of A q_k that would be 0 in exact arithmetic.
         self._error = 0.0
-        self.products = 0  # number of products A v so far, including those computed for Ritz vectors
         self._basis = [start / start.norm()]
         # The last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty.
         self._pair = (torch.zeros(0), self._basis[0])
@@ -217,7 +216,7 @@ class Lanczos:
 
         # Compute beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
         before, q = self._pair
-        product = self._product(q)
+        product = self._matvec(q)
         along_q = product @ q
         w = self._recur(product, along_q, q, before, len(self._alphas))
         orthogonal, components = len(self._alphas) < self._limit, list[Tensor]()
@@ -276,14 +275,10 @@ class Lanczos:
         if len(weights) > len(self._basis):
             before, q = self._basis[-2:]
             for j in range(len(self._basis) - 1, len(weights) - 1):
-                w = self._recur(self._product(q), q.new_tensor(self._alphas[j]), q, before, j)
+                w = self._recur(self._matvec(q), q.new_tensor(self._alphas[j]), q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
         return v.div_(v.norm())
-
-    def _product(self, q: Tensor) -> Tensor:
-        self.products += 1
-        return self._matvec(q)
 
     def _recur(self, product: Tensor, alpha: Tensor, q: Tensor, before: Tensor, j: int) -> Tensor:
         """Return A q_j - alpha_j q_j - beta_j q_{j-1}, float64[n], the next Lanczos vector before its normalization.

@@ -23,9 +23,6 @@ class Search:
             lambda_min and of the upper bound on lambda_max, in [1e-100, 1).
         tolerance: Largest relative residual of a saddle's direction, above 0: the search continues until
             ||H v - lambda v|| <= tolerance |lambda|. With inf it stops once the verdict is decided.
-        sharpness: Largest distance between the two bounds on lambda_max, relative to the larger magnitude, above 0,
-            such as 0.01: the search continues until the distance is at most that. With inf it stops once the verdict is
-            decided.
         hvp: Method of the Hessian-vector products. "double-backward" is exact; "differences" of gradients have an
             error, which is measured and widens both bounds. "auto" uses double backward, or differences if torch does
             not support it (compiled networks, flash-attn) or if it is wrong (a custom autograd.Function, see
@@ -40,7 +37,6 @@ class Search:
     max_hvps: int = 200
     failure_probability: float = 1e-3
     tolerance: float = math.inf
-    sharpness: float = math.inf
     hvp: Hvp = "auto"
     memory_limit: int = 4 * 2**30
     generator: torch.Generator | None = field(default=None, metadata={"internal": True})
@@ -49,9 +45,8 @@ class Search:
         if self.max_hvps < 1:
             raise ValueError(f"max_hvps must be at least 1, got {self.max_hvps}")
         check_probability(self.failure_probability)
-        for name in ("tolerance", "sharpness"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}")
         if self.memory_limit < 0:
             raise ValueError(f"memory_limit must not be negative, got {self.memory_limit}")
         if self.hvp not in get_args(Hvp):

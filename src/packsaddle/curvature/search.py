@@ -39,7 +39,6 @@ class Bounds:
         return f"lambda_min in [{low:.1e}, {high:.1e}]{asked}"
 
 
-OnBounds = Callable[[Bounds], None]
 # (distance s, loss f(x + s v), largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all distances)
 Walk = tuple[float, float, float]
 
@@ -57,7 +56,7 @@ class CurvatureSearch:
     epsilon: float | None  # threshold for the gradient norm; None: the verdict is only on the sign of lambda_min
     given_rho: float | None  # rho, the Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search  # limits and tolerances of the search
-    on_bounds: OnBounds
+    on_bounds: Callable[[Bounds], None]  # called with the current bounds after each step
     rho: float = field(init=False)
     lanczos: Lanczos = field(init=False)
     ritz: Ritz = field(init=False)
@@ -72,20 +71,15 @@ class CurvatureSearch:
     def curvature(self) -> Curvature:
         return self.products.curvature
 
-    @property
-    def gradient_decides(self) -> bool:
-        """True if the gradient norm exceeds epsilon. The point is then not stationary, whatever its curvature is."""
-        return self.epsilon is not None and self.grad_norm > self.epsilon
-
     def run(self) -> None:
         """Do Lanczos steps from a random start vector until the verdict is decided, and store the results.
 
-        Let v be the Ritz vector of the smallest Ritz value. The steps also continue until the residual of v is within
-        `tolerance`, and the bounds on the largest eigenvalue are within `sharpness`. If no epsilon is given, they also
-        continue until v is nearly an eigenvector. They end in any case after `max_hvps` steps, or when the Krylov space
-        is exhausted.
+        Let v be the Ritz vector of the smallest Ritz value. For a verdict that rests on negative curvature, the steps
+        also continue until the residual of v is within `tolerance`. If no epsilon is given, they continue until v is
+        nearly an eigenvector. They end in any case after `max_hvps` steps, or when the Krylov space is exhausted.
         """
         most, measured_at = self.options.max_hvps, 0
+        gradient_decides = self.epsilon is not None and self.grad_norm > self.epsilon
         self.rho = self.given_rho or 0.0
         self.lanczos = lanczos = self._from_random_vector()
         for k in range(1, most + 1):
@@ -100,7 +94,7 @@ class CurvatureSearch:
 
             # If rho is not given, measure it as soon as the Ritz vector is nearly an eigenvector.
             if self.given_rho is None and not measured_at:
-                if not (last or self.gradient_decides or ritz.is_settling):
+                if not (last or gradient_decides or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
@@ -173,9 +167,6 @@ class CurvatureSearch:
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
 
     def _settled(self, ritz: Ritz) -> bool:
-        low, high = self.lambda_max
-        if high - low > self.options.sharpness * max(abs(low), abs(high)):
-            return False
         verdict = self._judged(ritz.theta_min + ritz.rounding)
         if verdict.rests_on_negative_curvature and ritz.residual > self.options.tolerance * abs(ritz.theta_min):
             return False

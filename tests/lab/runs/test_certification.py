@@ -17,7 +17,7 @@ from lab.runs.config import DataConfig
 from lab.runs.run_folder import read_runs
 from lab.runs.tasks.images import load_images
 from lab.runs.tasks.models import make_task
-from packsaddle import Search, Verdict, certify
+from packsaddle import Verdict, certify
 from packsaddle.cli.certificate_figure import draw_certificate
 from packsaddle.cli.findings import Questions
 from packsaddle.curvature.certificate import Share, draw_iterates
@@ -133,18 +133,19 @@ def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: 
     assert config["certify"]["tolerance"] == "inf"
     config["certify"] |= {"tolerance": 0.25, "hvp": "differences"}
     (copy / "config.json").write_text(json.dumps(config))
-    assert command("lab", "certify", copy, "--hvp", "auto", "--sharpness", 0.5) == 2
+    assert command("lab", "certify", copy, "--hvp", "auto", "--memory-limit", 0) == 2
     (audit,) = audits
     assert (audit.questions.epsilon, audit.questions.hessian_lipschitz, audit.questions.lr) == (0.5, 0.1, 0.5)
     found = audit.questions.search
-    assert (found.max_hvps, found.tolerance, found.sharpness, found.hvp) == (60, 0.25, 0.5, "auto")
+    assert (found.max_hvps, found.tolerance, found.memory_limit, found.hvp) == (60, 0.25, 0, "auto")
 
 
 def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:
     """At the run's learning rate, where a point passes with negative curvature."""
-    search = Search(max_hvps=60, sharpness=1e-9)  # to the smallest Ritz value
-    questions = Questions(1e3, 1e3, search, lr=read_config(run).sgd_lr())
-    (found,) = Audit(run, (run / "checkpoint" / "model.pt",), questions, double=True).certify()
+    files = (run / "checkpoint" / "model.pt",)
+    (first,) = Audit(run, files, Questions(), double=True).certify()
+    rho = (2 * first.certificate.lambda_min_upper) ** 2 / 1e3  # the threshold is twice the most negative curvature
+    (found,) = Audit(run, files, Questions(1e3, rho, lr=read_config(run).sgd_lr()), double=True).certify()
     assert found.certificate.lambda_min_upper < 0
     steps = math.log(10) / math.log1p(-0.5 * found.certificate.lambda_min_upper)
     assert f"\n  at lr 0.5 SGD's distance along v grows tenfold in about {steps:,.0f} steps" in str(found)

@@ -121,7 +121,7 @@ def test_keys_have_the_defaults_of_python() -> None:
                     if f.default != theirs[f.name]:
                         different[f.name] = (f.default, theirs[f.name])
     assert different == DIFFERENT
-    assert compared > 25
+    assert compared > 20
 
 
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
@@ -201,9 +201,9 @@ def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
 
 def test_a_certificates_options_are_those_of_a_search() -> None:
     """All are keys of [certify]; infinities survive the JSON of a run folder, which has none."""
-    keys = {"epsilon": 0.1, "tolerance": 0.1, "hvp": "differences", "memory_limit": 0}
+    keys = {"epsilon": 0.1, "tolerance": math.inf, "hvp": "differences", "memory_limit": 0}
     rule = build(CertifyConfig, keys)
-    assert (rule.tolerance, rule.sharpness, rule.max_hvps) == (0.1, math.inf, 100)
+    assert (rule.tolerance, rule.max_hvps) == (math.inf, 100)
     kept = json.dumps(plain(rule), allow_nan=False)
     assert build(CertifyConfig, json.loads(kept)) == rule
     for key, value, message in (
