@@ -102,18 +102,17 @@ def _range(values: Iterable[Any]) -> str:
 def _verdict(png: Path) -> str:
     """Return the headline and the numbers of the certificate that a PNG shows, read from the file beside it.
 
-    Returns "" if this file is damaged, or was written by an old version, whose certificates have no headline.
+    Returns "" if this file is damaged.
     """
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         points = json.loads((png.parent / "certificates.json").read_text(encoding="utf-8"))["points"]
         point = next(p for p in points if len(points) == 1 or Path(p["file"]).stem == png.stem)
-        norm, high, rho = (f"{point[n]:.3g}" for n in ("grad_norm", "lambda_min_upper", "hessian_lipschitz"))
-        least = point["lambda_min_lower"]
-        bounds = f"at most {high}" if least is None else f"in [{least:.3g}, {high}]"
+        names = ("grad_norm", "lambda_min_lower", "lambda_min_upper", "hessian_lipschitz")
+        norm, low, high, rho = (f"{point[n]:.3g}" for n in names)
         limits = {n: "" if point[n] is None else f", {n} {point[n]:.3g}" for n in ("epsilon", "threshold")}
         measured = "estimated" if point["hessian_lipschitz_estimated"] else "given"
         return printable(
-            f"{point['headline']}; gradient norm {norm}{limits['epsilon']}; smallest eigenvalue {bounds}"
+            f"{point['headline']}; gradient norm {norm}{limits['epsilon']}; smallest eigenvalue in [{low}, {high}]"
             f"{limits['threshold']}, rho {rho} ({measured})"
         )
     return ""
