@@ -24,7 +24,6 @@ _SAMPLE = 512  # default number of training examples: about a minute for a small
     {
         "": "epsilon hessian_lipschitz examples out json",
         "point": "checkpoint iterates",
-        "result": "distance",
         "data": "batch_size data_dir workers seed",
         "search": "max_hvps tolerance failure_probability hvp double memory_limit",
     }
@@ -39,7 +38,6 @@ def certify(
     examples: int | Literal["all"] | None = None,
     batch_size: int | None = None,
     double: bool = False,
-    distance: float | None = None,
     data_dir: Path | None = None,
     workers: int = 1,
     seed: int = 0,
@@ -74,7 +72,6 @@ def certify(
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples per batch; by default 64, or 500 if all examples are used.
         double: Compute the Hessian-vector products in float64.
-        distance: Length of the plot to each side of the point; by default twice the best escape step, or 1.
         data_dir: Folder of the dataset, as for the run (not needed for digits, nor for Python's own text).
         workers: Number of worker processes; under torchrun, the number that it started.
         seed: Seed of the sample and of the random start vector.
@@ -87,7 +84,7 @@ def certify(
     from packsaddle.curvature.certificate import Share
 
     with config_errors("--"):
-        check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
+        check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
         check_counts(batch_size=batch_size, workers=workers)
 
     # Options that are not given are those of the run's [certify].
@@ -104,7 +101,7 @@ def certify(
     names = chain(["certificate"], (f"certificate-{n}" for n in count(2)))
     folder = out or next(run / name for name in names if not (run / name).exists())
     options, lr = replace(options, **search.values), config.sgd_lr()
-    questions = Questions(epsilon, hessian_lipschitz, options, distance, lr, seed, quiet=json)
+    questions = Questions(epsilon, hessian_lipschitz, options, lr, seed, quiet=json)
     size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
     audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
     with new_folder(folder) if is_first() else nullcontext():

@@ -79,9 +79,6 @@ class Questions:
     epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
-    # Largest distance at which the loss is evaluated along each of the directions of least and of largest curvature.
-    # None: twice the escape distance if known, else 1.
-    distance: float | None = None
     lr: float | None = None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr
@@ -121,10 +118,11 @@ class Questions:
             progress=report,
         )
 
-        # Evaluate the loss along the directions of least and of largest curvature, v and w.
+        # Evaluate the loss along the directions of least and of largest curvature, v and w, up to twice the escape
+        # distance, or up to 1 if there is none.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         some = list(islice(batches, 0, None, max(1, certificate.examples // _PROFILED)))
-        reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
+        reach = 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, some, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, some, w, reach)
         return Finding(file, certificate, escape, sharpest, self.lr)
