@@ -1,8 +1,6 @@
 """The proof's ideas measured: against closed-form recursions, the naive twin, exact limits and textbook lemmas."""
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from examples.reference import Check, algorithm1
 from lab.paper.problems import (
     Cosine,
     DoubleWells,
-    Octopus,
     Oracle,
     Quadratic,
 )
@@ -24,13 +21,11 @@ from lab.paper.proof import (
     coupling_std,
     error_growth,
     escape_times,
-    follow,
     growth_rate,
-    octopus_escapes,
     predicted_escape_time,
     random_k_limit,
 )
-from packsaddle import Compressor, LinearSketch, RandomK, TopK
+from packsaddle import RandomK, TopK
 from packsaddle.feedback.noise import Noise
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3
@@ -113,21 +108,6 @@ def test_random_k_grows_at_its_rate() -> None:
     assert torch.equal(coupling.direction.abs(), torch.eye(20, dtype=torch.float64)[0])
 
 
-@pytest.mark.nightly
-@pytest.mark.slow
-@pytest.mark.parametrize("compressor", [RandomK(k=4), LinearSketch(columns=4)])
-def test_linear_error_gaps_scale_with_the_perturbation(compressor: Compressor) -> None:
-    """Twice the perturbation, twice e - e', at every step."""
-    method, e1 = Method(0.02, compressor, 0.01), torch.eye(16)[0]
-    once, half = (couple(Oracle(ONES), method, zeros(16), steps=60, direction=e1, scale=s) for s in (1, 0.5))
-    assert torch.allclose(once.predicted_std, 2 * half.predicted_std)
-    assert torch.allclose(once.noise_gap, 2 * half.noise_gap)
-    moved = half.e_gap > 1e-6  # 0 when coordinate 1 has just been sent
-    assert int(moved.sum()) > 20
-    # Errors of size 10 in double precision, differences of size 0.01.
-    assert torch.allclose(once.e_gap[moved] / half.e_gap[moved], torch.tensor(2.0, dtype=torch.float64), rtol=1e-9)
-
-
 def test_other_error_gaps_do_not() -> None:
     """Noise of 1e-7 and of 1e-3 part the errors alike, a thousand times what a linear compressor's would."""
     compressor = TopK(k=4)
@@ -191,28 +171,4 @@ def test_escape_times_are_the_naive_twins() -> None:
         assert time == trace.resets[0][0]
 
 
-@pytest.mark.slow
-def test_the_octopus_is_escaped_d_times() -> None:
-    problem = Octopus(4)
-    run = follow(Oracle(problem), Method(0.04, TopK(k=1), 0.02), torch.full((4,), 1e-3), steps=750)
-    times = octopus_escapes(problem, run.x)
-    assert len(times) == 4
-    later = [b - a for a, b in pairwise(times)]
-    assert max(later) < 2 * min(later)  # every leg takes about as long as another
-
-
 WELL, START = Oracle(DoubleWells(3)), torch.zeros(3)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: follow(WELL, Method(ETA), torch.zeros(2), steps=1), "start must have shape .3,., got .2,."),
-        (lambda: couple(WELL, Method(ETA), START, steps=3, direction=START), "direction must be a vector of 3"),
-        (lambda: couple(WELL, Method(ETA), START + 1, steps=3), "must have a direction of negative curvature"),
-        (lambda: predicted_escape_time(0.1, -0.5, 0.1, 1.0), "gamma must be positive and finite, got -0.5"),
-    ],
-)
-def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
-import signal
 import struct
-import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from commandline import command, refused
-from forked_python import environment, fork_of, python
 from nightly import thinned
 from PIL import Image
 
@@ -31,7 +26,6 @@ from lab.runs.run_folder import read_runs
 from packsaddle.cli.folders import make_new
 from packsaddle.compressors import (
     QSGD,
-    Identity,
     LowRank,
     RandomK,
     Sign,
@@ -170,21 +164,6 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_batched_gradients_are_in_bfloat16_if_the_run_is(mnist: Path, tmp_path: Path) -> None:
-    """Roundings of 8 bits differ with the order of sums; those of float32 would be a thousandth of that."""
-    config = ae_config(compressor=Identity(), lr=0.01)
-    found: dict[str, Any] = {}
-    for precision, how in (("bfloat16", "serial"), ("bfloat16", "batched"), ("float32", "batched")):
-        changed = replace(config, precision=precision)  # type: ignore[arg-type]
-        found[precision + how] = run(changed, how, mnist, tmp_path / (precision + how))["metrics"][0]
-    serial, batched, single = (line["loss"] for line in found.values())
-    assert batched == pytest.approx(serial, rel=1e-2)
-    assert abs(single / batched - 1) > 1e-6
-    assert len({line["payload"] for line in list(found.values())[:2]}) == 1
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
 def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_path: Path) -> None:
     config = ae_config(
         escape=EscapeConfig(interval=1, radius=100.0, examples=100),
@@ -276,30 +255,6 @@ def check_results(folder: Path) -> None:
     assert {path.name for path in folder.glob("figure*")} == {"figure-light.svg", "figure-dark.svg"}
 
 
-def test_mistakes_are_found_before_runs_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
-    fig2 = ("lab.paper", "fig2", "--out", tmp_path / "o", "--data-dir", mnist, "--scale", "smoke")
-    refused(capsys, "fig2 has no setting 'sparse'; it has dense, dense-noise", *fig2, "--only", "sparse")
-    refused(capsys, "unknown key lrr", *fig2, "--set", "lrr=1")
-    refused(capsys, "--seeds does not apply to table1", "lab.paper", "table1", "--seeds", "3")
-    refused(capsys, "--resume needs --out, the folder of the study", "lab.paper", "table1", "--resume")
-    differ = "noise.std is what settings differ in, 0.0 in dense and 0.01 in dense-noise"
-    refused(capsys, differ, *fig2, "--set", "noise.std=0.1")
-    refused(capsys, "--set seed=3: a study has seeds of its own", *fig2, "--set", "seed=3")
-    assert not (tmp_path / "o").exists()
-
-
-def test_settings_that_were_changed_have_the_change_in_their_labels() -> None:
-    """And noise that is stated in epochs keeps its place in them."""
-    noisy = [name for name in figure2.study("cpu", "mnist").settings if name.endswith("noise")]
-    asked = figure2.study("cpu", "mnist").changed(["noise.std=0.003", "epochs=5"], 1, noisy)
-    assert [c.label for c in asked.settings.values()] == [
-        f"{name}, noise 0.01 (noise.std=0.003)" for name in ("uncompressed", "TopK 0.1%", "RandomK 0.1%")
-    ]
-    for config in asked.settings.values():
-        assert config.noise.std == 0.003
-        assert (config.noise.lower_from, config.noise.lower_until) == pytest.approx((3.0, 4.25))
-
-
 def test_every_scale_of_every_study_can_be_read_back() -> None:
     """Ten seeds in Figure 2 and three in Figure 1, in the paper's setting and on a CPU."""
     for name, made in REPRODUCTIONS.items():
@@ -309,31 +264,3 @@ def test_every_scale_of_every_study_can_be_read_back() -> None:
             assert len({config.label for config in study.settings.values()}) == len(study.settings)
             study.changed(["log_every=7"], None, [])
     assert [REPRODUCTIONS[n].study("cpu", "cifar10").seeds for n in ("fig2", "fig1")] == [10, 3]
-
-
-def gone(group: int) -> bool:
-    """Whether a process group comes to its end within a minute."""
-    for _ in range(600):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_an_interrupted_study_ends_quietly(mnist: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left."""
-    long = [str(a).replace("epochs=1", "epochs=3000") for a in study(mnist, tmp_path / "study", seeds=1)]
-    process = subprocess.Popen(
-        [python(), "-m", *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
-    group = fork_of(process.pid)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
-        time.sleep(0.05)
-    os.killpg(group, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
-    assert "Traceback" not in printed
-    assert gone(group)

@@ -14,7 +14,6 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
-from lab.race import curves as curves_module
 from lab.race.contenders import parse
 from lab.race.curves import Curve, Job, Training, append, load, train, validate
 from lab.race.library import library_text
@@ -229,7 +228,7 @@ def test_times_to_the_target_are_steps_by_seconds() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.usefixtures("forks_on_hosts")
+@pytest.mark.usefixtures("hosts_here")
 def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two contenders, two steps each, on a link that is slow upwards; a second call makes nothing again."""
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
@@ -255,9 +254,3 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert (dense.up, dense.down) == (100, 1000)
     assert dense.ms > 4e-3 * d * 8 / 100  # at the rate of the slower way
     assert alone.kb == 0 < ours.kb < dense.kb / 20
-
-
-def test_training_that_diverges_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves_module, "validate", lambda *_: math.nan)
-    (found,) = curves_of([Job(1, "alone", 0.01, 0)])
-    assert found.losses == (None,)

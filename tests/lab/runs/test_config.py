@@ -1,28 +1,18 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
-import copy
-import inspect
 import json
-import math
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import torch
 
-import packsaddle
 import packsaddle as ps
 from lab.runs.config import (
     AnyCompressor,
-    CertifyConfig,
     Config,
-    DataConfig,
     EscapeConfig,
-    LocalConfig,
-    ModelConfig,
-    NoiseConfig,
-    configure,
     load,
 )
 from lab.runs.tasks.sharding import Calendar
@@ -81,49 +71,6 @@ def test_a_compressor_that_is_set_stays_with_local_updates(tmp_path: Path) -> No
     assert load(write(tmp_path)).compression() == ps.Compression(ps.Identity(), monitor_every=100)
 
 
-# Tables with their counterparts in Python; for other tables it is the class itself, which packsaddle exports.
-COUNTERPARTS: dict[type, tuple[Any, ...]] = {
-    Config: (ps.Compression, ps.CompressedSGD, ps.LocalUpdates),
-    DataConfig: (),
-    ModelConfig: (),
-    NoiseConfig: (ps.Noise,),
-    EscapeConfig: (ps.Escape,),
-    CertifyConfig: (ps.Search,),
-    LocalConfig: (ps.LocalUpdates, torch.optim.AdamW),
-}
-# The only keys whose defaults are not those of the arguments of the same name: both defaults.
-DIFFERENT: dict[str, tuple[Any, Any]] = {
-    "workers": (1, None),  # a number of processes, and a process group
-    "momentum": (None, 0.0),  # with Muon inside, its own
-    "max_hvps": (100, 200),  # a certificate along a run interrupts it
-}
-
-
-def tables(cls: type) -> set[type]:
-    """The dataclass of a configuration and of each table in it."""
-    hints = get_type_hints(cls)
-    kinds = {k for f in settable(cls) for k in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(k)}
-    return {cls}.union(*map(tables, kinds))
-
-
-def test_keys_have_the_defaults_of_python() -> None:
-    compared, different = 0, {}
-    for table in tables(Config):
-        known = table in COUNTERPARTS
-        assert known or table is getattr(packsaddle, table.__name__), f"{table} needs an entry in COUNTERPARTS"
-        for counterpart in COUNTERPARTS.get(table, ()):
-            theirs = {name: p.default for name, p in inspect.signature(counterpart).parameters.items()}
-            hints = get_type_hints(table)
-            for f in settable(table):
-                has_table = any(map(is_dataclass, (hints[f.name], *get_args(hints[f.name]))))
-                if f.name in theirs and not has_table and theirs[f.name] is not inspect.Parameter.empty:
-                    compared += 1
-                    if f.default != theirs[f.name]:
-                        different[f.name] = (f.default, theirs[f.name])
-    assert different == DIFFERENT
-    assert compared > 20
-
-
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_path: Path) -> None:
     assert cls in get_args(AnyCompressor)
@@ -159,28 +106,6 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
-ORIGINS: list[tuple[str, list[str], str]] = [
-    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
-    ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
-    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
-    ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
-    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius of Escape must be"),
-    ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
-    ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths must be set for the auto"),
-]
-
-
-@pytest.mark.parametrize(("extra", "overrides", "message"), ORIGINS, ids=[message for _, _, message in ORIGINS])
-def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(write(tmp_path, extra), overrides)
-    said = str(caught.value)
-    assert message in said
-    assert "\n" not in said
-    assert said.startswith("--set" if message.startswith("--set") else f"{tmp_path / 'config.toml'}, line ")
-
-
 @pytest.mark.parametrize(
     "compressor",
     [
@@ -197,27 +122,3 @@ def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
     config = replace(load(write(tmp_path), ["escape.interval=4", "escape.radius=2.5"]), compressor=compressor)
     assert build(Config, json.loads(json.dumps(plain(config)))) == config
     assert identify(compressor) == plain(config)["compressor"]  # what a hook's state says of it
-
-
-def test_a_certificates_options_are_those_of_a_search() -> None:
-    """All are keys of [certify]; infinities survive the JSON of a run folder, which has none."""
-    keys = {"epsilon": 0.1, "tolerance": math.inf, "hvp": "differences", "memory_limit": 0}
-    rule = build(CertifyConfig, keys)
-    assert (rule.tolerance, rule.max_hvps) == (math.inf, 100)
-    kept = json.dumps(plain(rule), allow_nan=False)
-    assert build(CertifyConfig, json.loads(kept)) == rule
-    for key, value, message in (
-        ("hvp", "exact", "hvp must be one of 'auto', 'double-backward', 'differences', got 'exact'"),
-        ("generator", 1, "unknown key generator"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build(CertifyConfig, {**keys, key: value})
-
-
-def test_an_empty_override_drops_a_key() -> None:
-    data = {"lr": 0.1, "epochs": 1.0, "batch_size": 8, "data": {"name": "digits"}, "model": {"name": "resnet18"}}
-    top_k = {"compressor": {"kind": "TopK", "ratio": 0.1}}
-    config = configure({**data, **copy.deepcopy(top_k)}, ["compressor.kind=Sign", "compressor.ratio="])
-    assert type(config.compressor).__name__ == "Sign"
-    with pytest.raises(ValueError, match=r"--set compressor.ratio= drops it"):
-        configure({**data, **top_k}, ["compressor.kind=Sign"], lambda key: "config.toml, line 9")

@@ -1,12 +1,11 @@
-"""Guards of configured runs, as a user meets them."""
+"""Numbers of runs in which some losses are not finite: skipped steps are in no mean."""
 
 import json
 import math
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from forked_python import environment, python
 from torch import Tensor
 
 from lab.runs.config import load
@@ -19,7 +18,8 @@ lr = 0.5
 epochs = 0.4
 batch_size = 8
 log_every = 10
-{more}
+dense_below = 100
+max_skipped = 100
 [data]
 name = "digits"
 [model]
@@ -32,43 +32,8 @@ ratio = 0.001
 """
 
 
-def written(folder: Path, more: str) -> Path:
-    path = folder / "config.toml"
-    path.write_text(CONFIG.format(more=more))
-    return path
-
-
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [python(), "-m", "lab", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment())
-
-
-def test_a_step_that_is_too_long_is_said_and_kept(tmp_path: Path) -> None:
-    result = command("run", written(tmp_path, "dense_below = 0"), "--out", tmp_path / "run")
-    assert result.returncode == 0
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("warning: past stability: network.")
-    assert "bias[" in line
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == [line.removeprefix("warning: ")]
-
-
-def test_a_run_that_has_blown_up_ends_with_a_line_and_a_checkpoint(tmp_path: Path) -> None:
-    config = written(tmp_path, "dense_below = 100\nmax_skipped = 3")
-    more = ("--set", "lr=1e38", "--workers", 2)
-    result = command("run", config, *more, "--out", tmp_path / "run")
-    assert result.returncode == 1
-    *before, last = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
-    assert all("is not finite on worker" in line for line in before)
-    assert last.startswith("python -m lab: step ")
-    assert "4 consecutive steps skipped, more than max_skipped=3" in last
-    hint = f"python -m lab run --resume {tmp_path / 'run'}"
-    assert hint in last
-    (step,) = (tmp_path / "run" / "checkpoint").iterdir()
-    assert len(list(step.glob("worker-*.pt"))) == 2
-
-
 class Poisoned(Trainer):
-    """A run whose loss is not a number at some steps."""
+    """A run in which the losses of some steps are not numbers."""
 
     bad: tuple[int, ...] = ()
     calls = 0
@@ -80,39 +45,41 @@ class Poisoned(Trainer):
         return loss * math.nan if at in self.bad else loss
 
 
-def test_what_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
-    found = {}
-    for name, bad in (("with", (3, 12, 13)), ("without", ())):
-        config = load(written(tmp_path, "dense_below = 100"))
-        training = Poisoned(config, None, False)
-        training.bad = bad
-        folder = RunFolder(tmp_path / name)
-        make_new(folder.path)
-        assert training.run(folder, quiet=True)
-        lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-        found[name] = (lines, json.loads((folder.path / "summary.json").read_text()))
-    lines, summary = found["with"]
+def trained(path: Path, bad: tuple[int, ...], *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the lines and the summary of a run in this folder."""
+    path.with_suffix(".toml").write_text(CONFIG)
+    training = Poisoned(load(path.with_suffix(".toml"), overrides), None, False)
+    training.bad = bad
+    make_new(path)
+    assert training.run(RunFolder(path), quiet=True)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return lines, json.loads((path / "summary.json").read_text())
+
+
+# A run of local updates with a round every three steps skips whole rounds.
+WAYS: list[tuple[tuple[str, ...], list[int], float]] = [
+    ((), [1, 3], 0.15),
+    (("lr=0.003", "local={every=3, optimizer='adamw'}"), [1, 2], 0.5),
+]
+
+
+@pytest.mark.parametrize(("overrides", "skipped", "tolerance"), WAYS, ids=["every step", "local"])
+def test_skipped_steps_are_in_no_mean(
+    overrides: tuple[str, ...], skipped: list[int], tolerance: float, tmp_path: Path
+) -> None:
+    lines, summary = trained(tmp_path / "with", (3, 12, 13), *overrides)
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
-    assert [line["skipped"] for line in lines][:2] == [1, 3]
-    assert summary["skipped"] == 3
+    assert [line["skipped"] for line in lines][:2] == skipped
+    assert summary["skipped"] == skipped[-1]
     assert math.isfinite(summary["final_loss"])
-    # A step less of gradient descent on the same data changes the mean by little.
-    for mine, other in zip(lines, found["without"][0], strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=0.15)
+    # A step or a round less of training on the same data changes the mean by little.
+    for mine, other in zip(lines, trained(tmp_path / "without", (), *overrides)[0], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance)
 
 
-def test_a_line_of_no_step_that_was_taken_has_no_loss(tmp_path: Path) -> None:
-    """And a last epoch of none has no final loss: 0 would be a very good one."""
-    config = load(written(tmp_path, "dense_below = 100\nmax_skipped = 100"), ["log_every=1", "data.limit=80"])
-    found = {}
-    for name, bad in (("one", {2}), ("all", set(range(100)))):
-        training = Poisoned(config, None, False)
-        training.bad = tuple(bad)
-        folder = RunFolder(tmp_path / name)
-        make_new(folder.path)
-        assert training.run(folder, quiet=True)
-        losses = [json.loads(line)["loss"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-        assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted(bad & set(range(len(losses))))
-        found[name] = json.loads((folder.path / "summary.json").read_text())["final_loss"]
-    assert math.isnan(found["all"])
-    assert found["one"] > 0
+def test_a_line_without_an_applied_step_has_no_loss(tmp_path: Path) -> None:
+    """And a last epoch without one has no final loss: 0 would be a very good one."""
+    for name, bad in (("one", (2,)), ("all", tuple(range(100)))):
+        lines, summary = trained(tmp_path / name, bad, "log_every=1", "data.limit=80")
+        assert [step for step, line in enumerate(lines) if math.isnan(line["loss"])] == list(bad[: len(lines)])
+        assert math.isnan(summary["final_loss"]) == (name == "all")

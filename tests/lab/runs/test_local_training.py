@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import command, refused
-from runs import CONFIG, differences, result
+from commandline import command
+from runs import CONFIG
 from torch import Tensor, nn
 
 from lab.runs.config import Config, load
@@ -39,33 +39,6 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "local.toml"
     file.write_text(CONFIG + LOCAL)
     return file
-
-
-REFUSED = {
-    "storm=0.1": "--set storm=0.1: storm cannot be used with [local]",
-    "momentum=0.5": '--set momentum=0.5: momentum is only for local.optimizer = "sgd" and "muon"',
-    "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
-    "local.overlap=6": "--set local.overlap=6: local: overlap.delay must be below every = 6 steps, so that",
-    "local={optimizer='sgd', betas=[0.9, 0.95]}": "local: betas are only for adamw and muon, not sgd",
-    "local.warm_up=1": "--set local.warm_up=1: local.warm_up must be less than epochs = 1, got 1",
-}
-
-
-@pytest.mark.parametrize(("override", "message"), REFUSED.items())
-def test_what_does_not_go_together(path: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(path, [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_only_a_run_can_find(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = ("--out", tmp_path / "run")
-    said = "local: each worker has its own parameters, but a fused simulation one copy; use --serial"
-    refused(capsys, said, "lab", "run", path, *out, "--workers", 2, "--fused")
-    said = "fragments must be at most the number of parameters, 8, got 9"
-    refused(capsys, said, "lab", "run", path, *out, "--set", "local.every=99", "local.overlap.fragments=9")
-    assert not (tmp_path / "run").exists()
 
 
 def by_hand(config: Config, rank: int) -> tuple[dict[str, Tensor], int]:
@@ -187,64 +160,3 @@ def test_muon_is_for_matrices(path: Path) -> None:
     assert (muon["momentum"], muon["nesterov"]) == (0.95, True)  # Muon's own, where the configuration has none
     (muon, _) = make_inner(load(path, ["local.optimizer=muon", "momentum=0.0"]), config.local, nets[0]).param_groups
     assert (muon["momentum"], muon["nesterov"]) == (0.0, False)
-
-
-class Poisoned(Trainer):
-    """A run in which worker 1's loss is not a number at a step."""
-
-    def _step(self, step: int, scalars: Tensor | None) -> Tensor:
-        self.now = step
-        return super()._step(step, scalars)
-
-    def _loss(self, index: Tensor) -> Tensor:
-        loss = super()._loss(index)
-        return loss * math.nan if self.now == 4 and self.group.rank == 1 else loss
-
-
-def test_a_round_that_is_left_out_is_in_no_mean(path: Path, tmp_path: Path) -> None:
-    config = load(path, [*KEYS, "local={every=3, optimizer='adamw'}"])
-    folder = RunFolder(tmp_path / "run")
-    make_new(folder.path)
-    assert all(simulate(lambda rank: Poisoned(config, None, False).run(folder, quiet=True), 2))
-    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder.path / "summary.json").read_text())
-    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
-    assert (summary["skipped"], math.isfinite(summary["final_loss"])) == (1, True)
-    weights = torch.load(folder.path / "checkpoint" / "model.pt", weights_only=True)
-    assert all(bool(value.isfinite().all()) for value in weights.values())
-
-
-class Cut(BaseException):
-    """What ends a run in its midst."""
-
-
-def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
-    """Run a command that is ended before a step of its training."""
-    real = Trainer._step
-
-    def cut(self: Trainer, now: int, scalars: Any) -> Tensor:
-        if now == step:
-            raise Cut
-        return real(self, now, scalars)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", cut)
-        with pytest.raises(Cut):
-            command("lab", *arguments)
-
-
-@pytest.mark.process
-def test_processes_give_the_run_of_a_simulation_and_go_on(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, with an exchange under way in a thread when it is saved, and when it is gone on with."""
-    options = ("--workers", 2, "--checkpoint-every", 13)  # the exchange after step 12 lands after step 14
-    folders = {name: tmp_path / name for name in ("serial", "processes", "resumed")}
-    assert command("lab", "run", path, *options, "--serial", "--out", folders["serial"], "--set", *KEYS) == 0
-    assert command("lab", "run", path, *options, "--out", folders["processes"], "--set", *KEYS) == 0
-    cut_at(monkeypatch, 15, "run", path, *options, "--serial", "--out", folders["resumed"], "--set", *KEYS)
-    assert [p.name for p in (folders["resumed"] / "checkpoint").iterdir()] == ["step-00000013"]
-    assert command("lab", "run", "--resume", folders["resumed"], "--workers", 2) == 0
-    serial, *others = map(result, folders.values())
-    for other in others:
-        assert differences(serial, other) == []

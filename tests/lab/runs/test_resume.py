@@ -1,20 +1,23 @@
-"""python -m lab run --resume: a run that was cut off goes on as if it had not been, bit for bit."""
+"""python -m lab run --resume: an interrupted run ends as an uninterrupted one, bit for bit; one process at a time."""
 
 import json
-import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import command, refused
+from forked_python import environment, python
 from nightly import nightly
 from runs import CONFIG, differences, lines, result
 
 from lab.runs import trainer
-from lab.runs.run_folder import RunFolder
-from packsaddle.comm.launching import asked_to_stop
+
+PATIENCE = 120.0  # seconds
 
 
 class Cut(BaseException):
@@ -107,115 +110,67 @@ def test_checkpoints_change_nothing(config: Path, tmp_path: Path) -> None:
     assert sent[1] - sent[0] == 4 * a["summary"]["steps"]
 
 
-def test_resuming_before_there_is_a_checkpoint_and_when_all_is_done(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    again = ("run", config, "--resume", folder)
-
-    def cut(*arguments: Any) -> None:
-        raise Cut
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lab.runs.job.environment", cut)
-        with pytest.raises(Cut):
-            command("lab", *again)
-        patch.setattr("lab.runs.job.environment", lambda *arguments: {})
-        real = RunFolder.write_json
-        patch.setattr(RunFolder, "write_json", lambda self, *rest: (real(self, *rest), cut()))
-        with pytest.raises(Cut):  # at the first file of a run
-            command("lab", *again)
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-    cut_off(monkeypatch, 15, *again)
-    assert len(lines(folder)) == 1
-    assert command("lab", *again) == 0
-    assert len(lines(folder)) == 4
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    for arguments in (again, ("run", "--resume", folder)):
-        assert command("lab", *arguments) == 0
-        assert f"{folder} is done: nothing to continue" in capsys.readouterr().out.replace("\n", "")
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    assert command("lab", "run", config, "--out", tmp_path / "straight") == 0
-    assert differences(result(tmp_path / "straight"), result(folder)) == []
-
-
-def test_a_finished_run_without_its_summary_is_not_overwritten(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_changed(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if its summary was lost, which is then no unfinished run."""
     folder = tmp_path / "run"
     assert command("lab", "run", config, "--out", folder) == 0
-    (folder / "summary.json").unlink()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    said = f"--resume: {folder} has the weights of a finished run (checkpoint/model.pt), but no summary.json"
-    for arguments in (("run", "--resume", folder), ("run", config, "--resume", folder)):
-        refused(capsys, said, "lab", *arguments)
+    assert command("lab", "run", config, "--resume", folder) == 0
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    (folder / "summary.json").unlink()
+    del before[folder / "summary.json"]
+    refused(capsys, f"{folder} has the weights of a finished run", "lab", "run", "--resume", folder)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_signal_to_stop(
+def test_another_configuration_is_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGTERM: a checkpoint at the next exchange, the command that goes on, and code 0."""
-    straight, folder = tmp_path / "straight", tmp_path / "a run"
-    options = ("--workers", 2, "--serial", "--set", "local={every=2, optimizer='sgd'}")
-    assert command("lab", "run", config, *options, "--out", straight) == 0
-    real = trainer.Trainer._step
+    cut_off(monkeypatch, 13, "run", config, "--out", tmp_path / "run", "--checkpoint-every", 6)
+    again = ("lab", "run", config, "--resume", tmp_path / "run")
+    refused(capsys, "compressor.ratio is 0.2 in CONFIG, but 0.1 in", *again, "--set", "compressor.ratio=0.2")
 
-    def step(self: trainer.Trainer, now: int, scalars: Any) -> Any:
-        if now == 10 and self.group.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not asked_to_stop():  # the main thread hears of it
+
+@contextmanager
+def training(*arguments: Any) -> Iterator["subprocess.Popen[str]"]:
+    """Start a run in processes of its own, which are killed at the end; wait until it has written a line."""
+    command, pipe = [python(), "-W", "error", "-m", "lab", "run", *map(str, arguments)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
+        try:
+            folder, begin = arguments[arguments.index("--out") + 1], time.monotonic()
+            while not lines(folder):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() - begin < PATIENCE
                 time.sleep(0.01)
-        return real(self, now, scalars)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", step)
-        capsys.readouterr()
-        assert command("lab", "run", config, *options, "--out", folder) == 0
-    hint = f"python -m lab run --resume '{folder}' --workers 2 --serial"
-    (stopped,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
-    at = json.loads((folder / "stopped.json").read_text())
-    assert stopped == f"stopped at step {at['step']} of 20; to resume: {hint}"
-    assert at["step"] == 12
-    assert not (folder / "summary.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert command("lab", "run", "--resume", folder, "--workers", 2, "--serial") == 0
-    assert differences(result(straight), result(folder)) == []
+            yield process
+        finally:
+            process.kill()
 
 
-REFUSED: list[tuple[tuple[Any, ...], str]] = [
-    (("run", "CONFIG", "--resume", "run", "--out", "run"), "--resume already sets the folder; leave out --out"),
-    (("run",), "run needs CONFIG, a TOML file (python -m lab init writes one), or --resume RUN_DIR"),
-    (("run", "--resume", "run", "--set", "lr=1"), "--set needs CONFIG"),
-    (("run", "CONFIG", "--resume", "other"), "other is not a run folder (it has no config.json), and is not empty"),
-    (
-        ("run", "CONFIG", "--resume", "run", "--set", "compressor.ratio=0.2"),
-        "--resume: compressor.ratio is 0.2 in CONFIG, but 0.1 in run/config.json",
-    ),
-    (("run", "--resume", "certified", "--workers", "3", "--serial"), "cannot continue with 3 workers: it started"),
-    (("run", "--resume", "damaged"), "damaged/checkpoint has no intact checkpoint: step 12: damaged/checkpo"),
-]
+@pytest.mark.process
+def test_sigterm_stops_a_run_that_continues_to_the_same_end(config: Path, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    longer = ("--set", "epochs=4", "log_every=5")
+    assert command("lab", "run", config, "--out", straight, *longer) == 0
+    with training(config, "--out", stopped, *longer) as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert f"to resume: python -m lab run --resume {stopped}" in out
+    assert not (stopped / "summary.json").exists()
+    assert command("lab", "run", "--resume", stopped) == 0
+    assert differences(result(straight), result(stopped)) == []
 
 
-def test_refusals(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.process
+def test_a_folder_in_which_a_run_trains_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    every = ("--checkpoint-every", 6)
-    cut_off(monkeypatch, 13, "run", config, "--out", "run", *every)
-    cut_off(monkeypatch, 13, "run", config, "--out", "certified", *every, "--set", "certify={epsilon=1.0}")
-    cut_off(monkeypatch, 13, "run", config, "--out", "damaged", *every)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").write_text("mine")
-    for step in (6, 12):
-        file = tmp_path / "damaged" / "checkpoint" / f"step-{step:08d}" / "worker-0.pt"
-        file.write_bytes(file.read_bytes()[:-1])
-    capsys.readouterr()
-    for arguments, message in REFUSED:
-        refused(capsys, message, "lab", *(str(config) if word == "CONFIG" else word for word in arguments))
-    assert command("lab", "run", "--resume", "run") == 0
+    """Two runs would write into one another's files."""
+    folder = tmp_path / "run"
+    with training(config, "--out", folder, "--set", "epochs=1000"):
+        for words in (("--resume", folder), (config, "--out", folder)):
+            refused(capsys, f"{folder} is being trained in by ", "lab", "run", *words)
 
 
 @pytest.mark.slow

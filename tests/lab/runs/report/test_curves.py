@@ -67,23 +67,3 @@ def test_what_is_not_finite_ends_a_stretch() -> None:
         assert found is not None
         assert (found.since, found.lines) == (550, 40)
     assert standstill(lines([math.nan] * 30)) is None
-
-
-@pytest.mark.parametrize("n", [8, 9, 23, 200])
-def test_the_line_is_numpys(n: int) -> None:
-    """Within rounding of numbers of order 1."""
-    losses = RNG(n).normal(size=n) + 3
-    level, fall, error = trend(list(losses))
-    (slope, _), covariance = np.polyfit(np.arange(n), losses, 1, cov=True)
-    assert (level, fall) == (pytest.approx(losses.mean(), rel=1e-12), pytest.approx(-slope * (n - 1), rel=1e-9))
-    assert error >= math.sqrt(covariance[0, 0]) * (n - 1) * (1 - 1e-9)
-
-
-def test_the_error_covers_the_fall_of_noise_alone() -> None:
-    """Twice the error is exceeded in 5% of normal samples, and less as it is the larger of two; of 400, 8% is four
-    standard deviations more."""
-    exceeded = 0
-    for seed in range(400):
-        _, fall, error = trend(list(RNG(seed).normal(size=20)))
-        exceeded += abs(fall) > 2 * error
-    assert exceeded <= 0.08 * 400

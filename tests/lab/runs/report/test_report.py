@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 
-from lab.cli.console import print_runs
 from lab.cli.report import report
-from lab.cli.run import remarks
-from lab.runs.report import figures, write_report
-from lab.runs.report.curves import curve
+from lab.runs.report import write_report
 from lab.runs.report.settings import settings
-from lab.runs.report.tables import document, plateau, row
+from lab.runs.report.tables import document, plateau
 from lab.runs.run_folder import Run, RunFolder, read_runs
 from packsaddle.cli.folders import make_new
-from packsaddle.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -86,18 +82,6 @@ def test_runs_of_one_seed_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
     assert [(s.label, s.seeds) for s in found] == [("mine", [0, 1]), ("mine (2)", [0]), ("mine (3)", [0])]
 
 
-def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ConfigError, match=r"is not a run folder \(it has no config\.json\)"):
-            read_runs([path])
-    folder = make_run(tmp_path / "a", "a", LINES)
-    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{cut of")  # as a killed run leaves it
-    assert len(read_runs([folder])[0].metrics) == 1
-    (folder / "metrics.jsonl").write_text("{broken\n" + json.dumps(LINES[0]))
-    with pytest.raises(ConfigError, match="is damaged"):
-        read_runs([folder])
-
-
 def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
     """A study's runs come by path, seed 2 before seed 10; a run without a label is called by its setting."""
     for name in ("b/seed-10", "b/seed-2", "a/seed-0"):
@@ -108,29 +92,6 @@ def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
         assert [str(run.path.relative_to(tmp_path / "study" / "runs")) for run in runs] == names
     assert [run.label for run in runs] == ["a", "b", "b"]
     assert len(read_runs([tmp_path / "study" / "runs" / "b"])) == 2
-
-
-def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the terminal, in the tables and on the charts of loss; runs that fall carry no mark."""
-    levels = [0.3, 0.25, 0.2, 0.15, *[0.1] * 16]
-    falling = make_run(tmp_path / "a", "falls", [line(0.5 * (i + 1), 0.3 * 0.9**i) for i in range(20)])
-    still = make_run(tmp_path / "b", "stands", [line(0.5 * (i + 1), loss) for i, loss in enumerate(levels)])
-    runs = read_runs([falling, still])
-    assert [row(run).still_since for run in runs] == [None, 20]  # the fourth line is of steps 16 to 20
-    print_runs(runs)
-    assert "since" in capsys.readouterr().out.split()  # the heading has three lines
-    last = remarks(runs[1])[-1]
-    assert last.startswith(
-        "the loss has stopped falling at step 20 (0.1000): a plateau or a minimum; python -m lab certify "
-    )
-    page = write_report(runs, tmp_path / "report").read_text()
-    assert "stands (standing still)" in page
-    assert "falls (standing" not in page
-    found = settings(runs)
-    loss_by_epoch = figures.draw(found, [curve(setting) for setting in found]).axes[1]
-    (bar,) = [drawn for drawn in loss_by_epoch.lines if drawn.get_linewidth() == 7]
-    assert (bar.get_gid(), [*bar.get_xdata()]) == ("setting-1", [2.5, 10])
-    assert [*bar.get_ydata()] == pytest.approx([0.1, 0.1])
 
 
 def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,15 +108,10 @@ def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys:
 
     # Runs, by their files.
     for told, folder in zip(found["runs"], folders, strict=True):
-        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-        summary = folder / "summary.json"
-        done = json.loads(summary.read_text()) if summary.exists() else {"final_loss": lines[-1]["loss"]}
-        assert told["folder"] == str(folder)
-        assert told["finished"] == summary.exists()
-        assert told["megabytes"] == lines[-1]["sent"] / 1e6
-        assert told["seconds"] == lines[-1]["seconds"]
-        assert float(told["final_loss"]) == done["final_loss"]
-        assert [told[name] for name in ("test_loss", "compression")] == [done.get("test_loss"), done.get("compression")]
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (told["folder"], told["finished"]) == (str(folder), (folder / "summary.json").exists())
+        assert (told["megabytes"], told["seconds"]) == (last["sent"] / 1e6, last["seconds"])
+        assert float(told["final_loss"]) == last["loss"]
     assert [(r["plateau_epochs"], r["left_plateau"]) for r in found["runs"][:2]] == [(1.5, True), (1.0, False)]
     assert found["runs"][2]["final_loss"] == "inf"
 
@@ -164,12 +120,10 @@ def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys:
     assert (a["seeds"], a["unfinished"], a["on_plateau"], c["seeds"]) == (2, 1, 1, 1)
     assert a["final_loss"]["values"] == [0.05, 0.096]
     half = 12.7062 * abs(0.096 - 0.05) / 2  # Student's t with one degree of freedom
-    assert a["final_loss"]["mean"] == pytest.approx(0.073)
-    assert (a["final_loss"]["low"], a["final_loss"]["high"]) == pytest.approx((0.073 - half, 0.073 + half), rel=1e-4)
-    assert c["plateau_epochs"] == {"mean": 0.0, "low": None, "high": None, "values": [0.0]}
+    interval = [a["final_loss"][name] for name in ("mean", "low", "high")]
+    assert interval == pytest.approx([0.073, 0.073 - half, 0.073 + half], rel=1e-4)
     (told,) = found["certificates"]
-    assert {name: told[name] for name in certificate} == certificate
-    assert (told["setting"], told["seed"], told["threshold"]) == ("a", 0, None)
+    assert told.items() >= (certificate | {"setting": "a", "seed": 0, "threshold": None}).items()
 
 
 def test_the_report_as_json_is_documented() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab.runs.tasks.models import WorkerBatchNorm2d, average_buffers, connect, resnet
+from lab.runs.tasks.models import WorkerBatchNorm2d, average_buffers, connect
 from packsaddle import simulate
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
@@ -119,17 +119,3 @@ def test_fused_is_apart(over: Any) -> None:
     average_buffers(module, channel)
     assert torch.allclose(module.running_mean, apart[0]["mean"])
     assert torch.allclose(module.running_square, apart[0]["square"])
-
-
-def test_a_narrow_resnet_is_the_wide_one_with_fewer_channels() -> None:
-    """Every convolution of ResNet-34 is there, at a quarter of the channels."""
-    wide, narrow = (resnet(34, 10, width=width, stem="imagenet") for width in (32, 8))
-    shapes = [[m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (wide, narrow)]
-    assert [len(s) for s in shapes] == [36, 36]
-    for a, b in zip(*shapes, strict=True):
-        assert (a.out_channels, a.kernel_size, a.stride) == (4 * b.out_channels, b.kernel_size, b.stride)
-        assert b.in_channels == (3 if a.in_channels == 3 else a.in_channels // 4)
-    assert narrow(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    # torchvision's own start: kaiming, fan out
-    weight = shapes[1][20].weight
-    assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.05)

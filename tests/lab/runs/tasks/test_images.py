@@ -1,11 +1,7 @@
 """Datasets, shards and batches; and the networks on them."""
 
-import struct
-from pathlib import Path
-
 import pytest
 import torch
-from PIL import Image
 
 from lab.runs.config import DataConfig, ModelConfig
 from lab.runs.tasks.images import Images, load_images
@@ -24,38 +20,6 @@ def test_digits() -> None:
     assert len(load_images(DataConfig("digits", limit=100), None, train=True)) == 100
     with pytest.raises(ConfigError, match="limit must be at most 1498"):
         load_images(DataConfig("digits", limit=5000), None, train=True)
-
-
-def write_idx(path: Path, shape: tuple[int, ...], values: list[int]) -> None:
-    """Write MNIST's own file format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + bytes(values))
-
-
-def test_mnist_files(tmp_path: Path) -> None:
-    for prefix, n in (("train", 6), ("t10k", 4)):
-        raw = tmp_path / "MNIST" / "raw"
-        write_idx(raw / f"{prefix}-images-idx3-ubyte", (n, 28, 28), [i % 256 for i in range(n * 784)])
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (n,), list(range(n)))
-    train = load_images(DataConfig("mnist"), tmp_path, train=True)
-    assert train.levels.shape == (6, 1, 28, 28)
-    assert train.pixels(torch.tensor([0]))[0, 0, 0, 5] == pytest.approx(5 / 255)
-    assert load_images(DataConfig("mnist"), tmp_path, train=False).labels.tolist() == [0, 1, 2, 3]
-
-
-def test_image_folder(tmp_path: Path) -> None:
-    for part in ("train", "test"):
-        for label, name in enumerate(("cat", "dog")):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (5, 4), (10 * label, i, 0)).save(tmp_path / part / name / f"{i}.png")
-    images = load_images(DataConfig("folder"), tmp_path, train=True)
-    assert images.levels.shape == (4, 3, 4, 5)
-    assert images.labels.tolist() == [0, 0, 1, 1]
-    assert images.levels[3, :, 0, 0].tolist() == [10, 1, 0]
-    few = [load_images(DataConfig("folder", limit=3), tmp_path, train=True) for _ in range(2)]
-    assert few[0].classes == 2  # of the whole folder, whatever the three are
-    assert torch.equal(few[0].levels, few[1].levels)
 
 
 def labelled(labels: torch.Tensor) -> Images:

@@ -1,16 +1,13 @@
 """Text as data, and runs on it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commandline import command
 
-from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.models import make_task
+from lab.runs.config import DataConfig
 from lab.runs.tasks.sharding import shard
 from lab.runs.tasks.text import UNKNOWN, Text, load_text
 
@@ -76,61 +73,3 @@ def test_shards(folder: Path) -> None:
         assert sorted(torch.cat(shards).tolist()) == list(range(len(data)))
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
         assert (torch.cat(shards).tolist() == list(range(len(data)))) == (how == "class")
-
-
-CONFIG = """
-lr = 0.3
-epochs = 4
-batch_size = 4
-workers = 2
-log_every = 20
-[data]
-name = "text"
-shard = "class"
-context = 16
-[model]
-name = "char-transformer"
-width = 16
-depth = 1
-[compressor]
-kind = "TopK"
-ratio = 0.1
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "text.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_run_and_certify_commands(
-    config: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run on a folder learns more than the frequencies, tests itself per character, and can be certified."""
-    run = tmp_path / "run"
-    assert command("lab", "run", config, "--serial", "--data-dir", folder, "--out", run) == 0
-    summary = json.loads((run / "summary.json").read_text())
-    train, test = (load(folder, context=16, train=t) for t in (True, False))
-    share = torch.bincount(train.codes.long()) / len(train.codes)
-    assert summary["final_loss"] < float(-torch.special.xlogy(share, share).sum())
-    task = make_task(ModelConfig("char-transformer", width=16, depth=1), train.shape, train.classes, 0)
-    task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
-    task.requires_grad_(False)
-    inputs, targets = everything(test)
-    hits = (task.network(inputs).argmax(2) == targets).double().mean()
-    assert summary["test_accuracy"] == pytest.approx(float(hits), abs=1e-6)
-    assert summary["test_loss"] == pytest.approx(float(task(inputs, targets)), rel=1e-5)
-
-    capsys.readouterr()
-    asked = ("--epsilon", 10, "--hessian-lipschitz", 1, "--max-hvps", 5, "--json")
-    assert command("lab", "certify", run, "--data-dir", folder, *asked) == 0
-    (point,) = json.loads(capsys.readouterr().out)["points"]
-    task.requires_grad_()(*everything(train)).backward()
-    gradient = torch.cat([p.grad.reshape(-1) for p in task.parameters() if p.grad is not None])
-    assert point["examples"] == len(train)
-    assert point["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-3)
-    assert point["lambda_min_upper"] < 0  # far from trained, some direction still bends down
