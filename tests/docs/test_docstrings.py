@@ -103,14 +103,3 @@ def test_docstrings_name_parameters_and_errors(page: Path) -> None:
         for method, function in members(name, thing) if inspect.isclass(thing) and is_called else ():
             lacking += missing(method, function)
     assert lacking == []
-
-
-def undescribed(value: int) -> int:
-    """Return a number."""
-    if value < 0:
-        raise ValueError("value must be 0 or more")
-    return value
-
-
-def test_gaps_are_found() -> None:
-    assert missing("undescribed", undescribed) == ["undescribed: value", "undescribed: ValueError"]

@@ -42,16 +42,6 @@ def test_every_public_name_has_an_example() -> None:
     assert exported <= {found(name) for page in PAGES for name in documented(page) if not inspect.ismodule(found(name))}
 
 
-def test_examples_are_short() -> None:
-    lengths = {}
-    for page in PAGES:
-        for name in documented(page):
-            if parts := examples(name):
-                lengths[name] = sum(part.source.count("\n") for part in parts)
-    assert len(lengths) > 90
-    assert {name: lines for name, lines in lengths.items() if not 2 <= lines <= 12} == {}
-
-
 @pytest.fixture
 def no_group() -> Iterator[None]:
     """Examples that fail leave no process group behind."""
