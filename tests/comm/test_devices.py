@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -10,15 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from packsaddle import CompressedSGD, Compression, LocalUpdates, Noise, Rounded, TopK
+from packsaddle import CompressedSGD, LocalUpdates, Rounded, TopK
 from packsaddle.comm import devices
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import Solo, TorchGroup
-from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.group import TorchGroup
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.slices import places
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook
-from packsaddle.hooks.hook import HookOptions
 from packsaddle.numerics.transfers import to_host
 
 Gloo = Callable[..., list[Any]]
@@ -153,7 +147,7 @@ def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.direct_backend(1) is None
 
 
-@pytest.mark.parametrize("front", ["CompressedSGD", "LocalUpdates", "hook"])
+@pytest.mark.parametrize("front", ["CompressedSGD", "LocalUpdates"])
 def test_a_captured_step_raises(front: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay of a CUDA graph runs kernels alone, so it would exchange nothing."""
     model = torch.nn.Linear(40, 40)
@@ -162,15 +156,8 @@ def test_a_captured_step_raises(front: str, monkeypatch: pytest.MonkeyPatch) -> 
     call: Callable[[], object] = sgd.step
     if front == "CompressedSGD":
         call = CompressedSGD(model.parameters(), 0.1, TopK(0.1)).step
-    elif front == "LocalUpdates":
-        local = LocalUpdates(sgd, every=2)
     else:
-        rules = HookOptions(Compression(TopK(0.1)), Noise(0.0), "bucket", 0, 0)
-        found = places(model.named_parameters(), 0)
-        hook = DDPHook(model, Communicator(Solo(), Ledger()), rules, found, None)
-        flat = torch.zeros(40 * 41)
-        pieces = zip(torch.split(flat, [p.numel() for p in model.parameters()]), model.parameters(), strict=True)
-        call = partial(hook, Bucket(0, True, flat, [t.view_as(p) for t, p in pieces], list(model.parameters())))
+        local = LocalUpdates(sgd, every=2)
     device = torch.device("cpu")
     monkeypatch.setattr(devices, "_has_graphs", lambda found: found == device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -107,41 +107,29 @@ def test_a_step_is_skipped_and_leaves_nothing(gloo: Gloo, setting: str, exchange
         assert none == []
 
 
-def unchecked() -> str:
-    """max_skipped=None: no flag could tell the others."""
+def raised(max_skipped: int | None, steps: int) -> str:
+    """Return how many steps were skipped before an error, and the error; "" if there was none."""
     weight = torch.nn.Parameter(torch.zeros(40, 30))
-    opt = CompressedSGD([weight], 0.1, Compression(TopK(0.1), dense_below=0, max_skipped=None))
-    weight.grad = gradient(0)
+    opt = CompressedSGD([weight], 0.1, Compression(TopK(0.1), dense_below=0, max_skipped=max_skipped))
     try:
         with corrupting("indices"):
-            opt.step()
-    except MessageError as error:
-        return str(error)
-    return ""
-
-
-def test_without_checks_the_error_is_raised(gloo: Gloo) -> None:
-    messages = gloo(unchecked, 3, fresh=True)
-    assert [f"from worker {SENDER}" in message for message in messages] == [True, False, True]
-
-
-def too_many() -> str:
-    weight = torch.nn.Parameter(torch.zeros(40, 30))
-    opt = CompressedSGD([weight], 0.1, Compression(TopK(0.1), dense_below=0, max_skipped=2))
-    try:
-        with corrupting("indices"):
-            for call in range(5):
+            for call in range(steps):
                 weight.grad = gradient(call)
                 opt.step()
-    except GuardError as error:
+    except (GuardError, MessageError) as error:
         return f"{opt.skipped} {error}"
     return ""
 
 
 def test_a_worker_whose_messages_stay_invalid_ends_the_run(gloo: Gloo) -> None:
-    for message in gloo(too_many, 3):
+    for message in gloo(raised, 3, 2, 5):
         assert message.startswith("3 step 0: indices in a message of TopK")
         assert "Check the memory and the network of that worker" in message
+
+
+def test_without_checks_those_that_receive_it_raise(gloo: Gloo) -> None:
+    messages = gloo(raised, 3, None, 1, fresh=True)
+    assert [f"from worker {SENDER}" in message for message in messages] == [True, False, True]
 
 
 def local_rounds() -> tuple[Tensor, int, list[tuple[tuple[int, ...], str]]]:

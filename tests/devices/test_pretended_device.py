@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pretended_device import FAULTS, Kind, start
 
 
@@ -69,44 +68,9 @@ def _planted(kind: Kind, library: Path) -> dict[str, list[str]]:
     return found
 
 
-def _refused(kind: Kind) -> dict[str, str]:
-    """Return the errors of programs that a device refuses, by name; and garbage in pinned memory that arrives late."""
-    x = torch.ones(4, device=kind)
-    late = torch.zeros(4).pin_memory()
-    late.copy_(x, non_blocking=True)
-    early = late.clone()
-    torch.accelerator.synchronize()
-    found = {"early": str(torch.equal(early, torch.ones(4))), "late": str(torch.equal(late, torch.ones(4)))}
-    programs: dict[str, Callable[[], object]] = {
-        "two devices": lambda: x + torch.ones(4),
-        "numpy": x.numpy,
-        "generator": lambda: torch.randn(2, device=kind, generator=torch.Generator()),
-        "float64": x.double,
-    }
-    if kind == "cuda":
-        dist.destroy_process_group()
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        programs |= {
-            "nccl: cpu": lambda: dist.all_reduce(torch.ones(2)),
-            "nccl: dtype": lambda: dist.all_reduce(x.to(torch.int16)),
-        }
-    for name, program in programs.items():
-        try:
-            program()
-        except (RuntimeError, TypeError) as error:
-            found[name] = str(error)
-    return found
-
-
-def _found(kind: Kind, library: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    return _planted(kind, library), _refused(kind)
-
-
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_planted_faults_are_found_and_a_device_refuses_what_real_ones_do(
-    kind: Kind, in_child: Callable[..., list[Any]], library: Path
-) -> None:
-    ((found, refused),) = in_child(_found, kind, library)
+def test_planted_faults_are_found(kind: Kind, in_child: Callable[..., list[Any]], library: Path) -> None:
+    (found,) = in_child(_planted, kind, library)
     for name, lines in found.items():
         kinds = {line.split(" x ")[1].split(":")[0] for line in lines}
         if name.startswith("no wait"):
@@ -118,10 +82,3 @@ def test_planted_faults_are_found_and_a_device_refuses_what_real_ones_do(
         else:
             assert kinds == {"wait"}, (name, lines)
             assert lines[0].startswith("1 x "), (name, lines)
-
-    expected = {"early": "False", "late": "True", "two devices": "same device", "numpy": "numpy"}
-    expected |= {"generator": f"Expected a '{kind}' device type for generator"}
-    expected |= {"float64": "doesn't support float64"} if kind == "mps" else {}
-    expected |= {"nccl: cpu": "device type cpu", "nccl: dtype": "Unconvertible NCCL type"} if kind == "cuda" else {}
-    assert refused.keys() == expected.keys()
-    assert all(text in refused[name] for name, text in expected.items()), refused

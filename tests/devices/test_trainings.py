@@ -11,7 +11,6 @@ from packsaddle.compressors import compressors, describe
 Outcomes = dict[Key, Outcome]
 TRAININGS = [*OPTIMIZERS, *LOCALS, *HOOKS]
 PROGRAMS = [*ALONE, *map(describe, compressors(0.05)), "RandomK without numba", "certify", "checkpoint"]
-PROGRAMS += ["gradient noise, two devices"]
 DRAWS_OTHERWISE = ("CompressedSGD, LowRank", "LowRank()")  # Q from the device's generator
 # Its steps compute with tensors in place of numbers; NCCL averages where gloo adds.
 ROUNDS_OTHERWISE = ("LocalUpdates, capturable", "torch: FSDP2")

@@ -334,7 +334,6 @@ def alone(kind: Kind, library: Path) -> dict[Key, Outcome]:
             outcomes = trained({name: (OPTIMIZERS | LOCALS)[name] for name in ALONE}, where, on)
             outcomes |= {describe(c): message(c, where, device) for c in compressors(0.05)}
             outcomes |= {"certify": certified(where, device), "checkpoint": resumed(where, device)}
-            outcomes["gradient noise, two devices"] = noise_of_two_devices(where, device)
         with torch_only():
             outcomes["RandomK without numba"] = message(ps.RandomK(0.05), where, device)
         found |= {(where, name): outcome for name, outcome in outcomes.items()}
@@ -379,17 +378,6 @@ def certified(where: Any, device: Device) -> Outcome:
         return torch.tensor([made.grad_norm, made.lambda_min_upper])
 
     return observed(device, certificate)
-
-
-def noise_of_two_devices(where: Any, device: Device) -> Outcome:
-    """Measure the gradient noise of a model that has a parameter on the CPU too, and return the outcome."""
-    model, batches = network(where), [batch(i, 0, where) for i in range(3)]
-    model.shift = nn.Parameter(torch.zeros(64))
-
-    def loss(net: nn.Module, b: Any) -> Tensor:
-        return nn.functional.cross_entropy(net[:2](b[0]) + net.shift.to(where), b[1])
-
-    return observed(device, lambda: torch.tensor([ps.gradient_noise(model, loss, batches).std]))
 
 
 def resumed(where: Any, device: Device) -> Outcome:
