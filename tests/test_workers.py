@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import _pool, run_in_processes
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from gloo import run_in_processes
 
 import packsaddle
-from packsaddle.compressors import TopK
 
 Gloo = Callable[..., list[Any]]
 seen: list[str] = []
@@ -71,14 +68,6 @@ def test_after_a_failure_there_are_new_workers(gloo: Gloo, tmp_path: Path, how: 
     assert not set(before) & set(pids(gloo, 2))
 
 
-def test_a_worker_that_died_between_calls_is_replaced(gloo: Gloo) -> None:
-    (before,) = pids(gloo, 1)
-    os.kill(before, signal.SIGKILL)
-    while _pool.usable:  # until multiprocessing's forkserver hears of it
-        time.sleep(0.01)
-    assert pids(gloo, 1) != [before]
-
-
 def state() -> dict[str, Any]:
     """Return the global state that a test could depend on."""
     with torch.device("cpu"):
@@ -126,17 +115,6 @@ def test_a_call_finds_nothing_of_the_one_before(gloo: Gloo) -> None:
     assert pids(gloo, 2) == spoilt
 
 
-def make_optimizer() -> int:
-    """Have torch put its timer around the class's step, as it does for the first of them."""
-    packsaddle.CompressedSGD([torch.zeros(2, requires_grad=True)], 0.1)
-    return os.getpid()
-
-
-def test_an_optimizer_is_nothing_to_end_workers_for(gloo: Gloo) -> None:
-    before = gloo(make_optimizer, 1)
-    assert pids(gloo, 1) == before
-
-
 def stay() -> int:
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     return os.getpid()
@@ -156,36 +134,3 @@ def patch_module() -> int:
 def test_what_cannot_be_undone_ends_the_workers(gloo: Gloo, leave: Callable[[], int]) -> None:
     before = gloo(leave, 1)
     assert pids(gloo, 1) != before
-
-
-class Layers(nn.Module):
-    """A model whose compiled form depends on what Python says, so that it is compiled at each value."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.times, self.inner = times, nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(self.times):
-            x = self.inner(x)
-        return x
-
-
-def compiled(times: int) -> int:
-    """Count the graphs that are compiled for one model behind DistributedDataParallel and the hook."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    model = DistributedDataParallel(Layers(times))
-    packsaddle.register_ddp_hook(model, TopK(0.5))
-    torch.compile(model, backend=backend)(torch.ones(2, 4)).sum().backward()
-    return len(graphs)
-
-
-@pytest.mark.nightly
-def test_every_call_compiles(gloo: Gloo) -> None:
-    """torch gives up compiling a function after eight times; a call does not count those of others."""
-    assert [gloo(compiled, 1, times) for times in range(1, 11)] == [[1]] * 10

@@ -53,7 +53,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.usefixtures("forks_on_hosts")
+@pytest.mark.usefixtures("hosts_here")
 def test_counted_bytes_are_what_the_interface_saw(tmp_path: Path) -> None:
     """Within 5% for every protocol at 5 MB or so: TCP/IP headers, acknowledgements and barriers are the rest.
 

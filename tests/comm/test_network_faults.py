@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_python import environment, python
 
 from packsaddle.comm.simulation import simulate
 
 SCRIPT = Path(__file__).parents[2] / "lab" / "bench" / "network_faults.py"
 STEPS = 60
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.usefixtures("hosts_here")
@@ -23,9 +24,9 @@ def test_a_pulled_cable() -> None:
     settings = {"brief": ("--timeout", "30", "--brief", "1.5"), "cut": ("--timeout", "4")}
     started = []
     for case, own in settings.items():
-        command = [python(), str(SCRIPT), case, "--steps", str(STEPS), *own]
+        command = [sys.executable, str(SCRIPT), case, "--steps", str(STEPS), *own]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, **pipes, text=True, env=environment()))
+        started.append(subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT))
     train = runpy.run_path(str(SCRIPT))["train"]
     expected = simulate(lambda rank: train(rank, STEPS), 2)
     printed = [process.communicate(timeout=200) for process in started]
@@ -38,13 +39,13 @@ def test_a_pulled_cable() -> None:
     assert "rank 1 of 2 lost the others and rank 0's store" in gone
 
 
-@pytest.mark.usefixtures("forks_on_hosts")
+@pytest.mark.usefixtures("hosts_here")
 @pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
 def test_a_pulled_cable_among_workers_that_come_and_go(tmp_path: Path) -> None:
     """Rounds go on without the one behind it; when it is back, it is in them again, and has lost nothing."""
     script = SCRIPT.with_name("elastic.py")
     command = [sys.executable, str(script), "--out", str(tmp_path / "cut")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "cut").read_text())
     assert found["wrong"] == []

@@ -1,12 +1,11 @@
 """A python that has imported torch and packsaddle already: `python()` starts programs as forks of one that waits.
 
 To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. Nor
-does a fork compile the loops that the server has called: in a fresh checkout each process would. So pytest's own
-processes are such forks (conftest.py). What a test gives to subprocess is a small program in place of `sys.executable`:
-it hands its arguments, its folder, its environment and its standard streams to the server, passes signals on, and ends
-as the fork ends; where it is killed, so is the fork. A fork has a process id and a session of its own (`fork_of`), the
-network of that program, and as its `sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how
-the interpreter ends, start real ones.
+does a fork compile the loops that the server has called: in a fresh checkout each process would. What a test gives to
+subprocess is a small program in place of `sys.executable`: it hands its arguments, its folder, its environment and its
+standard streams to the server, passes signals on, and ends as the fork ends; where it is killed, so is the fork. A fork
+has a process id and a session of its own, the server's network, and as its `sys.executable` what `PYTHON_EXEC` says.
+Tests of what importing does, of how the interpreter ends, or of hosts in other networks start real ones.
 
 This file is the server (`python forked_python.py serve MODULES`, with a socket as its stdin), that small program
 (`... SOCKET ARGUMENTS`), and the functions for tests.
@@ -18,7 +17,6 @@ import os
 import signal
 import socket
 import sys
-import time
 
 MODULES = (
     "torch",
@@ -27,17 +25,15 @@ MODULES = (
     "packsaddle.cli",
     "lab.runs.job",
     "packsaddle.numerics.kernels.preloaded",
-    # What several tests import, in pytest's processes or in the programs that they start.
+    # What several programs import.
     "torch.distributed.fsdp",
     "scipy.stats",
     "sklearn.datasets",
     "matplotlib.figure",
     "jinja2",
-    "pytest",
 )
 
 SHARED = "FORKED_PYTHON"  # the variable that names the program
-KEPT = "FORKED_PYTHON_KEPT"  # the variable with the numbers of further open files for the fork, as JSON
 
 
 def python(*modules: str) -> str:
@@ -103,15 +99,6 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python(), **more}
 
 
-def fork_of(program: int) -> int:
-    """Return the fork that does the work of a program with this id; it leads a session, as a group of processes."""
-    place = f"{python()}-{program}"
-    while not os.path.exists(place):
-        time.sleep(0.01)
-    with open(place) as file:
-        return int(file.read())
-
-
 def torchrun(*arguments: object, workers: int = 2) -> list[str]:
     """Return the command line that starts so many workers by torchrun; see `environment`."""
     words = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
@@ -122,17 +109,12 @@ def _ask(place: str, words: list[str]) -> None:
     """Have the server fork, and end as the fork does."""
     server = socket.socket(socket.AF_UNIX)
     server.connect(place)
-    kept = json.loads(os.environ.pop(KEPT, "[]"))
-    request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid(), kept]).encode()
-    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2, *kept]))]
+    request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     server.sendmsg([f"{len(request):>16}".encode()], streams)
     server.sendall(request)
     answers = server.makefile()
     fork = int(answers.readline())
-    place = os.path.join(os.path.dirname(place), f"python-forked-{os.getpid()}")
-    with open(f"{place}.part", "w") as file:
-        file.write(str(fork))
-    os.rename(f"{place}.part", place)
 
     def passed_on(number: int, frame: object) -> None:
         os.kill(fork, number)
@@ -193,8 +175,8 @@ def _serve(modules: list[str]) -> None:
             client, streams = listener.accept()[0], []
             client.settimeout(10.0)  # nobody else is served meanwhile
             try:
-                size, streams, _, _ = socket.recv_fds(client, 16, 3 + 16)
-                words, folder, variables, program, kept = json.loads(_received(client, int(size)))
+                size, streams, _, _ = socket.recv_fds(client, 16, 3)
+                words, folder, variables = json.loads(_received(client, int(size)))
             except (OSError, ValueError):  # it was killed before it had asked
                 client.close()
                 for stream in streams:
@@ -205,7 +187,7 @@ def _serve(modules: list[str]) -> None:
             if fork == 0:
                 for other in (listener, heard, woken, client, *clients.values()):
                     other.close()
-                _become(words, folder, variables, dict(zip((0, 1, 2, *kept), streams, strict=True)), program)
+                _become(words, folder, variables, streams)
             for stream in streams:
                 os.close(stream)
             with suppress(OSError):
@@ -241,98 +223,26 @@ def _received(client: socket.socket, size: int) -> bytes:
     return found
 
 
-def spawn_from_the_server() -> None:
-    """In a fork: let multiprocessing start its servers as forks of the python that waits, and not as further forks.
-
-    torch.compile behind DistributedDataParallel can hang in forks of forks that have computed.
-    """
-    import multiprocessing.util
-
-    now = multiprocessing.util.spawnv_passfds
-    start = getattr(now, "instead_of", now)
-
-    def spawned(path: str, words: list[str], passed: list[int]) -> int:
-        if "multiprocessing.forkserver" not in words[-1]:
-            return int(start(path, words, passed))
-        os.environ[KEPT] = json.dumps([number for number in passed if number > 2])
-        try:
-            return int(start(os.fsencode(python()), [python(), *words[words.index("-c") :]], passed))
-        finally:
-            del os.environ[KEPT]
-
-    multiprocessing.util.spawnv_passfds = spawned
-
-
-def _spawned(path: str, words: list[str], passed: list[int]) -> int:
-    """multiprocessing.util.spawnv_passfds, by a fork with these descriptors alone, which runs the code."""
-    import multiprocessing.forkserver
-    import threading
-    import traceback
-    from contextlib import suppress
-
-    fork = os.fork()
-    if fork:
-        return fork
-    try:
-        for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) not in (0, 1, 2, *passed):
-                with suppress(OSError):
-                    os.close(int(name))
-        multiprocessing.forkserver._forkserver._lock = threading.Lock()  # which the caller holds
-        at = words.index("-c")
-        sys.argv = ["-c", *words[at + 2 :]]
-        with suppress(SystemExit):
-            exec(words[at + 1], {"__name__": "__main__"})
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    os._exit(1)
-
-
-def _enter_network_of(program: int) -> None:
-    """Go where `ip netns exec` has started the program, if it has: to its network, and to its /sys (setns(2))."""
-    import ctypes
-
-    for kind in ("net", "mnt"):
-        place = f"/proc/{program}/ns/{kind}"
-        if os.stat(place).st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino:
-            there = os.open(place, os.O_RDONLY)
-            if ctypes.CDLL(None, use_errno=True).setns(there, 0):
-                raise OSError(ctypes.get_errno(), f"setns to {place}")
-            os.close(there)
-
-
-def _become(words: list[str], folder: str, variables: dict[str, str], streams: dict[int, int], program: int) -> None:
+def _become(words: list[str], folder: str, variables: dict[str, str], streams: list[int]) -> None:
     """In a fork: run what python would run with these arguments, and end as it would, but for the destructors.
 
-    streams: the open files to have, by their numbers.
+    streams: the open files that replace stdin, stdout and stderr.
     """
     import atexit
-    import fcntl
-    import multiprocessing.util
     import threading
     import traceback
 
-    _spawned.instead_of = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
-    multiprocessing.util.spawnv_passfds = _spawned
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
     code = 1
     try:
         os.setsid()
-        above = [fcntl.fcntl(stream, fcntl.F_DUPFD, 1 + max(streams)) for stream in streams.values()]
-        for stream in streams.values():
-            os.close(stream)
-        for number, stream in zip(streams, above, strict=True):
+        for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-        _enter_network_of(program)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(variables)

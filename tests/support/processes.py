@@ -1,12 +1,8 @@
-"""Detection of tests that start processes, by the names that they use; an undetected one is noticed when it runs."""
+"""Detection of tests that start processes, by the names that they use."""
 
 import inspect
-import multiprocessing.process
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import _lru_cache_wrapper, cache
-from os import PathLike
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,11 +19,7 @@ HOSTS = (
 )
 WHOLE = ("test_hosts", "test_bytes_on_interface", "test_network_faults")  # modules whose tests may all start processes
 
-# Programs that count as started processes. Programs that end immediately, such as git, are not among them.
-STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")
-
 _folders = {str(Path(__file__).parents[1])}  # folders of tests and of the modules that they import
-_started: list[str] = []
 
 
 def starts_processes(item: pytest.Item) -> bool:
@@ -72,31 +64,3 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-def watch() -> None:
-    """From now on, record each process that multiprocessing starts, and each that runs a program in `STARTED`."""
-    start: Callable[..., Any] = multiprocessing.process.BaseProcess.start
-    popen: Callable[..., None] = subprocess.Popen.__init__
-
-    def noted(self: Any) -> Any:
-        _started.append(f"{self.name} of multiprocessing")
-        return start(self)
-
-    def opened(self: Any, args: Any, *more: Any, **options: Any) -> None:
-        first = str(args if isinstance(args, str | PathLike) else args[0])
-        if first == sys.executable or Path(first).name.startswith(STARTED):
-            _started.append(str(args))
-        popen(self, args, *more, **options)
-
-    # sys.addaudithook is not used: Python would call the hook for every id(), which torch calls often, and each call
-    # takes a microsecond.
-    multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
-    subprocess.Popen.__init__ = opened  # type: ignore[method-assign]
-
-
-def started() -> list[str]:
-    """Return the processes that were recorded since the last call."""
-    found = list(_started)
-    _started.clear()
-    return found
