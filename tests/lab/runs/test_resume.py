@@ -133,7 +133,7 @@ def test_another_configuration_is_refused(
 
 @contextmanager
 def training(*arguments: Any) -> Iterator["subprocess.Popen[str]"]:
-    """Start a run in processes of its own, which are killed at the end; wait until it has written a line."""
+    """Start a run in a process of its own, which is killed at the end, and wait until it has written a line."""
     command, pipe = [python(), "-W", "error", "-m", "lab", "run", *map(str, arguments)], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
         try:
