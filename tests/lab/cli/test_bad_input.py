@@ -29,10 +29,10 @@ widths = [64, 16]
 
 # Contents of a configuration file, or one --set beside a good file, and the message.
 CONFIGURATIONS: dict[str, tuple[bytes | str, str]] = {
-    "binary": (bytes(range(256)), "cannot be read: 'utf-8' codec"),
+    "binary": (bytes(range(256)), "must be UTF-8, but byte 128 is not"),
     "empty": (b"", "missing key data"),
-    "deep list": (b"lr = " + b"[" * 100_000, "nested too deeply"),
-    "nul": (b"lr = 1\0", "line 1, column 7: not valid TOML"),
+    "deep list": (b"lr = " + b"[" * 100_000, "is not valid TOML: maximum recursion depth exceeded"),
+    "nul": (b"lr = 1\0", "(at line 1, column 7)"),
     "long value": (b"lr = '" + b"x" * 50_000 + b"'", " ... "),
     "terminal": ("data.name=\x1b[31mred", "got '\\x1b[31mred'"),
 }

@@ -120,7 +120,7 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
 
 ELASTIC = ("--elastic", "http://localhost:1")
 REFUSALS = {
-    ("run", "none.toml"): "config file none.toml does not exist",
+    ("run", "none.toml"): "config file none.toml cannot be read: No such file",
     ("run", "CONFIG", "--set", "compresor.ratio=1"): "unknown key compresor (did you mean compressor?)",
     ("run", "CONFIG", "--set", "compressor={kind='RandomK', k=100000}"): "k of RandomK must be at most d = 10240",
     ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",

@@ -137,8 +137,7 @@ def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_
 
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
-    "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
+    "compressor={kind='TopK', rato=1}": "unknown key compressor.rato (did you mean ratio?)",
     "lr='fast'": "lr must be of type float, got 'fast'",
     "momentum=1": "--set momentum=1: momentum must be in [0, 1), got 1.0",
     "decay=0.5": "--set decay=0.5: decay must be 1 in CompressedSGD, got 0.5, which is for hooks and local updates",
@@ -160,26 +159,21 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
+# What is added to BASE, overrides, and the error after the name of the file.
 ORIGINS: list[tuple[str, list[str], str]] = [
-    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
-    ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
-    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
-    ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
-    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius of Escape must be"),
-    ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
-    ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths must be set for the auto"),
+    ("[noise]\nstdd = 1\n", [], ": unknown key noise.stdd (did you mean std?)"),
+    ("[noise]\n# std = 1\nstd = 'one'", [], ": noise.std must be of type float, got 'one'"),
+    ("[escape]\ninterval = 3\n", [], ": missing key escape.radius"),
+    ("", ["model.name=resnet18", "seed=3"], " with --set model.name=resnet18 seed=3: model: widths must be set"),
+    ("lr = 0.1\n", [], " is not valid TOML: Cannot overwrite a value (at line 10, column 9)"),
 ]
 
 
 @pytest.mark.parametrize(("extra", "overrides", "message"), ORIGINS, ids=[message for _, _, message in ORIGINS])
-def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
+def test_errors_name_the_file_and_the_key(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, extra), overrides)
-    said = str(caught.value)
-    assert message in said
-    assert "\n" not in said
-    assert said.startswith("--set" if message.startswith("--set") else f"{tmp_path / 'config.toml'}, line ")
+    assert str(caught.value).startswith(f"{tmp_path / 'config.toml'}{message}")
 
 
 @pytest.mark.parametrize(
@@ -221,5 +215,3 @@ def test_an_empty_override_drops_a_key() -> None:
     top_k = {"compressor": {"kind": "TopK", "ratio": 0.1}}
     config = configure({**data, **copy.deepcopy(top_k)}, ["compressor.kind=Sign", "compressor.ratio="])
     assert type(config.compressor).__name__ == "Sign"
-    with pytest.raises(ValueError, match=r"--set compressor.ratio= drops it"):
-        configure({**data, **top_k}, ["compressor.kind=Sign"], lambda key: "config.toml, line 9")
