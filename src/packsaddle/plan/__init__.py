@@ -5,7 +5,7 @@ updates). `coding` measures the speed of compressors, `model` the time of a trai
 """
 
 from packsaddle.plan.coding import Line, Pace, measure
-from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
+from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
 from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
@@ -35,7 +35,6 @@ __all__ = [
     "forecast_local",
     "measure",
     "measured_with",
-    "probe",
     "repeated",
     "side_by_side",
     "update_seconds",

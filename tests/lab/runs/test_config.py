@@ -165,7 +165,7 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     ("[noise]\n# std = 1\nstd = 'one'", [], ": noise.std must be of type float, got 'one'"),
     ("[escape]\ninterval = 3\n", [], ": missing key escape.radius"),
     ("", ["model.name=resnet18", "seed=3"], " with --set model.name=resnet18 seed=3: model: widths must be set"),
-    ("lr = 0.1\n", [], " is not valid TOML: Cannot overwrite a value (at line 10, column 9)"),
+    ("widths = [8]\n", [], " is not valid TOML: Cannot overwrite a value (at line 10, column 13)"),
 ]
 
 
