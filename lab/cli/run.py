@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
-
-import tyro
+from typing import TYPE_CHECKING, Any, cast
 
 from lab.cli.console import dated, print_runs
 from lab.runs.config import Config, load
@@ -44,7 +42,8 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
     }
 )
 def run(
-    config: Annotated[Path | None, tyro.conf.Positional] = None,
+    config: Path | None = None,
+    /,
     set: tuple[str, ...] = (),
     workers: int | None = None,
     serial: bool = False,
@@ -283,9 +282,7 @@ _HEADING = """{about}
 What is commented out is at its default, or an example of what is off."""
 
 
-def init(
-    file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
-) -> None:
+def init(file: Path = Path("config.toml"), /, task: TaskName = "char-transformer") -> None:
     """Write a configuration file with a comment on every key.
 
     Examples:

@@ -1,10 +1,8 @@
 """The command `packsaddle plan link`, which forecasts how fast each method of training is on a network link."""
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
-import tyro
 
 from packsaddle.cli.console import brief
 from packsaddle.cli.own_function import call
@@ -24,7 +22,8 @@ from packsaddle.plan.timing import Timing
 
 
 def link(
-    rate: Annotated[str, tyro.conf.Positional],
+    rate: str,
+    /,
     model: str | None = None,
     d: int | None = None,
     workers: int = 4,

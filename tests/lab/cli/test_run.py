@@ -129,7 +129,7 @@ REFUSALS = {
     ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout applies to worker processes",
     ("run", "CONFIG", *ELASTIC): "--elastic needs [local] in the file",
     ("report", "EMPTY"): "is not a run folder",
-    ("report",): "report needs at least one run folder",
+    ("report",): "report: missing RUNS",
 }
 
 
