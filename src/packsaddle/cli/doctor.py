@@ -77,7 +77,8 @@ def _requirements() -> list[tuple[str, str]]:
         lines = importlib.metadata.requires("packsaddle") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [match.group(1, 2) for line in lines if (match := re.fullmatch(r"([\w.-]+)>=([\w.]+)", line))]
+    matches = (re.fullmatch(r"([\w.-]+)>=([\w.]+)", line) for line in lines)
+    return [(match[1], match[2]) for match in matches if match]
 
 
 def _version(package: str) -> str | None:

@@ -107,10 +107,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
     arguments = arguments_of(command, values)
     positional = [arguments.pop(key) for key, flag in flags.items() if _is_positional(flag)]
-    if inspect.isclass(command):
-        call: Callable[[], Any] = command(**arguments)
-        return call
-    return functools.partial(command, *positional, **arguments)
+    call = functools.partial(command, *positional, **arguments)
+    return call() if inspect.isclass(command) else call  # the instances of a class are callable
 
 
 def word_of(flag: inspect.Parameter) -> str:
@@ -137,7 +135,7 @@ def _parser(command: Command, flags: Mapping[str, inspect.Parameter], name: str)
     )
 
     # Add each flag to its group. Flags without a group are in argparse's own group "options".
-    texts, places = descriptions(command), {}
+    texts, places = descriptions(command), dict[str, Any]()
     for title, keys in groups_of(command).items():
         places |= dict.fromkeys(keys, parser.add_argument_group(f"{title} options") if title else parser)
     for key, flag in flags.items():
