@@ -31,7 +31,7 @@ class LinkPlan:
     workload: ModelSize
     link: Link
     fleet: Fleet
-    update: float  # seconds per step for error memory and noise, in addition to plain SGD's update
+    update: float  # seconds per step for the error memory, in addition to plain SGD's update
     optimizer: Optimizer
     timing: Timing | None  # measured times of a step, whose minimum is `fleet.compute`; None: not measured
 
