@@ -189,12 +189,6 @@ def test_a_slower_link_plans_no_shorter_a_step() -> None:
                 before[f.setting] = f.seconds
 
 
-def test_waiting_for_the_slowest_is_no_computing() -> None:
-    size, link, fleet = ModelSize.of_size(1_000_000), Link(0.0, 1e12, overhead=0.0), Fleet(64, 0.1, spread=1.0)
-    for f in forecast_local(size, link, fleet, measured_with(64), lambda c, d: FREE):
-        assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
-
-
 def test_more_workers_need_more_steps() -> None:
     """Dense training gains from a larger batch, which local updates have as workers that drift apart."""
     two, four = measured_with(2), measured_with(4)

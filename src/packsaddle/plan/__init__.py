@@ -8,7 +8,7 @@ from packsaddle.plan.coding import Line, Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
-from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
+from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed
 from packsaddle.plan.timing import Timing, clocked, repeated, side_by_side
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "Verdict",
     "clocked",
     "compressed",
-    "expected_maximum",
     "forecast",
     "forecast_local",
     "measure",

@@ -1,7 +1,6 @@
 """The plan for local updates, i.e. several optimizer steps between two exchanges, on a network link: the number of
 steps between exchanges, the compressor, and the overlap."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,8 +91,7 @@ class LocalForecast:
     setting: Setting
     fragments: int  # number of fragments into which the model is split, each exchanged separately
     sent: float  # bytes per inner step that the busiest worker sends
-    compute: float  # seconds of computing, including the waiting for the slowest worker at each exchange
-    waiting: float  # part of `compute`: seconds of waiting for the slowest worker
+    compute: float  # seconds of computing
     coding: float  # seconds to compress and decompress
     exchange: float  # seconds of waiting for exchanges to complete
     steps: float  # inner steps that make the progress of one step of uncompressed training
@@ -110,7 +108,7 @@ class LocalForecast:
 
     @property
     def computing(self) -> float:
-        return (self.compute - self.waiting) / self.step
+        return self.compute / self.step
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -177,19 +175,15 @@ def _forecast(
     coded = compressed(choice.aggregator, d, dense, workers, seconds, itemsize)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(workers))
-    # Workers wait for each other only at exchanges, so random differences between their step times average out over the
-    # steps between two exchanges.
-    waiting = fleet.waiting / math.sqrt(every)
-    compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
         """Return the seconds per round for which steps wait for exchanges if the model is split into this number of
         fragments, which are exchanged separately. Steps wait if an exchange takes longer than its delay, or if all
         exchanges of a round together take longer than the round."""
         exchange = fragments * latency + bandwidth
-        return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
+        return max(0.0, exchange - fragments * setting.delay * fleet.compute, exchange - every * fleet.compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
     sent = choice.aggregator.most_sent(d, dense, workers, itemsize) + header.wire(0, workers).sent
     coding = (coded.compression + update) / every
-    return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)
+    return LocalForecast(setting, fragments, sent / every, fleet.compute, coding, waited(fragments) / every, steps)
