@@ -108,7 +108,7 @@ print(whole or errors)
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
 lines = report.splitlines()
-first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w)) for w in ("network", "environment"))
+first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w)) for w in ("network", "exchange"))
 print("\n".join(lines[first:last]))
 
 # %% [markdown]

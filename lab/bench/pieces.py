@@ -327,12 +327,12 @@ class Step(Question):
         python -m lab.bench.pieces step --d 1000000 --layers 50
     """
 
+    # Coordinates
     d: int = 25_000_000
-    """Coordinates."""
+    # Parameters that the coordinates are spread over
     layers: int = 1
-    """Parameters that the coordinates are spread over."""
+    # Timed rounds
     repeats: int = 7
-    """Timed rounds."""
 
     def run(self) -> list[Result]:
         return time_steps(self.d, self.repeats, self.layers)
@@ -347,12 +347,12 @@ class Compress(Question):
         python -m lab.bench.pieces compress --d 1000000 --json
     """
 
+    # Coordinates
     d: int = 25_000_000
-    """Coordinates."""
+    # k/d of the compressors that have one
     ratio: float = 0.01
-    """k/d of the compressors that have one."""
+    # Timed rounds
     repeats: int = 5
-    """Timed rounds."""
 
     def run(self) -> list[Result]:
         return time_compressors(self.d, self.ratio, self.repeats)
@@ -366,14 +366,14 @@ class Exchange(Question):
         python -m lab.bench.pieces exchange --workers 4
     """
 
+    # Coordinates
     d: int = 10_000_000
-    """Coordinates."""
+    # Worker processes on this machine
     workers: int = 2
-    """Worker processes on this machine."""
+    # k/d of the compressors that have one
     ratio: float = 0.01
-    """k/d of the compressors that have one."""
+    # Timed rounds
     repeats: int = 5
-    """Timed rounds."""
 
     def run(self) -> list[Result]:
         return time_exchanges(self.d, self.workers, self.ratio, self.repeats)

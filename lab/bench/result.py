@@ -7,12 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 
-from packsaddle.cli import HIDE_DEFAULT, print_table
+from packsaddle.cli import print_table
 from packsaddle.errors import ConfigError
 
 
@@ -70,8 +70,8 @@ def shown(cell: Any, digits: int = 3) -> str:
 class Question(ABC):
     """Base class of commands that measure, and print the results as tables."""
 
-    json: Annotated[bool, HIDE_DEFAULT] = False
-    """Print one JSON document."""
+    # Print one JSON document
+    json: bool = False
 
     @abstractmethod
     def run(self) -> list[Result]:

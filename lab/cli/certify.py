@@ -5,9 +5,7 @@ from dataclasses import asdict, replace
 from itertools import chain, count
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from lab.runs.config import Config
 from lab.runs.run_folder import read_runs
@@ -29,7 +27,8 @@ _SAMPLE = 512  # default number of training examples: about a minute for a small
     }
 )
 def certify(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Path,
+    /,
     checkpoint: str | None = None,
     iterates: bool = False,
     epsilon: float | None = None,

@@ -2,19 +2,16 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from lab.cli.console import print_runs, require_plots
 from lab.runs.run_folder import read_runs
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.cli.parsing import HIDE_DEFAULT
 from packsaddle.errors import ConfigError
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, HIDE_DEFAULT],
+    runs: tuple[Path, ...],
+    /,
     out: Path | None = None,
     overwrite: bool = False,
     json: bool = False,
@@ -37,8 +34,6 @@ def report(
     from lab.runs.report import write_report
     from lab.runs.report.tables import document
 
-    if not runs:
-        raise ConfigError("report needs at least one run folder")
     found = read_runs(runs)
     if not json:
         print_runs(found)

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
-
-import tyro
+from typing import TYPE_CHECKING, Any, cast
 
 from lab.cli.console import dated, print_runs
 from lab.runs.config import Config, load
@@ -19,7 +17,7 @@ from lab.runs.trackers import TrackerName
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
-from packsaddle.comm.launching import check_interface, under_launcher
+from packsaddle.comm.launching import under_launcher
 from packsaddle.comm.managed import check_lighthouse
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import printable
@@ -44,7 +42,8 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
     }
 )
 def run(
-    config: Annotated[Path | None, tyro.conf.Positional] = None,
+    config: Path | None = None,
+    /,
     set: tuple[str, ...] = (),
     workers: int | None = None,
     serial: bool = False,
@@ -69,7 +68,7 @@ def run(
         python -m lab run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
         python -m lab run config.toml --serial --workers 10 --out runs/a
         python -m lab run --resume runs/a
-        torchrun --nproc-per-node 4 --max-restarts 3 -m lab run config.toml --resume runs/b
+        torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m lab run config.toml --resume runs/b
         python -m lab run local.toml --elastic http://10.0.0.1:29510 --memory-file worker.memory
 
     Args:
@@ -266,8 +265,6 @@ def _train(job: "Job", workers: int | None, how: "How") -> bool:
     if workers is not None:
         config = _with_workers(config, workers)
     job = replace(job, configs=(config,))
-    if how == "processes" and config.workers > 1:
-        check_interface()
     job.check(config.workers, how)
     job.make_folders()
     return job.run(config.workers, how)
@@ -285,9 +282,7 @@ _HEADING = """{about}
 What is commented out is at its default, or an example of what is off."""
 
 
-def init(
-    file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
-) -> None:
+def init(file: Path = Path("config.toml"), /, task: TaskName = "char-transformer") -> None:
     """Write a configuration file with a comment on every key.
 
     Examples:

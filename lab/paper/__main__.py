@@ -1,9 +1,8 @@
 """python -m lab.paper."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from rich.table import Table
 
 from lab.cli.console import dated, require_plots
@@ -35,7 +34,8 @@ def data_of(what: str, data_dir: Path | None) -> Data:
 
 
 def reproduce(
-    what: Annotated[What, tyro.conf.Positional],
+    what: What,
+    /,
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,

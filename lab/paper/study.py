@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.runs import Config, RunFolder, commit, configure, make_new, override
+from lab.runs.config import first_difference
 from packsaddle.errors import ConfigError
-from packsaddle.options import build, first_difference, plain
+from packsaddle.options import build, plain
 
 Scale = Literal["paper", "cpu", "smoke"]
 Data = Literal["mnist", "cifar10", "folder", "text"]

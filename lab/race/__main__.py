@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from lab.bench.result import Question, Result
 from lab.race import train
@@ -14,32 +14,32 @@ from lab.race.target_settings import TargetSettings
 from lab.race.time_to_loss import Rates
 from lab.race.to_loss import FullRace
 from lab.race.workload import TrainingWorkload
-from packsaddle.cli import HIDE_DEFAULT, Group, serve
+from packsaddle.cli import Group, serve
 
 
 @dataclass(frozen=True)
 class _Training(Question):
     """Options of the benchmarks of whole training steps."""
 
+    # The network
     model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
-    """The network."""
-    batch: Annotated[int | None, HIDE_DEFAULT] = None
-    """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
+    # Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18
+    batch: int | None = None
+    # The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N). Each
+    # may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum and memory, as in 'TopK(0.01)
+    # noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with delay,
+    # fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'.
     contenders: tuple[str, ...] = FIELD
-    """The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
-    Each may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum and memory, as in
-    'TopK(0.01) noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with
-    delay, fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'."""
+    # Step size of those that say none
     lr: float = 0.1
-    """Step size of those that say none."""
-    data_dir: Annotated[Path | None, HIDE_DEFAULT] = None
-    """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
+    # Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic
+    data_dir: Path | None = None
+    # Turns of each contender
     rounds: int = 5
-    """Turns of each contender."""
+    # Consecutive steps in one turn
     block: int = 4
-    """Consecutive steps in one turn."""
+    # Seed of the network and of the batches
     seed: int = 0
-    """Seed of the network and of the batches."""
 
     def race(self) -> Race:
         batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
@@ -56,8 +56,8 @@ class Train(_Training):
         python -m lab.race train --contenders ddp 'RandomK(0.01) noise=0.01' --rounds 3
     """
 
+    # Worker processes on this machine
     workers: int = 2
-    """Worker processes on this machine."""
 
     def run(self) -> list[Result]:
         return train.race_on_workers(self.race(), self.workers)
@@ -73,12 +73,12 @@ class Link(_Training):
         python -m lab.race link --rate 100 --model resnet18
     """
 
+    # Number of hosts; each runs one worker under torchrun
     hosts: int = 2
-    """Number of hosts; each runs one worker under torchrun."""
+    # Mbit/s of every host's link: of what it receives, and without --up also of what it sends
     rate: float = 100.0
-    """Mbit/s of every host's link: of what it receives, and without --up also of what it sends."""
-    up: Annotated[float | None, HIDE_DEFAULT] = None
-    """Mbit/s of what a host sends, where that is another rate."""
+    # Mbit/s of what a host sends, where that is another rate
+    up: float | None = None
 
     def run(self) -> list[Result]:
         return train.race_on_hosts(self.race(), self.hosts, self.rate, self.up)
@@ -107,36 +107,36 @@ class Loss(Question):
         python -m lab.race loss --out race --only tables
     """
 
+    # Folder of curves.csv and steps.csv, which are added to.
     out: Path = Path("race")
-    """Folder of curves.csv and steps.csv, which are added to."""
+    # One part: the training curves, the steps on links, or the tables of what is there
     only: Literal["all", "curves", "steps", "tables"] = "all"
-    """One part: the training curves, the steps on links, or the tables of what is there."""
+    # nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
+    # channels, with SGD and momentum.
     model: Literal["gpt", "gpt-10m", "resnet18", "resnet18-16"] = "gpt"
-    """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
-    channels, with SGD and momentum."""
-    data_dir: Annotated[Path | None, HIDE_DEFAULT] = None
-    """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
+    # Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder
+    data_dir: Path | None = None
+    # Numbers of workers, each with a race of its own; in steps each is a host
     workers: tuple[int, ...] = (2,)
-    """Numbers of workers, each with a race of its own; in steps each is a host."""
+    # As for link. One may train for another number of steps, as in 'TopK(1/48) every=32 steps=1600', and one that names
+    # its lr is listed once for each.
     contenders: tuple[str, ...] = (*_PEERS_OF_A_RACE, *_OURS_IN_A_RACE)
-    """As for link. One may train for another number of steps, as in 'TopK(1/48) every=32 steps=1600', and one
-    that names its lr is listed once for each."""
+    # The grid of step sizes
     lrs: tuple[float, ...] = (0.001, 0.002, 0.004)
-    """The grid of step sizes."""
+    # Seeds of each contender at its best step size
     seeds: int = 3
-    """Seeds of each contender at its best step size."""
+    # Steps of a training
     steps: int = 1000
-    """Steps of a training."""
+    # Steps between evaluations
     every: int = 50
-    """Steps between evaluations."""
+    # Examples per worker and step
     batch: int = 8
-    """Examples per worker and step."""
+    # Mbit/s of the links; 10/100 is 10 up and 100 down
     rates: tuple[str, ...] = ("10", "50", "200", "1000")
-    """Mbit/s of the links; 10/100 is 10 up and 100 down."""
+    # Turns of each contender on a link
     rounds: int = 3
-    """Turns of each contender on a link."""
+    # Consecutive steps in one turn, at least; whole periods
     block: int = 2
-    """Consecutive steps in one turn, at least; whole periods."""
 
     def run(self) -> list[Result]:
         workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
@@ -176,21 +176,21 @@ class Target(Question):
         python -m lab.race target --only tables
     """
 
-    settings: Annotated[Path, HIDE_DEFAULT] = _SETTINGS
-    """TOML file with the target, the training, the links and the methods; by default
-    experiments/race/target/settings.toml."""
-    out: Annotated[Path | None, HIDE_DEFAULT] = None
-    """Folder of runs.csv and steps.csv, which are added to; by default that of the settings."""
+    # TOML file with the target, the training, the links and the methods; by default
+    # experiments/race/target/settings.toml.
+    settings: Path = _SETTINGS
+    # Folder of runs.csv and steps.csv, which are added to; by default that of the settings.
+    out: Path | None = None
+    # One part: the timed steps, the trainings, the list of missing trainings, or the tables of what is there
     only: Part = "all"
-    """One part: the timed steps, the trainings, the list of missing trainings, or the tables of what is there."""
-    methods: Annotated[tuple[str, ...], HIDE_DEFAULT] = ()
-    """Names of methods in the settings; by default all."""
-    workers: Annotated[tuple[int, ...], HIDE_DEFAULT] = ()
-    """Numbers of workers; by default those of the settings."""
-    rates: Annotated[tuple[str, ...], HIDE_DEFAULT] = ()
-    """Mbit/s of the links, or local for processes of this machine without a link; by default those of the settings."""
-    seeds: Annotated[int | None, HIDE_DEFAULT] = None
-    """Number of trainings of each method, with different seeds; by default that of the settings."""
+    # Names of methods in the settings; by default all
+    methods: tuple[str, ...] = ()
+    # Numbers of workers; by default those of the settings
+    workers: tuple[int, ...] = ()
+    # Mbit/s of the links, or local for processes of this machine without a link; by default those of the settings
+    rates: tuple[str, ...] = ()
+    # Number of trainings of each method, with different seeds; by default that of the settings
+    seeds: int | None = None
 
     def run(self) -> list[Result]:
         settings = TargetSettings.read(self.settings)

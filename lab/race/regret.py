@@ -61,11 +61,11 @@ def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, up
     for text in texts:
         contender = parse(text, 1.0)
         if text == DENSE or contender.hook:
-            compressors = [] if contender.compressor is None else [contender.compressor]
+            compressors = {} if contender.compressor is None else {contender.compressor: 1.0}
             verdict = forecast(workload, link, fleet, compressors, shared)
             found[text] = next(f for f in verdict.forecasts if f.is_dense != bool(compressors)).time.total
         elif (mine := setting(contender)) is not None:
-            (one,) = forecast_local(workload, link, fleet, shared, update=update, measured={mine: 1.0})
+            (one,) = forecast_local(workload, link, fleet, {mine: 1.0}, shared, update=update)
             found[text] = one.step
     return found
 
@@ -79,8 +79,7 @@ def factor(text: str, workers: int) -> float | None:
     if text == DENSE:
         return 1.0
     if contender.hook:
-        needed = HOOK["adamw"].get(contender.compressor) if contender.compressor is not None else None
-        return None if needed is None else needed.factor
+        return None if contender.compressor is None else HOOK["adamw"].get(contender.compressor)
     mine = setting(contender)
     if mine is None:
         return None

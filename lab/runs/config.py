@@ -6,7 +6,7 @@ The comments on fields are written into the file of `python -m lab init` (see `t
 import inspect
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import or_
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, check_counts, check_momentum, check_not_negative, check_positive, read_toml
+from packsaddle.errors import ConfigError, check_counts, check_momentum, check_not_negative, check_positive, read_text
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.messages import shortened, shown
-from packsaddle.options.schema import build, line_of
+from packsaddle.options.schema import build
 from packsaddle.sgd.gradient import Storm
 
 # The type of a compressor in a configuration: a union of the classes that `kind` may name. Type checkers, which cannot
@@ -262,31 +262,44 @@ class Config(Compression):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
-    text, data = read_toml(path)
-    return configure(data, overrides, lambda key: line_of(key, path, text))
+    text = read_text(path, f"config file {path}")
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return configure(data, overrides, str(path))
 
 
-def configure(
-    data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
-) -> Config:
+def configure(data: dict[str, Any], overrides: Sequence[str], source: str = "the configuration") -> Config:
     """Build a Config from nested dictionaries, after applying overrides such as "data.limit=100" to them in place.
 
-    Raises ConfigError, which names the override at fault. If no override is at fault, it names the place of the key,
-    `origin(key)`, such as a line of a file.
+    Raises ConfigError, which names the `source` of the dictionaries, such as a file, and the overrides.
     """
-    given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
+    for text in overrides:
+        override(data, text)
     try:
         return build(Config, data)
     except ConfigError as error:
-        # The override at fault is the last one of this key or of a table that contains it. If there is none, it is the
-        # last override of a key inside it.
-        key = error.key
-        about = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
-        where = given[about[-1]] if about else origin(key)
-        same = [text for k, text in given.items() if k[:1] == key[:1] and text != where]
-        also = f" (with {same[-1]})" if same else ""  # an override may make a value in the file invalid
-        drop = f"; --set {'.'.join(key)}= drops it" if same and str(error).startswith("unknown key") else ""
-        raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), key) from None
+        changes = f" with --set {shortened(' '.join(overrides))}" if overrides else ""
+        raise ConfigError(f"{source}{changes}: {error}") from None
+
+
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
+) -> tuple[str, Any, Any] | None:
+    """Compare two configurations as nested dictionaries, and find the first key whose values differ.
+
+    Returns the dotted key, its value in `ours`, and its value in `theirs`; None if all values are equal. The key
+    "workers" of the outermost dictionary is ignored. `where` is put before the key.
+    """
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        if a == b or (where + key) == "workers":
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            return first_difference(a, b, f"{where}{key}.")
+        return where + key, a, b
+    return None
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lab.runs.batched import why_not_batched
-from lab.runs.config import Config
+from lab.runs.config import Config, first_difference
 from lab.runs.folder_lock import FolderLock, check_free, locked
 from lab.runs.run_checkpoints import NEVER, STOPPED, CheckpointPolicy, LoadingError, find, state_of
 from lab.runs.run_folder import RunFolder, environment
@@ -32,7 +32,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.feedback.checks import DriftError
 from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.local.options import Elastic
-from packsaddle.options.schema import build, first_difference, plain
+from packsaddle.options.schema import build, plain
 from packsaddle.version import __version__
 
 _ELASTIC_TIMEOUT = 60.0  # default timeout of a collective with --elastic, in seconds

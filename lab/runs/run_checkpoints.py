@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lab.runs.config import Config
+from lab.runs.config import Config, first_difference
 from lab.runs.folder_lock import LOCK
 from lab.runs.run_folder import RunFolder
 from packsaddle.checkpoint.atomic_files import PARTIAL
@@ -22,7 +22,7 @@ from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import asked_to_stop
 from packsaddle.errors import ConfigError
-from packsaddle.options.schema import build, first_difference, plain
+from packsaddle.options.schema import build, plain
 
 _SECONDS = 30.0  # minimum seconds between checkpoints, if `CheckpointPolicy.every` is None
 # The value of a vote to stop. A vote to save is 1, and only rank 0 votes to save, so the sum of all votes, which is

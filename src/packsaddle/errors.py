@@ -9,27 +9,19 @@ import functools
 import importlib
 import inspect
 import math
-import re
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Raised for an invalid configuration or command; the message is one line. `key` is the path of the invalid key, a
-    tuple of keys from the outermost table of the configuration inward. If several keys of a table conflict, `key` is
-    the path of that table. If no key causes the error, `key` is ()."""
-
-    def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.key = key
+    """Raised for an invalid configuration or command; the message is one line."""
 
 
 class GuardError(RuntimeError):
@@ -149,29 +141,6 @@ def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return checked
 
     return decorate
-
-
-def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a TOML file, and its contents as nested dictionaries. Raises ConfigError if the file cannot be
-    read or is not valid TOML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax_error(path, error)) from None
-    except RecursionError:
-        raise ConfigError(f"{path}: lists, tables or keys are nested too deeply") from None
-
-
-def _syntax_error(path: Path, error: tomllib.TOMLDecodeError) -> str:
-    """Return a one-line message for a file that is not valid TOML; it begins with the position of the error."""
-    found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
-    reason, position = found.groups() if found else (str(error), None)
-    return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
-import tyro
 
 from packsaddle.cli.flags import Overrides, flags_of
 from packsaddle.cli.parsing import Group, parse
@@ -33,7 +32,7 @@ class Limits:
 FOUND: list[Any] = []
 
 
-def whole(where: Annotated[Path, tyro.conf.Positional], limits: Limits = Limits(most=5), seed: int = 0) -> None:
+def whole(where: Path, /, limits: Limits = Limits(most=5), seed: int = 0) -> None:
     """Do.
 
     Args:

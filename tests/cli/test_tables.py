@@ -4,11 +4,10 @@ import json
 import re
 
 import pytest
-from commandline import command, refused
+from commandline import command
 from rich.table import Table
 
 from packsaddle.cli.console import brief, print_table
-from packsaddle.cli.doctor import examine
 
 pytestmark = pytest.mark.usefixtures("first_timings")  # the form of tables does not depend on them
 
@@ -41,7 +40,7 @@ def test_brief_names_may_be_typed() -> None:
 LINK = ("plan", "link", "20mbit", "--d", "1e4", "--compute", "0.1")
 TABLES = {
     "link": (*LINK, "--table"),
-    "link, one compressor": (*LINK, "--compressor", "topk"),
+    "link, the verdict": LINK,
     "theory": ("plan", "theory", "--d", "25M", "--epsilon", "0.2", "--lipschitz-gradient", "1"),
     "table": ("plan", "table", "--d", "25M", "--epsilon", "0.01"),
     "compressors": ("compressors", "--d", "30000"),
@@ -82,11 +81,3 @@ def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
     assert command("compressors", "--d", 5000) == 0
     assert "QSGD" in capsys.readouterr().out
-
-
-def test_doctor_checks_the_topics_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("doctor", "--only", "machine", "network", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)["facts"]
-    assert {fact["topic"] for fact in facts} == {"machine", "network"}
-    assert {fact.topic for fact in examine(try_processes=False, only=("loops",))} == {"loops"}
-    refused(capsys, "--only must be one of", "doctor", "--only", "moon")

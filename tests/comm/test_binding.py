@@ -1,18 +1,15 @@
-"""Servers listen at one address: that of one machine's workers at localhost, and no other address reaches them."""
+"""Servers that listen at one address: gloo's of one machine's workers at localhost, and those of elastic workers."""
 
 import importlib.util
 import os
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from forked_python import environment, python
 from listeners import are_local, listeners
 
-from packsaddle.comm import connect
-from packsaddle.comm.launching import bound_store, launch, process_group
+from packsaddle.comm import connect, launch, managed, process_group
 from packsaddle.errors import ConfigError
 
 pytestmark = [
@@ -32,53 +29,21 @@ def answers(address: str, port: int) -> bool:
 
 @pytest.mark.parametrize(("address", "other"), [("127.0.0.1", False), ("127.0.0.2", False), ("::", True)])
 def test_a_store_listens_at_its_address_alone(address: str, other: bool) -> None:
-    store = bound_store(address)
+    store = managed._bound_store(address)
     assert answers("127.0.0.1" if address == "::" else address, store.port)
     assert answers("127.0.0.3", store.port) == other
     store.set("a", "b")
     assert store.get("a") == b"b"
 
 
-def in_a_worker(launcher: int) -> list[set[tuple[str, int]]]:
+def in_a_worker() -> set[tuple[str, int]]:
     with process_group() as group:
         group.all_reduce(torch.zeros(3))
-        return [listeners(os.getpid()), listeners(launcher)]
+        return listeners(os.getpid())
 
 
 def test_the_workers_of_one_machine_cannot_be_reached_from_another() -> None:
-    before = listeners(os.getpid())
-    worker, launcher = launch(in_a_worker, (os.getpid(),), 2)
-    assert are_local(worker), "gloo's sockets"
-    assert are_local(launcher - before), "the launcher's store"
-
-
-RANK_0 = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
-from listeners import listeners
-from packsaddle.comm.launching import process_group
-with process_group() as group:
-    print(*sorted({{address for address, port in listeners(os.getpid()) if port == int(os.environ["MASTER_PORT"])}}))
-"""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-@pytest.mark.parametrize(("bind", "expected"), [(None, "127.0.0.1"), ("::", "::"), ("203.0.113.9", "")])
-def test_rank_0_of_another_launcher_listens_at_its_address(bind: str | None, expected: str) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
-    chosen = {} if bind is None else {"PACKSADDLE_BIND": bind}
-    command, env = [python(), "-c", RANK_0], environment(**place, **chosen)
-    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    assert found.stdout.strip() == expected, found.stderr
-    if not expected:
-        said = "ConfigError: the process group cannot be initialized: this machine cannot listen at 203.0.113.9; name"
-        assert said in found.stderr
-        assert "in PACKSADDLE_BIND, or :: for all" in found.stderr
+    assert are_local(launch(in_a_worker, (), 2)), "gloo's sockets"
 
 
 @needs_torchft

@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from stored_rows import at_best_rate, read
 from torch import nn
 
-from packsaddle import Identity, LocalUpdates, OuterAgreement, Rounded, Sign, simulate
+from packsaddle import Identity, LocalUpdates, Rounded, Sign, simulate
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.link import forecast
@@ -98,7 +97,7 @@ def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
 def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
     """The forecast against arithmetic by hand: bytes, what a delay hides in fragments, the share of computing."""
     link, fleet, size = Link(1e-3, 1e6), Fleet(2, 0.1), ModelSize.of_size(1_000_000)
-    for f in forecast_local(size, link, fleet, lambda compressor, d: FREE):
+    for f in forecast_local(size, link, fleet, measured_with(2), lambda compressor, d: FREE):
         every, kind, delay = f.setting.every, f.setting.compressor, f.setting.delay
         # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 40 bytes, a
         # message, and its sizes where they differ; they take half as long again with two workers (`RingAllGather`).
@@ -121,30 +120,9 @@ def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
         assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
         assert f.seconds == pytest.approx(f.steps * f.step)
     # With more workers, messages go by owners: 2 (W - 1) / W of them.
-    for f in forecast_local(size, link, Fleet(16, 0.1), lambda compressor, d: FREE):
+    for f in forecast_local(size, link, Fleet(16, 0.1), measured_with(16), lambda compressor, d: FREE):
         message = 2 * 15 / 16 * f.setting.compressor.message_bytes(1_000_000)
         assert f.sent == pytest.approx(message / f.setting.every, rel=0.05)
-
-
-def test_agreement_sends_a_number_a_tensor() -> None:
-    """The forecast against the ledger of the second step of local updates, with `OuterAgreement` and without."""
-    for workers, p in product((2, 4), (0.0, 0.5)):
-
-        def sent(rank: int, p: float = p) -> int:
-            model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
-            optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            local = LocalUpdates(optimizer, every=1, model=model, outer=OuterAgreement(p))
-            totals = []
-            for _ in range(2):  # the first step is also compared between workers
-                model(torch.full((2, 64), 1.0 + rank)).sum().backward()
-                optimizer.step()
-                totals.append(local.ledger.total.sent)
-            return totals[1] - totals[0]
-
-        size = ModelSize.of_model("two layers", nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
-        setting = Setting(1, Sign(per_tensor=True), agreement=p)
-        (f,) = forecast_local(size, Link(1e-3, 1e6), Fleet(workers, 0.1), lambda c, d: FREE, measured={setting: 1.0})
-        assert max(simulate(sent, workers)) == f.sent
 
 
 @pytest.mark.parametrize(
@@ -159,7 +137,7 @@ def test_bytes_depend_on_the_dtypes_of_the_parameters(first: str, second: str, n
         return nn.Sequential(*(nn.Linear(32, 32, dtype=dtype) for dtype in dtypes))
 
     size, link, fleet = ModelSize.of_model("two layers", make()), Link(1e-3, 1e6), Fleet(2, 0.1)
-    dense = forecast(size, link, fleet, [], lambda c, d: FREE).dense
+    dense = forecast(size, link, fleet, {}, lambda c, d: FREE).dense
     assert dense.sent == sum(p.nbytes for p in make().parameters()) == nbytes * (size.d + size.dense)
     for setting in (Setting(1, Identity()), Setting(1, Rounded())):
 
@@ -177,7 +155,7 @@ def test_bytes_depend_on_the_dtypes_of_the_parameters(first: str, second: str, n
                 totals.append(local.ledger.total.sent)
             return totals[1] - totals[0]
 
-        (f,) = forecast_local(size, link, fleet, lambda c, d: FREE, measured={setting: 1.0})
+        (f,) = forecast_local(size, link, fleet, {setting: 1.0}, lambda c, d: FREE)
         assert max(simulate(sent, 2)) == f.sent
 
 
@@ -187,22 +165,13 @@ def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_ste
     fleet, size = Fleet(2, 0.25), ModelSize.of_size(1_000_000)
     setting, plain = Setting(8, Identity(), delay=2), Setting(8, Identity())
     measured = {setting: 1.5, plain: 1.2}
-    hidden, waiting = forecast_local(size, Link(1e-6, 4e6 / 0.9), fleet, lambda compressor, d: FREE, measured=measured)
+    hidden, waiting = forecast_local(size, Link(1e-6, 4e6 / 0.9), fleet, measured, lambda compressor, d: FREE)
     assert (hidden.setting, hidden.fragments, hidden.exchange) == (setting, 2, 0.0)
     assert hidden.seconds == pytest.approx(1.5 * 0.25)
     assert (waiting.setting, waiting.fragments) == (plain, 1)
     assert waiting.seconds == pytest.approx(1.2 * (0.25 + 0.9 / 8), rel=1e-4)
-    first, _ = forecast_local(size, Link(1e-6, 4e7), fleet, lambda compressor, d: FREE, measured=measured)
+    first, _ = forecast_local(size, Link(1e-6, 4e7), fleet, measured, lambda compressor, d: FREE)
     assert first.setting == plain  # where the exchange takes less than the delay's steps
-
-
-def test_bounds_on_the_steps() -> None:
-    link, fleet, size = Link(1e-3, 1e6), Fleet(4, 0.1), ModelSize.of_size(1_000_000)
-    with pytest.raises(ValueError, match=r"most_steps must be at least [0-9.]+, the least measured, got 1"):
-        forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=1.0)
-    least = min(measured_with(4).values())
-    few = forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=least)
-    assert [f.steps for f in few] == [least]
 
 
 def test_a_slower_link_plans_no_shorter_a_step() -> None:
@@ -215,17 +184,9 @@ def test_a_slower_link_plans_no_shorter_a_step() -> None:
         before: dict[Setting, float] = {}
         for latency in (1.3**i * 1e-5 for i in range(37)):
             fleet, size = Fleet(workers, compute), ModelSize.of_size(d)
-            for f in forecast_local(size, Link(latency, rate), fleet, lambda compressor, d: FREE):
+            for f in forecast_local(size, Link(latency, rate), fleet, measured_with(workers), lambda c, d: FREE):
                 assert f.seconds >= before.get(f.setting, 0.0) * (1 - 1e-9)
                 before[f.setting] = f.seconds
-
-
-def test_waiting_for_the_slowest_is_no_computing() -> None:
-    fleet = Fleet(64, 0.1, spread=1.0)
-    for f in forecast_local(
-        ModelSize.of_size(1_000_000), Link(0.0, 1e12, overhead=0.0), fleet, lambda compressor, d: FREE
-    ):
-        assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
 
 
 def test_more_workers_need_more_steps() -> None:

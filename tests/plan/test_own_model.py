@@ -53,7 +53,7 @@ def sizes():
         return Model()
 """
 TRAINED = 50 * 40 + 40 * 40 + 40 + 50 * 40 + 50
-ASKED = ("plan", "link", "1mbit", "--workers", 2, "--compressor", "randomk")
+ASKED = ("plan", "link", "1mbit", "--workers", 2)
 
 
 @pytest.fixture
@@ -99,16 +99,15 @@ def test_a_model_of_ones_own_is_advised(capsys: pytest.CaptureFixture[str]) -> N
     assert command(*ASKED, "--model", "script_to_plan:make_model", "--input", "int64:7", "--batch", 2, "--table") == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith("Use: ")
-    assert "steps with adamw, which took" in out
-    assert "x steps" in out
+    assert "ms of computing a step" in out
 
 
 @pytest.mark.usefixtures("script")
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     own, tokens = ("--model", "script_to_plan:make_model"), ("--input", "int64:7")
     refusals: dict[tuple[Any, ...], str] = {
-        own: "--model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute",
-        (*own, *tokens, "--compute", 1): "--model MODULE:FUNCTION needs one of --data",
+        own: "--model needs one of --data MODULE:FUNCTION, --input SHAPE and --compute SECONDS",
+        (*own, *tokens, "--compute", 1): "--model needs one of --data",
         (*own, "--input", "3x"): "--input must be a shape such as 3x224x224, or int64:1024 for tokens, got '3x'",
         (*own, "--input", "7"): "script_to_plan:make_model failed on its batch, float32 of shape (32, 7): ",
         (*own, *tokens, "--batch", 0): "batch must be at least 1, got 0",
@@ -117,8 +116,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model", "script_to_plan:number", *tokens): "script_to_plan:number must return a torch.nn.Module, got int",
         ("--model", "script_to_plan:none", *tokens): "script_to_plan has no function 'none'",
         ("--model", "no_such_module:f", *tokens): "No module named 'no_such_module'; is it in the current folder?",
-        ("--d", 5, "--compute", 1, *tokens): "--input is for --model MODULE:FUNCTION",
-        ("--d", 5, "--compute", 1, "--data", "script_to_plan:make_batch"): "--data is for --model MODULE:FUNCTION",
+        ("--d", 5, "--compute", 1, *tokens): "--data and --input are for --model MODULE:FUNCTION",
     }
     for words, message in refusals.items():
         refused(capsys, message, *ASKED, *words)
@@ -195,23 +193,17 @@ def planned(size: int, rate: float, workers: int, compute: float, measured: Any,
     """Return the plan for a link of `rate` bytes a second, with settings of local updates and free coding."""
     free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
     model, fleet, link = ModelSize.of_size(size), Fleet(workers, compute), Link(1e-5, rate)
-    verdict = forecast(model, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
-    local = forecast_local(model, link, fleet, lambda c, d: free, measured=measured)
-    return LinkPlan(verdict, local, model, link, "as given", fleet, 0.0, optimizer)
+    verdict = forecast(model, link, fleet, {QSGD(127): 1.04}, lambda c, d: free)
+    local = forecast_local(model, link, fleet, measured, lambda c, d: free)
+    return LinkPlan(verdict, local, model, link, fleet, 0.0, optimizer, None)
 
 
 def test_a_busy_machine_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """By a median far above the minimum; if the slowest step changes the advice, that is printed too."""
-    quick = planned(10_000_000, 30e6, 2, 0.5, {Setting(8, Identity()): 1.3})
-    slow = planned(10_000_000, 30e6, 2, 5.0, {Setting(8, Identity()): 1.3})
-    for seconds, coding, busy in (([0.5, 0.5, 5.0], 0.1, False), ([0.5, 0.6, 5.0], 0.1, True), ([0.5] * 3, 0.4, True)):
-        timing = Timing.of(seconds)
-        print_verdict(replace(quick, timing=timing, slowest=slow, coding_spread=coding))
-        out = capsys.readouterr().out
-        assert ("The machine is busy: repeat this on an idle one." in out) is busy
-        same = advised(quick).name == advised(slow).name
-        assert (f"ms, as the slowest measured one, use: {advised(slow).name}." in out) is not same
-        assert not same
+    """By a median far above the minimum."""
+    plan = planned(10_000_000, 30e6, 2, 0.5, {Setting(8, Identity()): 1.3})
+    for seconds, busy in (([0.5, 0.5, 5.0], False), ([0.5, 0.6, 5.0], True)):
+        print_verdict(replace(plan, timing=Timing.of(seconds)))
+        assert ("The machine is busy: repeat this on an idle one." in capsys.readouterr().out) is busy
 
 
 def test_the_simplest_method_within_the_error_is_advised() -> None:
@@ -319,12 +311,3 @@ def test_the_lines_have_a_momentum_where_it_helped(setting: Setting, optimizer: 
         exec("\n".join(line.strip() for line in lines), names)
         options = names["local"].options
         assert (options.mean_momentum, options.outer) == (0.0, OuterSGD(momentum=0.5))
-
-
-@pytest.mark.parametrize(
-    ("setting", "bits"), [(Setting(8, Sign(per_tensor=True), keep_unsent=True), 4), (Setting(8, Identity()), 32)]
-)
-def test_the_flush_of_uncompressed_rounds_takes_longer(setting: Setting, bits: int) -> None:
-    """A ring all-reduce by two workers sends each value once."""
-    found = methods(planned(10_000_000, 1e5, 2, 0.5, {setting: 1.0}))[-1]
-    assert found.flush == pytest.approx(10_000_000 * bits / 8 / 1e5, rel=0.01)

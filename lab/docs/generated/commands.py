@@ -5,8 +5,6 @@ import re
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
-import tyro
-
 from lab import __main__ as lab
 from lab.bench import pieces
 from lab.docs.generated import table
@@ -14,7 +12,7 @@ from lab.paper import __main__ as paper
 from lab.race import __main__ as race
 from packsaddle import cli
 from packsaddle.cli.flags import Command, flags_of
-from packsaddle.cli.parsing import Group
+from packsaddle.cli.parsing import Group, word_of
 from packsaddle.options.describe import descriptions
 
 
@@ -59,16 +57,10 @@ def _examples(paragraph: str) -> str:
 def _arguments(command: Command) -> str:
     texts = descriptions(command)
     rows = [
-        [_name(n, flag), _value(flag.annotation), _default(flag.default), _quoted(texts.get(n, ""))]
+        [f"`{word_of(flag)}`", _value(flag.annotation), _default(flag.default), _quoted(texts.get(n, ""))]
         for n, flag in flags_of(command).items()
     ]
     return table(["argument", "value", "default", "meaning"], rows) if rows else ""
-
-
-def _name(name: str, flag: inspect.Parameter) -> str:
-    if tyro.conf.Positional in getattr(flag.annotation, "__metadata__", ()):
-        return f"`{name.upper()}`"
-    return f"`--{'no-' * (flag.default is True)}{name.replace('_', '-')}`"
 
 
 def _value(hint: Any) -> str:

@@ -5,7 +5,7 @@ import sys
 
 from packsaddle.cli.console import is_first, plain_text, print_table
 from packsaddle.cli.flags import Command
-from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, parse
+from packsaddle.cli.parsing import Group, ImportedCommands, Seconds, parse
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
@@ -15,7 +15,6 @@ from packsaddle_command import COMMANDS as ENTRIES
 
 __all__ = [
     "COMMANDS",
-    "HIDE_DEFAULT",
     "Group",
     "ImportedCommands",
     "Seconds",

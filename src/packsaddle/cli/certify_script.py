@@ -4,9 +4,7 @@ second-order stationary point."""
 from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
@@ -29,8 +27,9 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
     }
 )
 def certify_script(
-    function: Annotated[str, tyro.conf.Positional],
-    checkpoint: Annotated[Path, tyro.conf.Positional],
+    function: str,
+    checkpoint: Path,
+    /,
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
     search: Search = Search(),  # noqa: B008 -- immutable

@@ -1,25 +1,19 @@
 """Parse a command line into a function call. Every error message is one line; for an unknown word it names the most
 similar valid word.
 
-The library tyro parses a command's flags by its signature, and writes help. Its errors are boxes of several lines.
-`_one_line` joins these lines and, if it recognizes the error, rewords it.
+The parameters of a command's function are its flags. Positional-only parameters are positional arguments.
 """
 
+import argparse
 import functools
 import inspect
-import io
-import os
-import re
 import shutil
 import textwrap
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, get_origin
-
-import tyro
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from packsaddle.cli.flags import Command, arguments_of, flags_of, groups_of
 from packsaddle.errors import ConfigError
@@ -28,44 +22,15 @@ from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
 from packsaddle_command import asked_for_help, overview
 
-# Parsers for numbers on the command line, which may be written 1e6, 25M or 1%.
-NUMBERS = tyro.constructors.ConstructorRegistry()
-
-
-@NUMBERS.primitive_rule
-def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    if info.type is int:
-        return _number(int, whole, "INT", "a whole number")
-    return _number(float, real, "FLOAT", "a number") if info.type is float else None
-
-
-def _number(
-    cls: type, convert: Callable[[str], Any], metavar: str, kind: str
-) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    def read(words: list[str]) -> Any:
-        try:
-            return convert(words[0])
-        except ValueError:
-            raise ValueError(f"must be {kind}, got {words[0]!r}") from None
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, cls),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
 # Type of a parameter in seconds, which may be written with a unit, such as 90s.
-Seconds = Annotated[float, _number(float, seconds, "SECONDS", DURATION)]
+Seconds = Annotated[float, "seconds"]
 
-MARKERS = (
-    tyro.conf.DisallowNone,  # None is not accepted as a value of optional flags
-    tyro.conf.FlagCreatePairsOff,  # a flag --serial gets no counterpart --no-serial
-    tyro.conf.PositionalMetavarFromFieldName,
-)
-HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # marks a parameter whose help text describes the default
+# For each type of a number: its name in help, the function that parses it, and its description in error messages.
+_NUMBERS: Mapping[Any, tuple[str, Callable[[str], Any], str]] = {
+    int: ("INT", whole, "a whole number"),
+    float: ("FLOAT", real, "a number"),
+    Seconds: ("SECONDS", seconds, DURATION),
+}
 
 
 @dataclass(frozen=True)
@@ -113,148 +78,123 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
     return parse(group.commands[word], rest, f"{name} {word}")
 
 
-def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
-    words, errors = _joined(command, words), io.StringIO()
-    if not {"-h", "--help"} & {*words}:
-        # Report an unknown flag here. Otherwise tyro would report the positional argument that the unknown flag
-        # displaces.
-        parameters = flags_of(command).values()
-        positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
-        names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
-        flags = [f"--{name.replace('_', '-')}" for name in names]
-        for word in words:
-            flag = word.partition("=")[0]
-            if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
-                other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
-                raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises a ConfigError, instead of printing an error and exiting."""
 
-    # The help is the docstring before "Args:". Wrap its paragraphs here, since tyro joins the lines of a
-    # paragraph (if they begin with a letter) but does not wrap the result.
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(": must", " must", 1)
+        raise ConfigError(f"{_subject(self.prog)}{message}")
+
+
+def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
+    flags = flags_of(command)
+    given, rest = _parser(command, flags, name).parse_known_intermixed_args(words)
+
+    # Report unknown words before missing ones.
+    for word in rest:
+        if word.startswith("-"):
+            unknown, known = word.partition("=")[0], map(word_of, flags.values())
+            hint = nearest(unknown, known) or " (see --help)"
+            raise ConfigError(f"{_subject(name)}unknown flag {_shown(unknown)}{hint}")
+    if rest:
+        raise ConfigError(f"{_subject(name)}unexpected argument {_shown(rest[0])}")
+    values = {key: flag.default for key, flag in flags.items() if flag.default is not flag.empty}
+    for key, value in vars(given).items():
+        if value not in (None, []):  # argparse's values for a flag that is not given
+            values[key] = tuple(value) if isinstance(value, list) else value
+    if missing := ", ".join(word_of(flag) for key, flag in flags.items() if key not in values):
+        raise ConfigError(f"{_subject(name)}missing {missing}")
+
+    arguments = arguments_of(command, values)
+    positional = [arguments.pop(key) for key, flag in flags.items() if _is_positional(flag)]
+    call = functools.partial(command, *positional, **arguments)
+    return call() if inspect.isclass(command) else call  # the instances of a class are callable
+
+
+def word_of(flag: inspect.Parameter) -> str:
+    """Return a flag as it is written on the command line, such as --max-hvps, or a positional argument in capitals."""
+    return flag.name.upper() if _is_positional(flag) else f"--{flag.name.replace('_', '-')}"
+
+
+def _is_positional(flag: inspect.Parameter) -> bool:
+    return flag.kind is flag.POSITIONAL_ONLY
+
+
+def _parser(command: Command, flags: Mapping[str, inspect.Parameter], name: str) -> argparse.ArgumentParser:
+    # The help is the docstring before "Args:". Wrap its paragraphs here, except for examples.
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
-    wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
-    description = "\n\n".join([first, *wrapped])
+    wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width) for p in others)
+    positional = [word_of(flag) for flag in flags.values() if _is_positional(flag)]
+    parser = _Parser(
+        prog=name,
+        usage=" ".join([name, *positional, "[options]"]),
+        description="\n\n".join([first, *wrapped]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
-    # Since tyro prints an error and exits, convert the printed text to a ConfigError of one line.
-    try:
-        with redirect_stderr(errors), _unwrapped(words):
-            options: dict[str, Any] = {"args": words, "config": MARKERS, "registry": NUMBERS}
-            call: Callable[[], Any] = tyro.cli(deferred(command), prog=name, description=description, **options)
-            return call
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(f"{_subject(name)}{_one_line(errors.getvalue(), words)}") from None
+    # Add each flag to its group. Flags without a group are in argparse's own group "options".
+    texts, places = descriptions(command), dict[str, Any]()
+    for title, keys in groups_of(command).items():
+        places |= dict.fromkeys(keys, parser.add_argument_group(f"{title} options") if title else parser)
+    for key, flag in flags.items():
+        word = key if _is_positional(flag) else word_of(flag)
+        places.get(key, parser).add_argument(word, **_options(flag, texts.get(key, "")))
+    return parser
 
 
-def _joined(command: Command, words: Sequence[str]) -> list[str]:
-    """Merge repetitions of each flag that accepts several values, and move the merged flag to the end of the command
-    line. Otherwise the parser tyro would use only the last repetition."""
-    tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
-    several = {f"--{name.replace('_', '-')}" for name in tuples}
-    values: dict[str, list[str]] = {}
-    others: list[str] = []
-    place, repeated = others, False
+def _options(flag: inspect.Parameter, text: str) -> dict[str, Any]:
+    """Return the arguments of argparse's `add_argument` for a flag with the description `text`. The help does not show
+    the defaults None and (), nor those of switches."""
+    hint = flag.annotation
+    if hint is not bool and flag.default not in (None, (), flag.empty):
+        text += f" (default: {flag.default})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if hint is bool:
+        return {**options, "action": "store_true"}
+    if get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+        options |= {"nargs": "*", "action": "extend"}
+    elif _is_positional(flag):
+        options["nargs"] = "?"  # a missing one is reported by `_parse_flags`
+    metavar = word_of(flag) if _is_positional(flag) else "|".join(map(_metavar, _kinds(hint)))
+    return {**options, "metavar": metavar, "type": functools.partial(_read, hint)}
 
-    # Assign each value to the last flag before it.
-    for word in words:
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        if flag in several:
-            repeated |= flag in values
-            place = values.setdefault(flag, [])
-            place += [value] * bool(equals)
+
+def _kinds(hint: Any) -> list[Any]:
+    """Return the types that a value may have: the members of a union without None, or `hint` itself."""
+    if get_origin(hint) in (Annotated, Literal) or not get_args(hint):
+        return [hint]
+    return [kind for kind in get_args(hint) if kind is not type(None)]
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return _NUMBERS[kind][0] if kind in _NUMBERS else {"str": "TEXT"}.get(kind.__name__, kind.__name__.upper())
+
+
+def _read(hint: Any, word: str) -> Any:
+    """Convert a word of the command line to the type `hint`. Raises argparse.ArgumentTypeError if it is no such
+    value."""
+    expected, near = [], ""
+    for kind in _kinds(hint):
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            if word in words:
+                return word
+            expected.append(f"{'one of ' * (len(words) > 1)}{', '.join(words)}")
+            near = nearest(word, words)
+        elif kind in _NUMBERS:
+            _, parsed, text = _NUMBERS[kind]
+            try:
+                return parsed(word)
+            except ValueError:
+                expected.append(text)
         else:
-            place = others if re.match("--?[a-z]", word) else place
-            place.append(word)
-    return [*others, *(word for flag, given in values.items() for word in (flag, *given))] if repeated else list(words)
-
-
-def deferred(command: Command) -> Command:
-    """Wrap `command` for tyro, the library that parses flags, as a function that returns a deferred call of
-    `command`. The function has one parameter for each flag without a group, and one for each group of flags. The
-    help does not show the defaults None, True, False and (). If `command` is a class, it is returned unchanged."""
-    if inspect.isclass(command):
-        return command
-    flags, texts = flags_of(command), descriptions(command)
-    for name, flag in flags.items():
-        hidden = flag.default is None or isinstance(flag.default, bool) or flag.default == ()
-        about = tyro.conf.arg(help=texts.get(name), prefix_name=False, help_behavior_hint="" if hidden else None)
-        flags[name] = flag.replace(annotation=Annotated[flag.annotation, about], kind=flag.KEYWORD_ONLY)
-
-    # Put each group of flags into a dataclass: tyro shows its fields in a box, titled by the parameter's name.
-    boxes = {title: names for title, names in groups_of(command).items() if title}
-    for title, names in boxes.items():
-        fields = [(name, flags[name].annotation, field(default=flags.pop(name).default)) for name in names]
-        box = make_dataclass("Box", fields, namespace={"__doc__": ""})
-        flags[title] = inspect.Parameter(
-            title.replace(" ", "_"),
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[box, tyro.conf.arg(name=title)],
-        )
-
-    def later(**values: Any) -> Callable[[], Any]:
-        for title in boxes:
-            values |= vars(values.pop(title.replace(" ", "_")))
-        return functools.partial(command, **arguments_of(command, values))
-
-    # Set the docstring, name, annotations and signature, which tyro reads.
-    later.__doc__ = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    later.__name__, later.__annotations__ = command.__name__, {f.name: f.annotation for f in flags.values()}
-    later.__signature__ = inspect.Signature(list(flags.values()))  # type: ignore[attr-defined]
-    return later
-
-
-@contextmanager
-def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Context manager that sets the terminal width, COLUMNS, so large that the parser tyro does not wrap its error
-    messages. No-op if the command line `words` contains -h or --help."""
-    before = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & {*words}:
-        os.environ["COLUMNS"] = "100000"
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if before is not None:
-            os.environ["COLUMNS"] = before
-
-
-# Patterns of tyro's error messages, with replacements. Messages that match none, such as those of a later version of
-# tyro, stay unchanged.
-_ERRORS = (
-    (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
-    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
-    (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
-    # This pattern is for a flag that accepts a number or one word.
-    (r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*", r"\1 or \3, \2"),
-)
-
-
-def _one_line(text: str, words: Sequence[str]) -> str:
-    """Convert `text`, an error message of several lines that the parser tyro printed for the command line `words`, to
-    one line. The box around the message, its title and the hints at its end are removed, and known errors are
-    reworded."""
-    lines = [line.strip(" │|") for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
-    # Skip the title of the box, which is in or above the first rule (a line of box characters).
-    first = rules[0] + 1 if rules else 0
-    text = " ".join(line for i, line in enumerate(lines) if line and i >= first and i not in rules)
-    text = re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
-
-    # Reword errors on invalid choices and unexpected arguments.
-    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.?", text):
-        choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"}, key=choice[3].index)
-        place = choice[2] if choice[2].startswith("-") else choice[2].upper()
-        return f"{place} must be one of {', '.join(choices)}, got {choice[1]!r}{nearest(choice[1], choices)}"
-    if rest := re.fullmatch(r"Unrecognized options: (.*)", text):
-        unknown = next((word for word in words if rest[1].startswith(" ".join(word.split()))), rest[1])
-        return f"unexpected argument {_shown(unknown)}"
-
-    # Reword all other errors by the patterns in _ERRORS.
-    for pattern, replacement in _ERRORS:
-        text = re.sub(pattern, replacement, text)
-    return re.sub(r"\.? \(required\) ", "; ", text)
+            return kind(word)
+    raise argparse.ArgumentTypeError(f"must be {' or '.join(expected)}, got {word!r}{near}")
 
 
 def _subject(name: str) -> str:

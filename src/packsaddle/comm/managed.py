@@ -16,8 +16,8 @@ import socket
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.group import Group, Solo, StagingGroup, TorchGroup
-from packsaddle.comm.launching import bound_store, replaced
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
@@ -149,7 +148,7 @@ def connect(
     # For torchft a worker is a replica group of processes, with its own rendezvous store.
     own, store = site_group() if site else Solo(), None
     try:
-        store = bound_store(listen) if own.rank == 0 else None
+        store = _bound_store(listen) if own.rank == 0 else None
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
     place_of_store = ObjectCollectives(own, _CPU).send([here, store.port] if store else None, 0)
@@ -159,7 +158,7 @@ def connect(
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
     bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
     try:
-        with replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
+        with _replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
             manager = torchft.Manager(
                 pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=timeout)),
                 load_state_dict=None,
@@ -186,6 +185,36 @@ def connect(
         raise ConfigError(_absent(address, str(error))) from None
     weakref.finalize(manager, lambda _: None, store)  # keep the store alive as long as the Manager
     return manager
+
+
+def _bound_store(address: str) -> Any:
+    """Return a TCPStore that listens only at `address`, on a free port. The address "::" means all addresses of this
+    machine. Raises OSError if the address is not one of this machine."""
+    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server(
+        (address, 0), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
+    )
+    # The store also connects to itself as a client, so it needs an address at which this process reaches it. The store
+    # closes the listening socket when it is destroyed.
+    here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        here,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=False,  # a libuv store that is given an open listening socket breaks forks of this process
+    )
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
@@ -264,7 +293,7 @@ def _transport(host: str, listen: str, seconds: float) -> Any:
         def __init__(self, _: object, handler: Any) -> None:
             super().__init__((listen, 0), handler)
 
-    with replaced(http, "_IPv6HTTPServer", Server):
+    with _replaced(http, "_IPv6HTTPServer", Server):
         transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
     transport._server.RequestHandlerClass.log_message = lambda *_: None  # do not log each request on stderr
     return transport

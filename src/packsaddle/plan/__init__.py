@@ -5,10 +5,10 @@ updates). `coding` measures the speed of compressors, `model` the time of a trai
 """
 
 from packsaddle.plan.coding import Line, Pace, measure
-from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
+from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
-from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
+from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed
 from packsaddle.plan.timing import Timing, clocked, repeated, side_by_side
 
 __all__ = [
@@ -30,12 +30,10 @@ __all__ = [
     "Verdict",
     "clocked",
     "compressed",
-    "expected_maximum",
     "forecast",
     "forecast_local",
     "measure",
     "measured_with",
-    "probe",
     "repeated",
     "side_by_side",
     "update_seconds",

@@ -60,19 +60,9 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 
     The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each function
     is fitted to the times for the two vectors, which are minima over at least `repeats` calls. The calls use as many
-    threads as torch is set to. Raises ValueError if the compressor does not support d coordinates.
-    """
-    return measure_with_spread(compressor, d, repeats=repeats, device=device)[0]
-
-
-def measure_with_spread(
-    compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
-) -> tuple[Pace, float]:
-    """Measure the speed of a compressor. Returns the pace that `measure` returns, and the spread of the encoding time:
-    the fraction by which its median exceeds its minimum.
-
-    Calls are repeated until the three shortest times of each function are within a tenth of each other, or until all
-    calls have taken 5 seconds in total. Raises ValueError as `measure` does.
+    threads as torch is set to. They are repeated until the three shortest times of each function are within a tenth of
+    each other, or until all calls have taken 5 seconds in total. Raises ValueError if the compressor does not support d
+    coordinates.
     """
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
@@ -84,8 +74,7 @@ def measure_with_spread(
     lines = {
         name: Line.through(*((n, times[f"{name} {n}"].low) for n in lengths)) for name in ("encode", "decode", "add")
     }
-    encoding = times[f"encode {lengths[1]}"]
-    return Pace(**lines), encoding.median / encoding.low - 1
+    return Pace(**lines)
 
 
 def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mapping[str, Callable[[], object]]:

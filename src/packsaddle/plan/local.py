@@ -1,8 +1,7 @@
 """The plan for local updates, i.e. several optimizer steps between two exchanges, on a network link: the number of
 steps between exchanges, the compressor, and the overlap."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.local.lockstep import HEADER
-from packsaddle.local.pace import paces
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed
@@ -26,7 +24,6 @@ class Setting:
     compressor: Compressor
     keep_unsent: bool = False
     delay: int = 0
-    agreement: float = 0.0  # p of `OuterAgreement`, which sends four more bytes per tensor; 0: not used
 
 
 Inner = Literal["adamw", "muon"]
@@ -94,8 +91,7 @@ class LocalForecast:
     setting: Setting
     fragments: int  # number of fragments into which the model is split, each exchanged separately
     sent: float  # bytes per inner step that the busiest worker sends
-    compute: float  # seconds of computing, including the waiting for the slowest worker at each exchange
-    waiting: float  # part of `compute`: seconds of waiting for the slowest worker
+    compute: float  # seconds of computing
     coding: float  # seconds to compress and decompress
     exchange: float  # seconds of waiting for exchanges to complete
     steps: float  # inner steps that make the progress of one step of uncompressed training
@@ -112,7 +108,7 @@ class LocalForecast:
 
     @property
     def computing(self) -> float:
-        return (self.compute - self.waiting) / self.step
+        return self.compute / self.step
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -129,71 +125,36 @@ class LocalForecast:
         }
 
 
-def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the number of inner steps per second, summed over workers of unequal `speeds`. An inner step is a step of
-    a worker's own optimizer.
-
-    Args:
-        local: The forecast for workers of speed 1.
-        compute: The seconds that an inner step of a worker of speed 1 computes, above 0.
-        speeds: The speed of each worker.
-
-    Returns:
-        A dict. Three of its values are numbers of steps per second: "equal", if all workers make equal numbers of steps
-            in a round, i.e. between two exchanges; "paced", with `Workers(weight="steps")`; and "alone", for the
-            fastest worker without exchanges. The value of "steps" is the list of the numbers of steps that the workers
-            make in a round with `Workers(weight="steps")`.
-    """
-    every, times = local.setting.every, [compute / speed for speed in speeds]
-    total, rest = every * len(times), every * (local.coding + local.exchange)
-    steps = paces([max(1, round(1e9 * t)) for t in times], total)
-    paced = total / (max(n * t for n, t in zip(steps, times, strict=True)) + rest)
-    return {"equal": total / (every * max(times) + rest), "paced": paced, "alone": 1 / min(times), "steps": steps}
-
-
 def forecast_local(
     workload: ModelSize,
     link: Link,
     fleet: Fleet,
+    settings: Mapping[Setting, float],
     pace: Callable[[Compressor, int], Pace],
     *,
-    optimizer: Inner = "adamw",
     update: float = 0.0,
-    most_steps: float = math.inf,
-    measured: Mapping[Setting, float] | None = None,
 ) -> tuple[LocalForecast, ...]:
-    """Predict the cost of local updates on a link, for each setting whose number of steps was measured. Returns the
-    forecasts, the fastest setting first.
+    """Predict the cost of local updates on a link with each of `settings`. Returns the forecasts, the fastest setting
+    first.
 
     If a setting has a delay, i.e. exchanges overlap with later steps, the model is split into fragments that are
     exchanged separately. Their number is chosen such that steps wait as little as possible for exchanges. Raises
-    ValueError for fewer than two workers, or if no setting needs at most `most_steps`.
+    ValueError for fewer than two workers.
 
     Args:
         workload: The size of the model.
         link: The network link between the workers.
         fleet: The workers, and the time that they compute in a step.
+        settings: The settings to compare, each with the number of steps that it needs, divided by the number of steps
+            of uncompressed training. `measured_with` returns measured numbers.
         pace: Maps a compressor and a number of coordinates d to the speed of encoding and decoding.
-        optimizer: The optimizer of the steps between exchanges, with which the numbers of steps were measured.
         update: The seconds in each exchange to compute the compressor's input and the residual.
-        most_steps: Settings that need more than this number of times the steps of uncompressed training are omitted.
-        measured: The settings and their numbers of steps, divided by those of uncompressed training. By default the
-            result of `measured_with`.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
-    measured = measured_with(fleet.workers, optimizer) if measured is None else measured
-    check_most_steps(most_steps, measured)
-    chosen = {setting: steps for setting, steps in measured.items() if steps <= most_steps}
-    paces = {c: pace(workload.bind(c), workload.d).seconds for c in dict.fromkeys(s.compressor for s in chosen)}
-    found = [_forecast(s, steps, workload, link, fleet, paces[s.compressor], update) for s, steps in chosen.items()]
+    paces = {c: pace(workload.bind(c), workload.d).seconds for c in dict.fromkeys(s.compressor for s in settings)}
+    found = [_forecast(s, steps, workload, link, fleet, paces[s.compressor], update) for s, steps in settings.items()]
     return tuple(sorted(found, key=lambda f: f.seconds))
-
-
-def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
-    least = min(measured.values())
-    if not most_steps >= least:
-        raise ValueError(f"most_steps must be at least {least:g}, the least measured, got {most_steps:g}")
 
 
 def _forecast(
@@ -206,28 +167,23 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    # Workers also average a flag that marks invalid vectors and, with `agreement`, one number for each tensor. The flag
-    # and these numbers are sent with the uncompressed coordinates.
-    dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
+    # Workers also average a flag that marks invalid vectors. It is sent with the uncompressed coordinates.
+    dense = workload.dense + 1
     d, workers, itemsize = workload.d, fleet.workers, workload.itemsize
     exchange = "direct" if bound.lossless else "auto"
     choice = choose(bound, exchange, d=d, dense=dense, workers=workers, itemsize=itemsize)
     coded = compressed(choice.aggregator, d, dense, workers, seconds, itemsize)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(workers))
-    # Workers wait for each other only at exchanges, so random differences between their step times average out over the
-    # steps between two exchanges.
-    waiting = fleet.waiting / math.sqrt(every)
-    compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
         """Return the seconds per round for which steps wait for exchanges if the model is split into this number of
         fragments, which are exchanged separately. Steps wait if an exchange takes longer than its delay, or if all
         exchanges of a round together take longer than the round."""
         exchange = fragments * latency + bandwidth
-        return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
+        return max(0.0, exchange - fragments * setting.delay * fleet.compute, exchange - every * fleet.compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
     sent = choice.aggregator.most_sent(d, dense, workers, itemsize) + header.wire(0, workers).sent
     coding = (coded.compression + update) / every
-    return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)
+    return LocalForecast(setting, fragments, sent / every, fleet.compute, coding, waited(fragments) / every, steps)

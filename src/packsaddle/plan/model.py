@@ -27,7 +27,6 @@ class ModelSize:
     d: int  # number of compressed coordinates
     dense: int  # number of uncompressed coordinates
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in the model's order; empty: unknown
-    tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
     itemsize: int = 4  # bytes of an uncompressed coordinate in packsaddle's exchanges: 4, or 8 in float64
     gradient_bytes: int | None = None  # bytes of all gradients, which DDP sends; None: 4 for each coordinate
 
@@ -56,15 +55,12 @@ class ModelSize:
             raise ConfigError(f"model {name} has nothing to compress: {few}")
         # DDP sends gradients in the dtypes of the parameters, and packsaddle in at least float32.
         gradient_bytes, itemsize = sum(p.nbytes for _, p in named), max(4, *(p.element_size() for _, p in named))
-        return cls(
-            name, of.compressed_d, of.d - of.compressed_d, tuple(of.shapes), len(named), itemsize, gradient_bytes
-        )
+        return cls(name, of.compressed_d, of.d - of.compressed_d, tuple(of.shapes), itemsize, gradient_bytes)
 
 
-def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+def update_seconds(d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a step of CompressedSGD on d coordinates takes longer than a step of torch.optim.SGD,
-    not counting encoding and decoding. The result is the time that the error memory takes and, with `noise`, the time
-    that the artificial noise takes.
+    not counting encoding and decoding. The result is the time that the error memory takes.
 
     Times are minima over `repeats` steps on `device`. They are measured on at most 2^25 coordinates. For a larger d,
     they are scaled in proportion to d.
@@ -83,11 +79,11 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # Compressing to k = 1 coordinate takes almost no time, so only the error memory and the noise are timed.
-    spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
+    # Compressing to k = 1 coordinate takes almost no time, so only the error memory is timed.
+    spec = Compression(RandomK(k=1), dense_below=0)
     times = side_by_side(
         {
-            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, spec, noise=std, process_group=Solo())),
+            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, spec, process_group=Solo())),
             "plain": stepper(lambda ps: torch.optim.SGD(ps, 1e-6)),
         },
         repeats=repeats,

@@ -1,4 +1,4 @@
-"""A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
+"""A model of the time of one training step: compute, coding, and the exchange.
 
 A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links. Module `cost_model`
 computes the number of sequential messages of an exchange, and the exchange's bytes over the busiest link. The model
@@ -7,10 +7,8 @@ compressors.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from packsaddle.comm.aggregators import Aggregator, Work
 from packsaddle.comm.cost_model import Cost, RingAllReduce
@@ -18,8 +16,7 @@ from packsaddle.options.numerals import duration
 
 FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
 LATENCY = 1e-4  # seconds for a small message, typical of gloo in a local network
-Tail = Literal["lognormal", "exponential"]
-_MOST = 1e9  # largest valid time, in seconds, and largest valid spread; squares of larger values may overflow
+_MOST = 1e9  # largest valid time, in seconds; squares of larger values may overflow
 
 
 @dataclass(frozen=True)
@@ -66,68 +63,25 @@ class Link:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers of a run. The time that a worker computes in a step is a random number with the mean `compute` and
-    the standard deviation `spread` times `compute`. The times of different workers and steps are independent.
+    """The workers of a run, which all compute equally fast.
 
     `compute` is a number of seconds, or text such as "55ms". Raises ValueError unless workers is at least 1, and
-    compute and spread are from 0 to 1e9. If tail is "exponential", spread must be at most 1.
+    compute is from 0 to 1e9.
 
     >>> from packsaddle.plan import Fleet
-    >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
-    0.031
+    >>> Fleet(workers=8, compute="55ms").compute
+    0.055
     """
 
     workers: int  # number of workers W
-    compute: float  # mean seconds of the forward and backward pass
-    spread: float = 0.0  # standard deviation of the compute time divided by its mean
-    tail: Tail = "lognormal"  # distribution of the compute time: "lognormal" or "exponential"
+    compute: float  # seconds of the forward and backward pass
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         object.__setattr__(self, "compute", duration(self.compute, "compute"))
-        for name in ("compute", "spread"):
-            if not 0 <= getattr(self, name) <= _MOST:
-                raise ValueError(f"{name} must be from 0 to {_MOST:g}, got {getattr(self, name)}")
-        if self.tail not in get_args(Tail):
-            raise ValueError(f"tail must be one of {', '.join(get_args(Tail))}, got {self.tail!r}")
-        if self.tail == "exponential" and self.spread > 1:
-            raise ValueError(f"spread of an exponential tail must be at most 1, got {self.spread}")
-
-    @property
-    def waiting(self) -> float:
-        """Expected seconds per step of waiting for the slowest worker, averaged over workers."""
-        return self.compute * (expected_maximum(self.workers, self.spread, self.tail) - 1)
-
-
-@cache
-def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
-    """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
-
-    If `tail` is "exponential", a time is 1 - spread plus an exponential random number of mean `spread`. The expected
-    maximum of W such exponential numbers is spread * H_W (Renyi 1953), where H_W is the W-th harmonic number. If `tail`
-    is "lognormal", a time is the exponential function of a normal random number. The expected maximum is then an
-    integral over the largest of these normal numbers, which is computed by quadrature.
-
-    >>> from packsaddle.plan.step_time import expected_maximum
-    >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
-    (1.31, 1.0)
-    """
-    if workers == 1 or spread == 0:
-        return 1.0
-    from scipy.integrate import quad  # imported here because it is slow to import
-    from scipy.special import digamma, log_ndtr, ndtri
-
-    if tail == "exponential":
-        return 1 - spread + spread * float(digamma(workers + 1) - digamma(1))
-    sigma = math.sqrt(math.log1p(spread**2))
-
-    def integrand(z: float) -> float:
-        log_density = math.log(workers / math.sqrt(2 * math.pi)) - z**2 / 2 + (workers - 1) * log_ndtr(z)
-        return math.exp(sigma * z - sigma**2 / 2 + log_density)
-
-    centre = float(ndtri(1 - 1 / workers))  # approximate normal score of the slowest worker
-    return float(quad(integrand, centre - 8, centre + 10 + sigma, limit=200)[0])
+        if not 0 <= self.compute <= _MOST:
+            raise ValueError(f"compute must be from 0 to {_MOST:g}, got {self.compute}")
 
 
 @dataclass(frozen=True)
@@ -135,12 +89,11 @@ class StepTime:
     """The seconds of one training step, divided by cause. `total` is their sum.
 
     >>> from packsaddle.plan import StepTime
-    >>> round(StepTime(compute=0.1, waiting=0.0, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
+    >>> round(StepTime(compute=0.1, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
     0.131
     """
 
     compute: float  # time of the forward and backward pass
-    waiting: float  # time of waiting for the slowest worker
     compression: float  # time of encoding, of decoding, and of the rest of the optimizer's step
     latency: float  # latency of the exchange's sequential messages
     bandwidth: float  # time to transfer the exchange's bytes over the busiest link
@@ -153,7 +106,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """The total time of the step in seconds."""
-        return self.compute + self.waiting + self.compression + self.exchange
+        return self.compute + self.compression + self.exchange
 
 
 @dataclass(frozen=True)
@@ -166,7 +119,7 @@ class Compressed:
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of one step of the workers in `fleet` on `link`."""
-        return StepTime(fleet.compute, fleet.waiting, self.compression, *link.parts(self.cost))
+        return StepTime(fleet.compute, self.compression, *link.parts(self.cost))
 
 
 @dataclass(frozen=True)
@@ -192,7 +145,7 @@ class Dense:
         hidden = fleet.compute * self.backward * (1 - 1 / buckets) if self.overlap else 0.0
         least = everything / buckets if self.overlap else everything
         share = max(least, everything - hidden) / everything if everything else 0.0
-        return StepTime(fleet.compute, fleet.waiting, 0.0, latency * share, bandwidth * share)
+        return StepTime(fleet.compute, 0.0, latency * share, bandwidth * share)
 
 
 Step = Compressed | Dense
@@ -207,31 +160,3 @@ def compressed(
     encoding and decoding operations."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
-
-
-def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate of a link, in payload bytes per second, below which compression saves time.
-
-    Compression saves time if `steps` steps of the fastest of `kinds` take less time than one step of `dense`. `kinds`
-    are models of a compressed step, and `dense` is a model of an uncompressed step. The latency and overhead of the
-    link are those of `link`. Returns None if compression saves time at no rate, or at every rate.
-    """
-
-    def pays(rate: float) -> bool:
-        slower = replace(link, rate=rate)
-        return steps * min(kind.time(slower, fleet).total for kind in kinds) < dense.time(slower, fleet).total
-
-    rates = [10.0**exponent for exponent in range(16)]  # one byte to one petabyte a second
-    if not pays(rates[0]):
-        return None
-    above = next((rate for rate in rates if not pays(rate)), None)
-    return None if above is None else bisect(pays, above / 10, above)
-
-
-def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the number between `low` and `high` at which `holds` changes from true to false, by bisection on a
-    logarithmic scale. `holds(low)` must be true and `holds(high)` false."""
-    while high / low > 1 + 1e-12:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

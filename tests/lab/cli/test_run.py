@@ -93,6 +93,7 @@ REFUSALS = {
     ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",
     ("run", "CONFIG", "--out", "EMPTY"): "already exists; choose another with --out",
     ("report", "EMPTY"): "is not a run folder",
+    ("report",): "report: missing RUNS",
 }
 
 

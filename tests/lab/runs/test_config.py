@@ -83,8 +83,7 @@ def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_
 
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
-    "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
+    "compressor={kind='TopK', rato=1}": "unknown key compressor.rato (did you mean ratio?)",
     "lr='fast'": "lr must be of type float, got 'fast'",
     "momentum=1": "--set momentum=1: momentum must be in [0, 1), got 1.0",
     "decay=0.5": "--set decay=0.5: decay must be 1 in CompressedSGD, got 0.5, which is for hooks and local updates",
@@ -104,6 +103,23 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
         load(write(tmp_path), [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# What is added to BASE, overrides, and the error after the name of the file.
+ORIGINS: list[tuple[str, list[str], str]] = [
+    ("[noise]\nstdd = 1\n", [], ": unknown key noise.stdd (did you mean std?)"),
+    ("[noise]\n# std = 1\nstd = 'one'", [], ": noise.std must be of type float, got 'one'"),
+    ("[escape]\ninterval = 3\n", [], ": missing key escape.radius"),
+    ("", ["model.name=resnet18", "seed=3"], " with --set model.name=resnet18 seed=3: model: widths must be set"),
+    ("widths = [8]\n", [], " is not valid TOML: Cannot overwrite a value (at line 10, column 13)"),
+]
+
+
+@pytest.mark.parametrize(("extra", "overrides", "message"), ORIGINS, ids=[message for _, _, message in ORIGINS])
+def test_errors_name_the_file_and_the_key(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, extra), overrides)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.toml'}{message}")
 
 
 @pytest.mark.parametrize(
