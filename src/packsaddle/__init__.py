@@ -27,7 +27,6 @@ from packsaddle.local.clipping import Clip
 from packsaddle.local.options import Elastic, OuterAgreement, OuterSGD, Overlap, Workers
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.numerics.sketches import NormSketch
-from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 from packsaddle.theory.noise_walk import suggest_noise
 from packsaddle.version import __version__ as __version__
@@ -62,7 +61,6 @@ __all__ = [
     "Search",
     "Skip",
     "Span",
-    "Storm",
     "Verdict",
     "Workers",
     "attach",

@@ -1,6 +1,5 @@
-"""Momentum, EF21 and STORM in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
+"""Momentum and EF21 in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
 
-from collections.abc import Callable
 from typing import Any
 
 import problems
@@ -9,7 +8,7 @@ import torch
 from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Storm, TopK, simulate
+from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.feedback.noise import Noise
 
@@ -18,10 +17,10 @@ COMPRESSORS: dict[str, Compressor] = {"TopK": TopK(k=3), "RandomK": RandomK(0.25
 
 
 class Run:
-    """A worker on the toy problem: x as two parameters; `more(x, t)` is added to the gradient."""
+    """A worker on the toy problem: x as two parameters."""
 
-    def __init__(self, more: Callable[[Tensor, int, int], Tensor] | None = None, **options: Any) -> None:
-        self.rank, self.more = resolve(None).rank, more
+    def __init__(self, **options: Any) -> None:
+        self.rank = resolve(None).rank
         start = problems.start()
         self.weights = [nn.Parameter(start[:8].reshape(2, 4).clone()), nn.Parameter(start[8:].clone())]
         given: dict[str, Any] = {"lr": LR, "noise": R, "lazy": False, "seed": SEED, "dense_below": 0}
@@ -31,22 +30,15 @@ class Run:
     def x(self) -> Tensor:
         return torch.cat([w.detach().reshape(-1) for w in self.weights])
 
-    def gradient(self, t: int) -> Tensor:
+    def step(self) -> None:
         g = problems.gradient(self.rank)(self.x)
-        return g if self.more is None else g + self.more(self.x, self.rank, t)
-
-    def step(self, t: int) -> None:
-        def closure() -> float:
-            g = self.gradient(t)
-            self.weights[0].grad, self.weights[1].grad = g[:8].reshape(2, 4).clone(), g[8:].clone()
-            return float(problems.f_i(self.x, self.rank))
-
-        self.opt.step(closure)
+        self.weights[0].grad, self.weights[1].grad = g[:8].reshape(2, 4).clone(), g[8:].clone()
+        self.opt.step()
 
     def trace(self, steps: int = STEPS) -> dict[str, list[Tensor]]:
         seen: dict[str, list[Tensor]] = {"x": [self.x], "y": [self.opt.corrected()]}
-        for t in range(steps):
-            self.step(t)
+        for _ in range(steps):
+            self.step()
             seen["x"].append(self.x)
             seen["y"].append(self.opt.corrected())
         return seen
@@ -56,13 +48,6 @@ def xi(t: int, r: float = R) -> Tensor:
     drawn = Noise(r).vector(torch.zeros(problems.D, dtype=torch.float64), seed=SEED, step=t)
     assert drawn is not None
     return drawn
-
-
-def sampled(x: Tensor, rank: int, t: int) -> Tensor:
-    """A sample's part of the gradient, a function of x too, as STORM needs: the same sample at two points."""
-    rng = torch.Generator().manual_seed(1000 * t + rank)
-    a, b = torch.randn(2, problems.D, generator=rng, dtype=torch.float64)
-    return 0.3 * a * x + 0.3 * b
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -78,8 +63,8 @@ def test_without_compression_momentum_is_torchs(nesterov: bool, weight_decay: fl
     run = Run(noise=0.0, compressor=Identity(), momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
     twin = nn.Parameter(problems.start().clone())
     sgd = torch.optim.SGD([twin], LR, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
-    for t in range(STEPS):
-        run.step(t)
+    for _ in range(STEPS):
+        run.step()
         twin.grad = problems.gradient(0)(twin.detach())
         sgd.step()
         assert same(run.x, twin.detach())
@@ -107,7 +92,7 @@ def test_momentum_is_forgotten_with_a_rolled_back_segment() -> None:
     first = run.opt.resets[0]
     assert not first.committed
     assert same(run.x, problems.start())
-    run.step(6)
+    run.step()
     assert same(run.x, problems.start() - LR * problems.gradient(0)(problems.start()))
 
 
@@ -166,49 +151,6 @@ def test_ef21_converges_where_error_feedback_hovers() -> None:
     assert quadratics(memory="buffer") > 1
 
 
-# ---- STORM
-
-
-def storm_twin(a: float, weight_decay: float, steps: int) -> list[Tensor]:
-    """Cutkosky and Orabona 2019, equation 3, on every worker, without compression; xi beside the estimate."""
-    x = problems.start()
-    previous, d, xs = x, None, [x]
-
-    def g(w: int, at: Tensor, t: int) -> Tensor:
-        return problems.gradient(w)(at) + sampled(at, w, t) + weight_decay * at
-
-    for t in range(steps):
-        new = [g(w, x, t) for w in range(WORKERS)]
-        d = (
-            [n + (1 - a) * (old - g(w, previous, t)) for w, (n, old) in enumerate(zip(new, d, strict=True))]
-            if d
-            else new
-        )
-        previous, x = x, x - LR * (sum(d) / WORKERS + xi(t))
-        xs.append(x)
-    return xs
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_storm_is_its_definition(weight_decay: float) -> None:
-    def worker(rank: int) -> dict[str, list[Tensor]]:
-        return Run(sampled, compressor=Identity(), momentum=Storm(0.2), weight_decay=weight_decay).trace()
-
-    for x, expected in zip(simulate(worker, WORKERS)[2]["x"], storm_twin(0.2, weight_decay, STEPS), strict=True):
-        assert same(x, expected)
-
-
-def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
-    run = Run(sampled, compressor=Identity(), momentum=Storm(0.2), lr=0.0, noise=0.0)
-    for t in range(3):
-        run.step(t)
-    assert same(run.x, problems.start())
-    now = torch.cat([w.grad.reshape(-1) for w in run.weights if w.grad is not None])
-    assert same(now, run.gradient(2))
-    with pytest.raises(ValueError, match="step needs a closure"):
-        run.opt.step()
-
-
 # ---- with other options
 
 
@@ -217,25 +159,9 @@ def test_weights_that_are_loaded_later_stay() -> None:
     with torch.no_grad():
         for w in run.weights:
             w.add_(1.0)
-    for t in range(4):
-        run.step(t)
+    for _ in range(4):
+        run.step()
     assert same(run.x, problems.start() + 1.0)
-
-
-def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
-    runs = [Run(sampled, compressor=Identity(), momentum=Storm(0.3), noise=0.0) for _ in range(2)]
-    for t in range(6):
-        runs[0].step(t)
-        runs[1].opt.zero_grad()
-
-        def closure(t: int = t) -> float:
-            g = runs[1].gradient(t)
-            for w, part in zip(runs[1].weights, (g[:8].reshape(2, 4), g[8:]), strict=True):
-                w.grad = part.clone() if w.grad is None else w.grad + part
-            return 0.0
-
-        runs[1].opt.step(closure)
-    assert same(runs[0].x, runs[1].x)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +170,6 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must be in"),
         ({"nesterov": True}, "nesterov needs a momentum above 0"),
-        ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
         ({"memory": "gradient"}, "memory must be one of buffer, ef21, got 'gradient'"),
         ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
         ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise needs plain error feedback"),

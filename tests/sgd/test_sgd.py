@@ -225,8 +225,6 @@ REFUSALS: dict[str, Callable[[], object]] = {
     r"lr must be finite and not negative, got -0\.1": lambda: sgd(-0.1),
     "weight_decay must be finite and not negative, got nan": lambda: sgd(0.1, weight_decay=math.nan),
     "noise must be finite and not negative, got -1": lambda: sgd(0.1, noise=-1.0),
-    r"a, STORM's weight of a new gradient, must be in \(0, 1\], got 0": lambda: ps.Storm(0),
-    r"a, STORM's weight of a new gradient, must be in \(0, 1\], got 1\.5": lambda: ps.Storm(1.5),
     r"seed must be an integer, got 1\.5": lambda: sgd(0.1, seed=1.5),
     "dense_below must be an integer of at least 0, got -1": lambda: spec(dense_below=-1),
     "max_skipped must be an integer of at least 0, got 2.5": lambda: spec(max_skipped=2.5),

@@ -63,7 +63,6 @@ class How:
     groups: bool = False  # two parameter groups
     rates: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # learning rates by group, from a step on
     frozen: tuple[int, int] | None = None  # steps from and below which a parameter is frozen
-    closure: bool = False
     scaler: bool = False
     scalars: bool = False
     huge: bool = False  # a parameter near the largest number
@@ -96,7 +95,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "EF21": {"compressor": TopK(0.05), "memory": "ef21"},
     "EF21 momentum": {"compressor": TopK(0.05), "memory": "ef21", "momentum": 0.9, "noise": 0.01},
     "momentum": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True},
-    "STORM": {"compressor": TopK(0.05), "momentum": packsaddle.Storm(0.1), "closure": True},
     "eager noise": {"compressor": RandomK(0.05), "noise": packsaddle.Noise(0.01, lazy=False)},
     "lazy noise": {"compressor": RandomK(0.05), "noise": packsaddle.Noise(0.01, lazy=True)},
     "weight decay": {"compressor": RandomK(0.05), "weight_decay": 0.01},
@@ -132,7 +130,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "huge, two-way": {"compressor": TopK(0.05), "huge": True, "exchange": "two-way"},
     "huge, EF21": {"compressor": TopK(0.05), "huge": True, "memory": "ef21"},
     "huge, lazy noise": {"compressor": RandomK(0.5), "huge": True, "lazy": True, "noise": 0.01},
-    "NaN, STORM": {"compressor": TopK(0.05), "momentum": packsaddle.Storm(0.1), "closure": True, "bad": (0, 5)},
     "NaN, Nesterov": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True, "bad": (5, 6)},
     "NaN, EF21": {"compressor": TopK(0.05), "memory": "ef21", "bad": (5,)},
     "NaN, lazy noise": {"compressor": RandomK(0.05), "noise": 0.01, "lazy": True, "bad": (5,)},
@@ -277,9 +274,6 @@ class Run:
     def train(self) -> None:
         for t in range(STEPS):
             self._begin(t)
-            if self.how.closure:
-                self.inner.step(lambda t=t: self._gradient(t))
-                continue
             loss = self._gradient(t)
             if self.scaler is not None:
                 self.scaler.step(self.inner)

@@ -96,7 +96,7 @@ class Perturber:
     Noise can be lazy only under three conditions:
 
     - All workers send the same coordinates, as in an all-reduce with RandomK (see `Compressor.shared_cells`).
-    - `plain` is True: error feedback is without EF21, momentum and STORM.
+    - `plain` is True: error feedback is without EF21 and momentum.
     - `escape` is False: there is no escape check.
 
     Raises ValueError if `noise.lazy` is True and a condition does not hold.
@@ -115,7 +115,7 @@ class Perturber:
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:
-            problem = "lazy noise needs plain error feedback, without ef21, momentum and storm"
+            problem = "lazy noise needs plain error feedback, without ef21 and momentum"
         elif grid is None:
             by = type(aggregator).__name__
             problem = f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by {by}"

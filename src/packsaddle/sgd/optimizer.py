@@ -44,7 +44,7 @@ from packsaddle.numerics.finite import overflow_margin
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
-from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
+from packsaddle.sgd.gradient import Extras, GradientUpdate, make_direction
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
@@ -62,8 +62,8 @@ _DROPPED: dict[str, Any] = {
     "drifts": [],
 }
 _RULES = [
-    *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum", "storm")),
-    *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate", "storm_previous")),
+    *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum")),
+    *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate")),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
     *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
@@ -127,11 +127,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         noise: r, the standard deviation of each coordinate of the noise xi_t, in units of a gradient; a function of the
             step that returns r (see `Ramp`); or a `Noise`. escape: the escape check of Algorithm 1, lines 4-8, or None
-            for no check. momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`);
-            or a `Storm`. nesterov: True for Nesterov's form of the momentum. weight_decay: the multiple of the
-            parameters x that is added to the gradient, before compression. seed: seed of all shared randomness;
-            identical on all workers. process_group: a torch.distributed process group; by default torch's default group
-            if there is one, else this process alone.
+            for no check. momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`).
+            nesterov: True for Nesterov's form of the momentum. weight_decay: the multiple of the parameters x that is
+            added to the gradient, before compression. seed: seed of all shared randomness; identical on all workers.
+            process_group: a torch.distributed process group; by default torch's default group if there is one, else
+            this process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective, and all workers start from rank 0's parameters.
@@ -173,7 +173,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         *,
         noise: float | Callable[[int], float] | Noise = 0.0,
         escape: Escape | None = None,
-        momentum: float | Storm = 0.0,
+        momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         seed: int = 0,
@@ -281,8 +281,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         called within a step, for example by the closure.
         """
         self._check_rates()
-        with self._busy():
-            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # computes this worker's grad F_i(x_t)
+        loss = None
+        if closure is not None:
+            with self._busy(), torch.enable_grad():
+                loss = closure()  # computes this worker's grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
@@ -344,7 +346,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     def _update(self, t: int) -> GradientUpdate:
         """Return the update of step t, eta u, where u is the direction of the step: gradient + weight_decay x + xi_t,
-        or momentum or STORM of it (line 9 of Algorithm 1).
+        or momentum of it (line 9 of Algorithm 1).
 
         eta is the learning rate, x are the parameters and xi_t is the noise. With memory="ef21", the update is u.
         """
@@ -384,9 +386,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def _finish_step(self, round: Round) -> None:
         """End a step, as applied or as skipped; collective.
 
-        The state of momentum or STORM is committed, or rolled back, and the step is counted. After an applied step, the
-        workers' parameters are compared if a comparison is due. Raises NonFiniteError after too many consecutive
-        skipped steps.
+        The momentum is committed, or rolled back, and the step is counted. After an applied step, the workers'
+        parameters are compared if a comparison is due. Raises NonFiniteError after too many consecutive skipped steps.
         """
         t = round.step
         self._direction.close(apply=round.absorbed)
@@ -424,8 +425,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Run the escape check (lines 4-8 of Algorithm 1). No-op without an escape check.
 
         A check that ends a segment of steps rolls the parameters back if the segment did not decrease the loss. If a
-        segment ends, the error memory is cleared. If the parameters are rolled back, the state of momentum or STORM is
-        cleared too.
+        segment ends, the error memory is cleared. If the parameters are rolled back, the momentum is cleared too.
         """
         if self._escape is None:
             return
@@ -526,7 +526,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the flat vectors of a saved state, float[d] each, by name.
 
         They are the error memory, the start point of the escape check (to which it may roll the parameters back), and
-        the vectors that EF21, momentum and STORM keep between steps.
+        the vectors that EF21 and momentum keep between steps.
         """
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
@@ -543,7 +543,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         The entry of a parameter has views of the flat vectors: "error", the error memory eta e, or with memory="ef21"
         "estimate" and "mean_estimate". With an escape check it has "start", the point to which the check may roll back.
-        With momentum or STORM it has their vectors.
+        With momentum it has "momentum".
 
         The entry of a parameter group has the format, the step t, the start step t' of the escape check, the seed, the
         rank and the number of workers. Further entries of the state are those of the aggregator, the outstanding noise,

@@ -15,7 +15,6 @@ from packsaddle import (
     Ramp,
     RandomK,
     RatioRamp,
-    Storm,
     TopK,
 )
 
@@ -57,9 +56,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "ef21": {"memory": "ef21"},
         "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
         "ef21, momentum, escape": {"memory": "ef21", "momentum": 0.5, "escape": ESCAPE},
-        "storm": {"momentum": Storm(0.3)},
-        "storm, escape": {"momentum": Storm(0.3), "escape": ESCAPE},
-        "storm, ef21": {"memory": "ef21", "momentum": Storm(0.3)},
     },
     "DDP by model": {
         "RandomK": {"compressor": RandomK(0.05), "noise": 0.01, "start_step": 3, "compare_every": 3, "inner": momentum},

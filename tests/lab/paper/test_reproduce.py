@@ -109,12 +109,11 @@ def resnet_config(norm: Any = "all", **changes: Any) -> Config:
     return replace(base, **changes)
 
 
-# STORM asks for gradients at two points, the escape check for losses in between.
-STORM = ae_config(
+# The escape check asks for losses between the steps.
+ESCAPING = ae_config(
     workers=3,
     compressor=QSGD(),
     precision="float64",
-    storm=0.5,
     escape=EscapeConfig(interval=3, radius=100.0, examples=100),
 )
 # Settings whose simulations train as serial workers; images are those of the fixture of this name.
@@ -123,7 +122,7 @@ SIMULATED: dict[str, tuple[Config, str, How]] = {
         f"fused {type(c).__name__}": (ae_config(compressor=c, precision="float64"), "mnist", "fused")
         for c in (SketchTopK(0.01, half=False), LowRank(2), RandomK(0.01, per_tensor=True))
     },
-    "batched QSGD": (STORM, "mnist", "batched"),
+    "batched QSGD": (ESCAPING, "mnist", "batched"),
     # Statistics that workers exchange.
     "fused resnet all": (resnet_config("all"), "pictures", "fused"),
     "batched resnet all": (resnet_config("all", workers=3, compressor=TopK(0.01)), "pictures", "batched"),

@@ -42,7 +42,6 @@ def path(tmp_path: Path) -> Path:
 
 
 REFUSED = {
-    "storm=0.1": "--set storm=0.1: storm cannot be used with [local]",
     "momentum=0.5": '--set momentum=0.5: momentum is only for local.optimizer = "sgd" and "muon"',
     "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
     "local.overlap=6": "--set local.overlap=6: local: overlap.delay must be below every = 6 steps, so that",
