@@ -123,8 +123,7 @@ def language(scale: Scale, data: Data) -> Study:
 
 
 def variants(scale: Scale, data: Data) -> Study:
-    """Return the study of methods with TopK 1% on the small language model: error feedback, EF21, momentum and local
-    updates.
+    """Return the study of methods with TopK 1% on the small language model: error feedback, momentum and local updates.
 
     Each of two workers has one half of the text.
     """
@@ -146,8 +145,6 @@ def variants(scale: Scale, data: Data) -> Study:
         "dense-momentum": replace(dense, lr=0.03, momentum=0.9, label="uncompressed, momentum 0.9"),
         "plain": replace(plain, label="error feedback"),
         "momentum": replace(plain, lr=0.03, momentum=0.9, label="error feedback, momentum 0.9"),
-        "ef21": replace(plain, memory="ef21", label="EF21"),
-        "ef21-momentum": replace(plain, memory="ef21", momentum=0.9, label="EF21, momentum 0.9"),
         "local-4": replace(plain, local=LocalConfig("sgd", every=4), label="error feedback, 4 local steps"),
         "local-16": replace(plain, local=LocalConfig("sgd", every=16), label="error feedback, 16 local steps"),
     }

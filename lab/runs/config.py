@@ -200,7 +200,6 @@ class Config(Compression):
     # nesterov
     momentum: float | None = None
     nesterov: bool = False  # Nesterov momentum
-    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass only
     # maximum number of consecutive steps (with [local]: of rounds) skipped because of non-finite gradients
     max_skipped: int = 20

@@ -20,14 +20,13 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
-error: state.*.error, state.*.estimate, state.*.momentum
+error: state.*.error, state.*.momentum
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.rank, param_groups.*.workers
 shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
     param_groups.*.start_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
-    param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
-    param_groups.*.started, param_groups.*.step, param_groups.*.weight_decay, resets,
-    state.*.start, state.*.mean_estimate
+    param_groups.*.param_names, param_groups.*.params, param_groups.*.seed, param_groups.*.step,
+    param_groups.*.weight_decay, resets, state.*.start
 """
 HOOK = """
 error: error.*
@@ -95,7 +94,6 @@ ALONE: dict[str, tuple[str, Callable[[], Any]]] = {
     "optimizer, two-way": (OPTIMIZER, lambda: optimizer(exchange="two-way", monitor_every=1, momentum=0.9)),
     "optimizer, escape": (OPTIMIZER, lambda: optimizer(escapes=True, momentum=0.9)),
     "optimizer, noise": (OPTIMIZER, lambda: optimizer(compressor=RandomK(0.2), noise=0.1)),
-    "optimizer, EF21": (OPTIMIZER, lambda: optimizer(memory="ef21")),
     "optimizer, LowRank": (OPTIMIZER, lambda: optimizer(compressor=LowRank(1))),
     "local, pending": (LOCAL, lambda: local(overlap=Overlap(3, 2), outer=OuterSGD())),
     "local, escape": (LOCAL, lambda: local(escapes=True)),

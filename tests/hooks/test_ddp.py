@@ -576,7 +576,6 @@ def refusals() -> None:
         'scope must be "bucket" or "model", got \'layer\'': made(scope="layer"),
         "start_step must be an integer of at least 0, got 1.5": made(start_step=1.5),
         "exchange must be one of .*got 'two-ways'": made(exchange="two-ways"),
-        'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD': made(memory="ef21"),
         'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD': made(on_drift="repair"),
         "scaler must be a torch.amp.GradScaler, got float": made(scaler=1024.0),
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),

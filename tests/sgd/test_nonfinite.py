@@ -103,8 +103,6 @@ WAYS |= {
     "decay": {"compressor": ps.TopK(k=5), "weight_decay": 0.1},
     "momentum": {"compressor": ps.TopK(k=5), "momentum": 0.9},
     "nesterov": {"compressor": ps.RandomK(0.2), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    "ef21": {"compressor": ps.TopK(k=5), "memory": "ef21"},
-    "ef21 momentum": {"compressor": ps.TopK(k=5), "memory": "ef21", "momentum": 0.5},
     "bfloat16": {"compressor": ps.TopK(k=5), "dtype": torch.bfloat16},
     "float64": {"compressor": ps.TopK(k=5), "dtype": torch.float64},
     "escape": {"compressor": ps.TopK(k=5), "escape": ps.Escape(4, 2.0, lambda: 0.0)},
@@ -124,7 +122,7 @@ def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
     assert all(len(workers) == 1 and name.startswith("parameter ") for _, workers, name in runs[0]["skips"])
 
 
-SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", repr(ps.LowRank()))
+SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "momentum", "decay", repr(ps.LowRank()))
 
 
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(SCALED)])
@@ -140,7 +138,7 @@ def test_nor_behind_a_scaler(way: str, seed: int) -> None:
 
 
 # Those that are rounded to few bits may round the other way, by more than a last digit.
-KEPT = ("momentum", "nesterov", "ef21", "QSGD", "'int", "'bfloat16'")
+KEPT = ("momentum", "nesterov", "QSGD", "'int", "'bfloat16'")
 REVOCABLE = [way for way in WAYS if not any(name in way for name in KEPT)]
 
 

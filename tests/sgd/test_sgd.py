@@ -17,6 +17,7 @@ from torch import nn
 import packsaddle as ps
 from packsaddle.comm import Solo
 from packsaddle.compressors import compressors
+from packsaddle.feedback.state import FORMAT
 
 
 def train(model: nn.Module, data: torch.Tensor, opt: ps.CompressedSGD, steps: int, scheduler: Any = None) -> None:
@@ -68,7 +69,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     (group,) = state["param_groups"]
     turned = [nn.Parameter(torch.zeros(6, 20, dtype=torch.float64)), *list(model.parameters())[1:]]
     fewer = ps.CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=ps.Identity(), seed=3)
-    older = "reads format 6: finish the run with the packsaddle that saved it, or load the weights alone"
+    older = f"reads format {FORMAT}: finish the run with the packsaddle that saved it, or load the weights alone"
     wrong: dict[str, Any] = {
         f"the state has format 1, .* {older}": state | {"param_groups": [group | {"format": 1}]},
         r"has no param_groups\[0\]\.format; was it saved by CompressedSGD\?": without(state, "format"),

@@ -59,10 +59,9 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # memory="ef21" and on_drift="repair" need an optimizer step that this library controls, as in `CompressedSGD`.
-        for name, only in (("memory", "buffer"), ("on_drift", "stop")):
-            if (given := getattr(self.compression, name)) != only:
-                raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
+        # on_drift="repair" needs an optimizer step that this library controls, as in `CompressedSGD`.
+        if (given := self.compression.on_drift) != "stop":
+            raise ValueError(f'on_drift must be "stop" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step. In the first `start_step` steps it is `Identity`, which is lossless."""

@@ -84,7 +84,7 @@ class EscapeAnchor:
             return
         part = r.part
         try:
-            reset, lost = self.check.run(part.rounds, part.feedback.memory.pending())
+            reset, lost = self.check.run(part.rounds, part.feedback.memory.vector)
             if reset is not None:
                 part.feedback.reset(lost)
                 self.resets.append(reset)

@@ -2,6 +2,6 @@
 Algorithm 1.
 
 - `gradient`: computes the update of a step from gradient, weight decay and noise, with momentum if set
-- `memories`: makes the error memory, or with memory="ef21" EF21's estimates of the gradient, which replace it
+- `memories`: makes the error memory
 - `lazy_noise`: draws noise only for the coordinates that a step sends
 """

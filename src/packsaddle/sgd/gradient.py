@@ -40,8 +40,6 @@ class Gradient:
     """
 
     kind = "gradient"  # name of this kind of direction in saved states, and of the vector that it keeps between steps
-    # False until the first applied step sets the vector that is kept between steps; True if no vector is kept
-    started = True
     keeps = False  # True if the direction keeps a vector between steps, such as the momentum
 
     def __init__(self, flat: FlatParameters) -> None:
@@ -175,33 +173,29 @@ class Momentum(Gradient):
     """Momentum of each worker, applied before compression: m <- beta m + g, where g = gradient + weight_decay x + xi.
 
     m is the momentum, beta its coefficient, x are the parameters and xi is the noise. The direction of a step is u = m,
-    or with `nesterov` u = g + beta m. With `averaging`, (1 - beta) g replaces g in these formulas, except in the first
-    step.
+    or with `nesterov` u = g + beta m.
 
     With error feedback and any compressor, let y = x - eta e, where eta is the learning rate and e the workers' mean
     error memory. Then y moves as the parameters of SGD with momentum on the mean gradient do (dist-EF-SGDM; Zheng,
-    Huang and Kwok 2019). With memory="ef21" and `averaging`, the method is EF21-SGDM (Fatkhullin, Tyurin and Richtarik
-    2023).
+    Huang and Kwok 2019).
     """
 
     kind = "momentum"
     keeps = True
 
-    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool, spare: bool) -> None:
+    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, spare: bool) -> None:
         super().__init__(flat)
-        self._beta, self._nesterov, self._averaging = beta, nesterov, averaging
+        self._beta, self._nesterov = beta, nesterov
         # The momentum after the last step, and its next value, which the current step computes. Without `spare` they
         # are the same buffer, so no step can be rolled back.
         self._now = flat.zeros()
         self._next = flat.zeros() if spare else self._now
-        self.started = False
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        share = 1 - self._beta if self._averaging and self.started else 1.0
         torch.mul(self._now.flat, self._beta, out=self._next.flat)
-        super().add(self._next, self._next, [share] * len(scales), extras)
+        super().add(self._next, self._next, [1.0] * len(scales), extras)
         if self._nesterov:
-            super().add(base, out, [share * scale for scale in scales], extras)
+            super().add(base, out, scales, extras)
             base = out
             self.norm = None  # the norm was measured before beta m was added
         for view in self._flat.frozen(self._next.flat):
@@ -214,11 +208,9 @@ class Momentum(Gradient):
     def close(self, *, apply: bool) -> None:
         if apply:
             self._now, self._next = self._next, self._now
-            self.started = True
 
     def reset(self) -> None:
         self._now.flat.zero_()
-        self.started = False
 
     @property
     def spare_bytes(self) -> int:
@@ -259,19 +251,18 @@ class GradientUpdate(Update):
         self.direction.subtract(out, self.scales, self.extras)
 
 
-def make_direction(flat: FlatParameters, momentum: float, nesterov: bool, memory: str, *, spare: bool) -> Gradient:
+def make_direction(flat: FlatParameters, momentum: float, nesterov: bool, *, spare: bool) -> Gradient:
     """Return the object that computes the directions of steps, by gradient or momentum.
 
     Args:
         flat: the parameters.
         momentum: the coefficient of momentum, 0 for none.
         nesterov: True for Nesterov's form of momentum.
-        memory: the kind of error memory; with "ef21" momentum averages gradients.
         spare: True to allocate the buffer that is needed to roll back skipped steps.
 
     Raises ValueError for values that are out of range, and for unsupported combinations.
     """
     check_momentum(momentum, nesterov)
     if momentum:
-        return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
+        return Momentum(flat, momentum, nesterov=nesterov, spare=spare)
     return Gradient(flat)

@@ -50,7 +50,7 @@ from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # type of the loss, which the user's closure returns
 # Entries that this optimizer adds to each parameter group of a saved state.
-_NUMBERS = ("step", "started", "start_step")
+_NUMBERS = ("step", "start_step")
 # Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
@@ -62,8 +62,8 @@ _DROPPED: dict[str, Any] = {
     "drifts": [],
 }
 _RULES = [
-    *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum")),
-    *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate")),
+    *(Rule(("state", ANY, name), "error") for name in ("error", "momentum")),
+    Rule(("state", ANY, "start"), "shared"),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
     *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
@@ -88,18 +88,16 @@ class FlatTarget:
         `magnitude` is the approximate maximum of the absolute values of g.
         """
         # If the change of every parameter is below a bound, no parameter can overflow, so x need not be checked.
-        bound = self._memory.bound(float(magnitude)) + self._noise.bound
-        if bound <= overflow_margin(self._flat.x.dtype):
+        x = self._flat.x
+        if float(magnitude) + self._noise.bound <= overflow_margin(x.dtype):
             return Applied(rounding=self._move(g))
         # The parameters x may overflow: apply the mean, check x, and restore x if it did overflow.
         self.x_was_large = True
-        moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
+        before, noise = x.clone(), deepcopy(self._noise.outstanding)
         rounding = self._move(g)
-        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
+        if bool((x.isfinite() | ~before.isfinite()).all()):
             return Applied(rounding=rounding)
-        for name, old in before.items():
-            moved[name].copy_(old)
+        x.copy_(before)
         self._noise.outstanding = noise
         return Applied(fits=False)
 
@@ -123,7 +121,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
         compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
-            uncompressed, the kind of error memory, and which checks are made. A function of the step is not supported.
+            uncompressed, and which checks are made. A function of the step is not supported.
 
         noise: r, the standard deviation of each coordinate of the noise xi_t, in units of a gradient; a function of the
             step that returns r (see `Ramp`); or a `Noise`. escape: the escape check of Algorithm 1, lines 4-8, or None
@@ -202,9 +200,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         # Make the objects of a step: the update, the error memory, the exchange, and the target that applies the mean.
         spare = spec.max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
-        rates = partial(self._each, "lr")
-        self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
+        self._direction = make_direction(self._flat, momentum, nesterov, spare=spare)
+        self._memory = make_memory(self._flat, spare=spare, revocable=not self._direction.keeps)
         self.monitor = Contraction(spec.monitor_every, self._flat)
         self._feedback = ErrorFeedback(
             self._memory,
@@ -221,7 +218,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             *(Noise.of(noise), self._memory, self.choice.aggregator),
             seed=self.seed,
             escape=escape is not None,
-            plain=spec.memory != "ef21" and not momentum,
+            momentum=momentum != 0,
         )
         self._target = FlatTarget(self._flat, self._memory, self._noise)
 
@@ -290,10 +287,14 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
-            factors = self._factors(v)
-            round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
-            self.scalars, mean_factors = round.extras
-            self._compare_factors(factors, mean_factors)
+            std = self._lazy_std(v)
+            round.exchange([given, std])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
+            self.scalars, mean_std = round.extras
+            if len(std) and not torch.allclose(mean_std, std, rtol=1e-5, atol=0):
+                raise RuntimeError(
+                    f"workers must have one lr and one noise at every step, but lr times the std of the noise is "
+                    f"{float(std):g} here and {float(mean_std):g} in the mean"
+                )
             # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
             round.apply(self._target)
         self._finish_step(round)
@@ -348,7 +349,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the update of step t, eta u, where u is the direction of the step: gradient + weight_decay x + xi_t,
         or momentum of it (line 9 of Algorithm 1).
 
-        eta is the learning rate, x are the parameters and xi_t is the noise. With memory="ef21", the update is u.
+        eta is the learning rate, x are the parameters and xi_t is the noise.
         """
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(lrs, t)
@@ -359,29 +360,19 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         # is nonzero if a gradient is Inf or NaN.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
-        scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
         overflowed = found is not None and bool(found)
-        return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
+        return GradientUpdate(self._direction, lrs, extras, overflowed, self._target.x_was_large)
 
-    def _factors(self, like: Tensor) -> Tensor:
-        """Return the factors of this worker's step that must be equal on all workers, so that they can be compared: a
-        float[n] in the dtype of `like` and on its device.
+    def _lazy_std(self, like: Tensor) -> Tensor:
+        """Return the standard deviation of this step's lazy noise, times the learning rate, so that the workers can
+        compare it: a float[1] in the dtype of `like` and on its device.
 
-        With memory="ef21", they are the learning rates. With lazy noise, the factor is the standard deviation of the
-        noise. The result is empty in all other cases, and if there is only one worker. On a GPU the standard deviation
-        is left out, since its comparison would make the host wait for the device in every step.
+        Each worker draws lazy noise when it applies the mean, so different standard deviations would move the workers'
+        parameters apart. The result is a float[0] if noise is not lazy, if there is only one worker, and on a GPU,
+        where the comparison would make the host wait for the device in every step.
         """
-        if self.channel.group.size == 1:
-            return like[:0]
-        is_lazy = self._noise.outstanding is not None and like.device.type == "cpu"
-        return like.new_tensor([*self._memory.local_factors(), *([self._noise.grown] if is_lazy else [])])
-
-    def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
-        if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
-            raise RuntimeError(
-                f"workers must have one lr and one noise at every step, but the factors of the update (lr, std of the "
-                f"noise) are {here.tolist()} here and {mean.tolist()} in the mean"
-            )
+        is_compared = self._noise.outstanding is not None and self.channel.group.size > 1 and like.device.type == "cpu"
+        return like.new_tensor([self._noise.grown] if is_compared else [])
 
     def _finish_step(self, round: Round) -> None:
         """End a step, as applied or as skipped; collective.
@@ -408,18 +399,17 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         # Count the step. Refresh the views in `self.state`, since a step may swap the buffers of the error memory and
         # of the momentum.
         self._step = t + 1
-        for name, views in {self._memory.name: self._memory.views, **self._direction.views()}.items():
+        for name, views in {"error": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
         self._skips.reset_streak()
         if self._drift.due(t):
-            shared = {name: v for name, v in self._flat_state().items() if name in ("start", "mean_estimate")}
+            shared = {"": self._flat.x, **({"start of ": self._escape.start} if self._escape else {})}
 
             def named() -> list[tuple[str, Tensor]]:
-                vectors = {"": self._flat.x, **{f"{name} of ": vector for name, vector in shared.items()}}
-                return [(kind + p.name, view) for kind, v in vectors.items() for p, view in self._flat.named(v)]
+                return [(kind + p.name, view) for kind, v in shared.items() for p, view in self._flat.named(v)]
 
-            self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
+            self._drift.compare(t, list(shared.values()), named, self._rates)
 
     def _check_escape(self) -> None:
         """Run the escape check (lines 4-8 of Algorithm 1). No-op without an escape check.
@@ -514,7 +504,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def _outstanding(self) -> Tensor:
         """Return this worker's unsent update, float[d]: the error memory, and with lazy noise a draw of the noise that
         was not applied yet."""
-        return self._noise.pending(self._memory.pending(), self._step)
+        return self._noise.pending(self._memory.vector, self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -526,11 +516,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the flat vectors of a saved state, float[d] each, by name.
 
         They are the error memory, the start point of the escape check (to which it may roll the parameters back), and
-        the vectors that EF21 and momentum keep between steps.
+        the momentum.
         """
         start = {"start": self._escape.start} if self._escape else {}
-        kept = self._memory.vectors() | self._direction.vectors()
-        return {self._memory.name: self._memory.vector, **start, **kept}
+        return {"error": self._memory.vector, **start, **self._direction.vectors()}
 
     def _publish_state(self) -> None:
         for name, flat in self._flat_state().items():
@@ -541,9 +530,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the state of this worker as tensors and plain types. The state differs between workers, so each worker
         must save its own.
 
-        The entry of a parameter has views of the flat vectors: "error", the error memory eta e, or with memory="ef21"
-        "estimate" and "mean_estimate". With an escape check it has "start", the point to which the check may roll back.
-        With momentum it has "momentum".
+        The entry of a parameter has views of the flat vectors: "error", the error memory eta e. With an escape check it
+        has "start", the point to which the check may roll back. With momentum it has "momentum".
 
         The entry of a parameter group has the format, the step t, the start step t' of the escape check, the seed, the
         rank and the number of workers. Further entries of the state are those of the aggregator, the outstanding noise,
@@ -567,7 +555,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.saved_state.load(state)
-        self._memory.after_load()
         self._publish_state()
         self._rates.clear()
         self._drift.resume(self._step)
@@ -609,7 +596,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
             attribute((*group, "step"), self, "_step", int),
-            attribute((*group, "started"), self._direction, "started", bool),
             attribute((*group, "start_step"), escape, "start_step", int)
             if escape
             else Value((*group, "start_step"), int, lambda: 0, skip),
@@ -628,7 +614,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             "seed": self.seed,
             "rank": self.channel.group.rank,
             "workers": self.channel.group.size,
-            "memory": self._memory.kind,
             "direction": self._direction.kind,
         }
 

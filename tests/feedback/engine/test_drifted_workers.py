@@ -13,7 +13,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "RandomK": {"compressor": RandomK(0.2)},
     "uncompressed": {"compressor": Identity()},
     "two-way": {"exchange": "two-way"},
-    "EF21": {"memory": "ef21"},
     "escape": {"escape": (100, 1e9)},
     "momentum": {"momentum": 0.9},
     "bfloat16 messages": {"compressor": TopK(0.05, values="bfloat16")},

@@ -53,9 +53,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "momentum": {"momentum": 0.9, "compare_every": 5},
         "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
         "coordinator": {"exchange": "coordinator", "back": RandomK(0.5)},
-        "ef21": {"memory": "ef21"},
-        "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
-        "ef21, momentum, escape": {"memory": "ef21", "momentum": 0.5, "escape": ESCAPE},
+        "momentum, escape": {"momentum": 0.5, "escape": ESCAPE},
     },
     "DDP by model": {
         "RandomK": {"compressor": RandomK(0.05), "noise": 0.01, "start_step": 3, "compare_every": 3, "inner": momentum},
