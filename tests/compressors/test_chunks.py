@@ -176,7 +176,6 @@ def test_chunks_do_not_know_of_each_other() -> None:
     v = torch.cat([torch.randn(4096, generator=torch.Generator().manual_seed(i)) * s for i, s in enumerate((1, 1e-6))])
     assert [int(part.count_nonzero()) for part in TopK(1 / 64)(v).split(4096)] == [128, 0]
     assert [int(part.count_nonzero()) for part in TopK(1 / 64, chunk=4096)(v).split(4096)] == [64, 64]
-    assert TopK(1 / 64, chunk=4096).apportion([v[:4096], v[4096:]], [4096, 4096]) is None
 
 
 @given(st.integers(1, 9), st.integers(0, 60), st.integers(0, 12), st.integers(0, 2**31))

@@ -30,7 +30,7 @@ shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, nois
 """
 HOOK = """
 error: error.*
-own: allocation, ledger
+own: ledger
 constant: identity.rank, identity.workers
 shared: aggregator, aggregator.compressor, aggregator.state, format, identity.exchange, identity.scope, identity.seed,
     skips.consecutive, skips.total, steps

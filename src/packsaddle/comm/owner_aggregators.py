@@ -41,11 +41,6 @@ class Owners(Aggregator):
         super().__init__(compressor)
         self.back = back
 
-    def adopt(self, compressor: Compressor) -> None:
-        if self.back is self.compressor:
-            self.back = compressor
-        super().adopt(compressor)
-
     @property
     def _knows_replies(self) -> bool:
         """True if the reply for a chunk, which the chunk's owner (the worker that averages it) returns, has the same

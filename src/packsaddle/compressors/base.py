@@ -192,17 +192,6 @@ class Compressor(ABC):
         """
         return None
 
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
-        """Return one compressor for each section of a vector. A section is a range of coordinates that is compressed
-        separately.
-
-        Together the returned compressors send about as many coordinates as this compressor would send of the whole
-        vector, and they send more from sections of larger magnitude. `samples` contains one tensor per section, with
-        the values of one or more coordinates of the section. `sizes` contains the number of coordinates of each
-        section. Returns None if a section is compressed in the same way whatever the other sections contain.
-        """
-        return None
-
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
         """Return this compressor adapted to vectors that concatenate flattened tensors of these shapes."""
         return self

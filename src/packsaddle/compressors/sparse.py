@@ -16,7 +16,7 @@ from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, Summary, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, floats, octets
-from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
+from packsaddle.compressors.selection import holding, largest
 from packsaddle.compressors.values import (
     ValueFormat,
     check_format,
@@ -340,11 +340,10 @@ class _CodedSupport(Compressor):
     def _encode_indices(self, index: Tensor, d: int) -> Tensor:
         return wire.encode_indices(index, d)
 
-    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
-        must be at most d."""
-        k = min(d, value_count(parts, self.values)) if "values" in parts else 0
-        check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
+    @abstractmethod
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        """Return the indices of the coordinates in the `parts` of a message, int64[k], for a vector of d
+        coordinates."""
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Tensor:
         check_values(parts, self.values)
@@ -353,9 +352,6 @@ class _CodedSupport(Compressor):
     def support_of(self, message: Message, d: int) -> Tensor:
         index: Tensor = message.context
         return index
-
-    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
-        return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         index: Tensor = message.context
@@ -388,6 +384,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     tensor([ 0., -3.,  2.,  0.])
     """
 
+    fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary(
         ">= k/d; with chunk the least k/n of a chunk",
         "k values and k coded indices",
@@ -409,12 +406,6 @@ class TopK(_CodedSupport, _OfEachTensor):
         if self.per_tensor:
             raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
 
-    @property
-    def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if a ratio was given, so that the number of coordinates sent follows from the vector's length. If k was
-        given instead, `apportion` may change k, to different values on different workers."""
-        return self.k is None
-
     def chunks(self, d: int) -> Chunks | None:
         """Return the division of a vector of d coordinates into chunks, or None if `chunk` is None."""
         return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
@@ -427,16 +418,6 @@ class TopK(_CodedSupport, _OfEachTensor):
         chunks = self.chunks(d)
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one TopK per section of a vector. Their k are estimated from `samples` and `sizes`, and add up to the
-        k of this compressor for the whole vector.
-        Returns None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
-        if self.per_tensor or self.chunk is not None:
-            return None
-        k = self.count(sum(sizes))
-        counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
-        return [replace(self, ratio=None, k=count) for count in counts]
-
     def select(self, v: Tensor) -> Tensor:
         if (chunks := self.chunks(len(v))) is not None:
             return chunks.largest(v)
@@ -448,29 +429,13 @@ class TopK(_CodedSupport, _OfEachTensor):
         indices = chunks.expected() if chunks else octets(wire.index_bytes(d, k))
         return {"indices": indices, **value_parts(k, self.values)}
 
-    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless the dtypes and lengths of `parts`, the parts of a message, are valid for a vector
-        of d coordinates.
-
-        If this compressor was constructed with k and not with a ratio, the number of values in the message may differ
-        from k, since the sender may have another k from `apportion`.
-        """
-        if self.k is None:
-            Compressor.check_parts(self, parts, d)
-        else:
-            super().check_parts(parts, d)
-
     def _encode_indices(self, index: Tensor, d: int) -> Tensor:
         chunks = self.chunks(d)
         return chunks.encode(index) if chunks else super()._encode_indices(index, d)
 
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
-        if chunks := self.chunks(d):
-            return chunks.decode(parts["indices"])
-        # With a ratio, the number of values follows from d.
-        if self.k is None:
-            return wire.decode_indices(parts["indices"], self.count(d), d)
-        return super()._decode_indices(parts, d)
+        chunks = self.chunks(d)
+        return chunks.decode(parts["indices"]) if chunks else wire.decode_indices(parts["indices"], self.count(d), d)
 
 
 @dataclass(frozen=True)
@@ -502,8 +467,14 @@ class AdaptiveTopK(_CodedSupport):
     def mu(self, d: int) -> float:
         return self.share * value_retention(self.values)
 
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
-
     def select(self, v: Tensor) -> Tensor:
         return holding(v, self.share)
+
+    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
+        """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
+        must be at most d."""
+        k = min(d, value_count(parts, self.values)) if "values" in parts else 0
+        check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
+
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)

@@ -31,7 +31,6 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
-from packsaddle.hooks.budget import Allocation
 from packsaddle.hooks.unused import Usage, clear_unused
 from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.transfers import Readback
@@ -140,7 +139,7 @@ class BucketTarget:
 RULES = [
     Rule(("error", ANY), "error"),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-    *(Rule((name,), "own") for name in ("allocation", "ledger")),
+    Rule(("ledger",), "own"),
     *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "aggregator")),
 ]
 
@@ -155,7 +154,7 @@ class GradientHook(Records, ABC):
     saved_state: State  # the saved state of this hook, which the subclass sets
 
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
-        self.channel, self.rules, self._allocation = channel, rules, Allocation(d)
+        self.channel, self.rules, self._d = channel, rules, d
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -261,7 +260,6 @@ class GradientHook(Records, ABC):
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
-        self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
         """Return a new `ErrorFeedback` for the slice `of` (parameters exchanged together).
@@ -274,18 +272,12 @@ class GradientHook(Records, ABC):
             if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
         parts = (memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
+        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._d)
 
-    def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of the slice `part` (parameters exchanged together) for this step.
-
-        If the model's budget, i.e. the number of coordinates to send, is divided among the slices by magnitudes, this
-        compressor has the slice's part of the budget. Returns the compressor of the whole model in this step.
-        """
+    def _use_compressor(self, part: ErrorFeedback) -> None:
+        """Set the compressor of the slice `part` (parameters exchanged together) for this step."""
         compressor = self.rules.at(self._steps)
-        allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
-        return compressor
+        part.use(compressor, self.rules.compression.exchange_of(compressor))
 
     def _exchange(
         self,
@@ -308,7 +300,8 @@ class GradientHook(Records, ABC):
         Returns `Verdict.code`, float[3], which is 0 if the exchange is applied. It is committed or rolled back with the
         whole pass.
         """
-        decay, compressor = self.rules.compression.decay, self._use(part)
+        decay = self.rules.compression.decay
+        self._use_compressor(part)
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
@@ -318,7 +311,6 @@ class GradientHook(Records, ABC):
         usage = Usage(part, gradients, used) if used is not None else None
         flags = [] if usage is None else [usage.used]
         clear_unused(part.slice.views(v), None if usage is None else usage.sent)
-        self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
         # Lines 11 and 12 of Algorithm 1, except that the user's optimizer applies the mean gradients to the parameters
         # x.
@@ -356,7 +348,6 @@ class GradientHook(Records, ABC):
             rejected = [code for code in codes if any(number != 0 for number in code)]  # NaN != 0 is True
             applied = self._outcome is not None and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
-            self._allocation.close(apply=applied)
             for part in self._pass:
                 part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
@@ -397,7 +388,6 @@ class GradientHook(Records, ABC):
         return [
             attribute(("steps",), self, "_steps", int),
             *self._skips.fields(),
-            self._allocation.field(lambda: self.device),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
         ]
 
@@ -409,8 +399,8 @@ class GradientHook(Records, ABC):
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this hook as tensors and plain types. It has error memories, step count, skips, samples
-        and bytes sent.
+        """Return the state of this hook as tensors and plain types. It has error memories, step count, skips and
+        bytes sent.
 
         The state differs between workers, so each worker must save its own.
         """
