@@ -8,6 +8,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from conformance import check_compressor
 from exchanges import decoded as decode
 from exchanges import exchanged
 from torch import Tensor
@@ -34,7 +35,6 @@ from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors.testing import check_compressor
 from packsaddle.feedback.noise import Noise
 from packsaddle.numerics.seeds import mix
 

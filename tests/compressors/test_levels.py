@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch_loops import both, torch_only
 from packsaddle import QSGD, AdaptiveTopK, Compressor
 from packsaddle.compressors import wire
 from packsaddle.compressors.levels import decode_levels, encode_levels
-from packsaddle.compressors.testing import nasty_vectors
 
 
 def bits_of(top: int) -> int:

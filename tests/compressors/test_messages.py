@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from corruption import SETTINGS, VECTORS, D, outcome, replaced
 from torch import Tensor
 from torch_loops import torch_only
 
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, Sign, TopK
 from packsaddle.compressors import wire
-from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 

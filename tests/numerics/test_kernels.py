@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from families import COMPRESSORS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +30,6 @@ from packsaddle import (
 from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
-from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.numerics.finite import add_if_finite
 from packsaddle.numerics.kernels import SlowKernelsWarning, arithmetic, compiler, kernel
 from packsaddle.numerics.seeds import sample_without_replacement

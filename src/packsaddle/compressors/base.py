@@ -78,8 +78,7 @@ class Compressor(ABC):
     """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
     C satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of "Escaping Saddle Points with Compressed SGD"). A
-    subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Test it with
-    `packsaddle.compressors.testing.check_compressor`. Override also
+    subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
       length does not depend on v;
     - `context_of` if messages have a context, or contents to validate;
