@@ -95,7 +95,12 @@ class FSDPHook(GradientHook, Exchanging):
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
         super().__init__(channel, rules, padded_size(model))
         self.saved_state = State(
-            *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
+            "register_fsdp_hook",
+            RULES,
+            self._identity,
+            self._saved_fields,
+            names={"": ROOT},
+            only_with=_SHARDS,
         )
         self._model = model
         # The index of this worker's shard, and the number of shards of the model.

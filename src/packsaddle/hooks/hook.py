@@ -271,8 +271,15 @@ class GradientHook(Records, ABC):
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
-        parts = (memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._d)
+        return ErrorFeedback(
+            memory,
+            self.channel,
+            self._guard,
+            self._contraction,
+            seed=seed,
+            back=self.rules.compression.back,
+            whole=self._d,
+        )
 
     def _use_compressor(self, part: ErrorFeedback) -> None:
         """Set the compressor of the slice `part` (parameters exchanged together) for this step."""

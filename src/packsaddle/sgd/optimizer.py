@@ -215,7 +215,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
-            *(Noise.of(noise), self._memory, self.choice.aggregator),
+            Noise.of(noise),
+            self._memory,
+            self.choice.aggregator,
             seed=self.seed,
             escape=escape is not None,
             momentum=momentum != 0,
@@ -237,7 +239,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self.channel.broadcast(self._flat.x, "start")
         self._escape = EscapeCheck(escape, self._flat, self._flat.x, self.channel, self.seed) if escape else None
         self.saved_state = State(
-            *("CompressedSGD", _RULES, self._identity, self._saved_fields),
+            "CompressedSGD",
+            _RULES,
+            self._identity,
+            self._saved_fields,
             head=("param_groups", ANY),
             names=dict(enumerate(self._flat.names)),
         )
