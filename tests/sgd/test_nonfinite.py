@@ -17,7 +17,7 @@ import packsaddle as ps
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import compressors
 from packsaddle.numerics.finite import is_finite
-from packsaddle.sgd import memories
+from packsaddle.sgd import optimizer
 
 Batch = tuple[int, bool]  # its number, and whether one worker's is bad
 WORKERS, STEPS = 3, 10
@@ -148,7 +148,7 @@ def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.Monk
     """Large vectors have no second one: a bad batch is subtracted again. Without bad batches the bits are the same."""
     batches, without = with_and_without(0)
     beside = ps.simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
-    monkeypatch.setattr(memories, "_LARGE", 0)
+    monkeypatch.setattr(optimizer, "_LARGE", 0)
     runs, twins = (ps.simulate(lambda rank, b=b: run(b, **WAYS[way]), WORKERS) for b in (batches, without))
     assert all_differences(twins, beside) == [[]] * WORKERS
     tolerance = 1e-2 if way == "bfloat16" else 1e-5  # a last bit of x in 16 bits may fall the other way
@@ -177,7 +177,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
         return [p.detach(), opt.state[p]["error"].clone(), torch.tensor(opt.skipped)]
 
     beside = two_steps()
-    monkeypatch.setattr(memories, "_LARGE", 0)
+    monkeypatch.setattr(optimizer, "_LARGE", 0)
     assert differences(two_steps(), beside) == []
 
 

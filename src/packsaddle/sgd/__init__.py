@@ -2,6 +2,5 @@
 Algorithm 1.
 
 - `gradient`: computes the update of a step from gradient, weight decay and noise, with momentum if set
-- `memories`: makes the error memory
 - `lazy_noise`: draws noise only for the coordinates that a step sends
 """

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
@@ -40,7 +39,6 @@ class Gradient:
     """
 
     kind = "gradient"  # name of this kind of direction in saved states, and of the vector that it keeps between steps
-    keeps = False  # True if the direction keeps a vector between steps, such as the momentum
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
@@ -181,7 +179,6 @@ class Momentum(Gradient):
     """
 
     kind = "momentum"
-    keeps = True
 
     def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, spare: bool) -> None:
         super().__init__(flat)
@@ -249,20 +246,3 @@ class GradientUpdate(Update):
 
     def subtract(self, out: Shaped) -> None:
         self.direction.subtract(out, self.scales, self.extras)
-
-
-def make_direction(flat: FlatParameters, momentum: float, nesterov: bool, *, spare: bool) -> Gradient:
-    """Return the object that computes the directions of steps, by gradient or momentum.
-
-    Args:
-        flat: the parameters.
-        momentum: the coefficient of momentum, 0 for none.
-        nesterov: True for Nesterov's form of momentum.
-        spare: True to allocate the buffer that is needed to roll back skipped steps.
-
-    Raises ValueError for values that are out of range, and for unsupported combinations.
-    """
-    check_momentum(momentum, nesterov)
-    if momentum:
-        return Momentum(flat, momentum, nesterov=nesterov, spare=spare)
-    return Gradient(flat)

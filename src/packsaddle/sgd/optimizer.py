@@ -28,13 +28,13 @@ from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.modules import is_averaged_by_ddp
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
-from packsaddle.errors import suggests
+from packsaddle.errors import check_momentum, suggests
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
-from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
@@ -44,11 +44,13 @@ from packsaddle.numerics.finite import overflow_margin
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
-from packsaddle.sgd.gradient import Extras, GradientUpdate, make_direction
+from packsaddle.sgd.gradient import Extras, Gradient, GradientUpdate, Momentum
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
-from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # type of the loss, which the user's closure returns
+# Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a second
+# vector instead: both fit a cache, and a rollback is exact.
+_LARGE = 1 << 20
 # Entries that this optimizer adds to each parameter group of a saved state.
 _NUMBERS = ("step", "start_step")
 # Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
@@ -200,8 +202,15 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         # Make the objects of a step: the update, the error memory, the exchange, and the target that applies the mean.
         spare = spec.max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, spare=spare)
-        self._memory = make_memory(self._flat, spare=spare, revocable=not self._direction.keeps)
+        check_momentum(momentum, nesterov)
+        self._direction = (
+            Momentum(self._flat, momentum, nesterov=nesterov, spare=spare) if momentum else Gradient(self._flat)
+        )
+        # The update of a step without momentum can be computed again, so a large error memory on a CPU subtracts it to
+        # roll back.
+        is_large = self._flat.d >= _LARGE and self._flat.x.device.type == "cpu"
+        in_place = is_large and spare and not momentum
+        self._memory = InPlaceMemory(self._flat) if in_place else ErrorMemory(self._flat, spare=spare)
         self.monitor = Contraction(spec.monitor_every, self._flat)
         self._feedback = ErrorFeedback(
             self._memory,
@@ -283,10 +292,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         called within a step, for example by the closure.
         """
         self._check_rates()
-        loss = None
-        if closure is not None:
-            with self._busy(), torch.enable_grad():
-                loss = closure()  # computes this worker's grad F_i(x_t)
+        with self._busy(), torch.enable_grad():
+            loss = None if closure is None else closure()  # computes this worker's grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
