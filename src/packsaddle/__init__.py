@@ -16,7 +16,7 @@ from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.curvature.options import Search
-from packsaddle.feedback.checks import Drift, DriftError
+from packsaddle.feedback.checks import DriftError
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import NonFiniteError, Skip
@@ -41,7 +41,6 @@ __all__ = [
     "CompressedSGD",
     "Compression",
     "Compressor",
-    "Drift",
     "DriftError",
     "Elastic",
     "Escape",

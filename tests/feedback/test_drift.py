@@ -1,4 +1,4 @@
-"""Workers whose parameters are no longer equal are found out, named, and stopped or repaired."""
+"""Workers whose parameters are no longer equal are found out, named and stopped."""
 
 import copy
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def test_a_comparison_sends_two_numbers() -> None:
 
 
 def test_a_state_loaded_back_is_compared_as_soon() -> None:
-    def work(rank: int) -> list[int]:
+    def work(rank: int) -> None:
         one = Compared(rank, compare_every=5)
         one.train(0, 3)
         state, tensors = copy.deepcopy(one.opt.state_dict()), [w.detach().clone() for _, w in one.tensors]
@@ -120,11 +120,10 @@ def test_a_state_loaded_back_is_compared_as_soon() -> None:
         one.opt.load_state_dict(state)
         for (_, w), old in zip(one.tensors, tensors, strict=True):
             w.data.copy_(old + rank)
-        with pytest.raises(DriftError):
+        with pytest.raises(DriftError, match="after step 4: worker 1 differs"):
             one.train(3, 18)
-        return [drift.step for drift in one.opt.drifts]
 
-    assert simulate(work, 2) == [[4], [4]]
+    simulate(work, 2)
 
 
 # ---- rates and noise
@@ -143,7 +142,7 @@ def unlike(what: str, from_step: int, until: int, **options: Any) -> tuple[str, 
     start = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(20, 5, generator=start))
     groups = [{"params": [w]}, {"params": [nn.Parameter(torch.ones(4, 5))]}]
-    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4, "on_drift": "repair"} | options
+    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4} | options
     opt = CompressedSGD(groups, 0.1, **folded(options), noise=noise)
     try:
         for t in range(20):
@@ -204,8 +203,6 @@ def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
 def test_settings() -> None:
     with pytest.raises(ValueError, match="compare_every must be an integer of at least 0, got -1"):
         Compression(TopK(0.01), compare_every=-1)
-    with pytest.raises(ValueError, match="on_drift must be one of stop, repair, got 'ignore'"):
-        Compression(TopK(0.01), on_drift="ignore")  # type: ignore[arg-type]
 
 
 # ---- what is compared at the start

@@ -23,7 +23,7 @@ OPTIMIZER = """
 error: state.*.error, state.*.momentum
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.rank, param_groups.*.workers
-shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
+shared: aggregator.compressor, aggregator.state, noise, noise.kept, noise.size, noise.total,
     param_groups.*.start_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
     param_groups.*.param_names, param_groups.*.params, param_groups.*.seed, param_groups.*.step,
     param_groups.*.weight_decay, resets, state.*.start
@@ -42,7 +42,7 @@ own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.
     schedule, share, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
-shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
+shared: escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
     identity.keep_unsent, identity.outer, identity.parameters, identity.seed, identity.weight_by_steps, outer, resets,

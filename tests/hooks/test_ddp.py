@@ -576,7 +576,6 @@ def refusals() -> None:
         'scope must be "bucket" or "model", got \'layer\'': made(scope="layer"),
         "start_step must be an integer of at least 0, got 1.5": made(start_step=1.5),
         "exchange must be one of .*got 'two-ways'": made(exchange="two-ways"),
-        'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD': made(on_drift="repair"),
         "scaler must be a torch.amp.GradScaler, got float": made(scaler=1024.0),
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
 from packsaddle.errors import check_integers
-from packsaddle.feedback.checks import OnDrift
 from packsaddle.options.agreement import Option
 
 # A function of the index of a step or round, which returns the compressor of that step or round.
@@ -41,11 +39,11 @@ class Compression(Option):
             (Inf, NaN or too large numbers). One more skipped step raises NonFiniteError. If None, vectors are not
             validated, except in local updates, where they are validated and the number of skipped rounds has no limit.
 
-        compare_every: the number of steps between two comparisons of the workers' parameters, learning rates and noise.
-            A worker sends 16 bytes of fingerprints for a comparison. 0 never compares. on_drift: action if parameters
-            differ between workers: "stop" raises DriftError, "repair" broadcasts worker 0's parameters. monitor_every:
-            the number of steps between two measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2, where v is the
-            vector to send; 0 never measures.
+        compare_every: the number of steps between two comparisons of the workers' parameters, learning rates and noise,
+            which raise DriftError if they differ. A worker sends 16 bytes of fingerprints for a comparison. 0 never
+            compares.
+        monitor_every: the number of steps between two measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2,
+            where v is the vector to send; 0 never measures.
 
     Raises ValueError for an invalid argument.
 
@@ -64,7 +62,6 @@ class Compression(Option):
     decay: float = 1.0
     max_skipped: int | None = 20
     compare_every: int = 100
-    on_drift: OnDrift = "stop"
     monitor_every: int = field(default=0, metadata={"own": True})
 
     def __post_init__(self) -> None:
@@ -77,8 +74,6 @@ class Compression(Option):
         if not (self.back is None or isinstance(self.back, Compressor)):
             raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
         check_exchange(self.exchange or "direct", self.back)
-        if self.on_drift not in get_args(OnDrift):
-            raise ValueError(f"on_drift must be one of {', '.join(get_args(OnDrift))}, got {self.on_drift!r}")
         check_integers(0, dense_below=self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")

@@ -58,9 +58,6 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # on_drift="repair" needs an optimizer step that this library controls, as in `CompressedSGD`.
-        if (given := self.compression.on_drift) != "stop":
-            raise ValueError(f'on_drift must be "stop" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step. In the first `start_step` steps it is `Identity`, which is lossless."""
@@ -157,7 +154,7 @@ class GradientHook(Records, ABC):
         self.channel, self.rules, self._d = channel, rules, d
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
-        self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
+        self._drift = DriftGuard(rules.compression.compare_every, channel)
         self._step_rates = StepRates()
         self._lock = RLock()  # needed since a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)

@@ -29,7 +29,7 @@ from packsaddle.comm.modules import is_averaged_by_ddp
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.errors import check_momentum, suggests
-from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
+from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.exchanging import Exchanging
@@ -61,14 +61,13 @@ _DROPPED: dict[str, Any] = {
     "contraction": {"whole": None, "by_tensor": {}, "steps": 0},
     "ledger": [],
     "resets": [],
-    "drifts": [],
 }
 _RULES = [
     *(Rule(("state", ANY, name), "error") for name in ("error", "momentum")),
     Rule(("state", ANY, "start"), "shared"),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
-    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
+    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets")),
 ]
 
 
@@ -145,7 +144,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     - `choice`: how messages are averaged, and why
     - `monitor`: the measured contraction
     - `skips`: the records of the skipped steps, which change neither parameters nor memories
-    - `drifts`: the records of the comparisons in which parameters differed between workers
 
     A parameter whose `grad` is None has the gradient zero, so noise and weight decay still change it. A frozen
     parameter does not change, and its error memory and momentum are set to zero.
@@ -235,7 +233,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         # Make the checks that run after a step.
         self._skips = Skips(spec.max_skipped, self.channel.group.rank)
-        self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
+        self._drift = DriftGuard(spec.compare_every, self.channel)
         self._rates = StepRates()
 
         # Check that arguments are equal on all workers, and broadcast rank 0's parameters x.
@@ -547,7 +545,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         The entry of a parameter group has the format, the step t, the start step t' of the escape check, the seed, the
         rank and the number of workers. Further entries of the state are those of the aggregator, the outstanding noise,
-        the skips, the ledger, the resets and the drifts.
+        the skips, the ledger and the resets.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -617,7 +615,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             *self.monitor.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             attribute(("resets",), self, "resets", list[Reset]),
-            attribute(("drifts",), self._drift, "found", list[Drift]),
         ]
 
     def _identity(self) -> dict[str, int | str]:
