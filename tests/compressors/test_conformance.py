@@ -109,19 +109,6 @@ def test_levels_of_the_largest_numbers_are_finite(compressor: QSGD) -> None:
             assert torch.allclose(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6), dtype
 
 
-def test_a_gaussian_sketch_is_the_same_with_and_without_compiled_loops() -> None:
-    """Workers make its rows each for itself, whatever they run on."""
-    c = LinearSketch(columns=70, sketch="gaussian")
-    rows = c._gaussian_rows(3000, torch.zeros(1), 5, 6)
-    with torch_only():
-        other = c._gaussian_rows(3000, torch.zeros(1), 5, 6)
-    assert [len(block) for block in rows] == [64, 6]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rows, other, strict=True))
-    whole = torch.cat(rows) * 70**0.5
-    assert float(whole.std()) == pytest.approx(1.0, abs=0.01)
-    assert float((whole[:6] * whole[64:]).mean()) == pytest.approx(0.0, abs=5 / 18_000**0.5)
-
-
 def test_numbers_of_other_libraries() -> None:
     v = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     for compressor in (RandomK(0.1), QSGD(), LowRank(), SharedTopK(0.1), SketchTopK(0.1), LinearSketch(0.1)):
@@ -231,11 +218,10 @@ def test_qsgd_is_unbiased_with_the_variance_of_its_levels(levels: int, dtype: to
     assert abs(float(z.mean())) <= 5 / len(z) ** 0.5
 
 
-@pytest.mark.parametrize("kind", ["count", "gaussian"])
 @pytest.mark.parametrize("columns", [8, 20, 33])
-def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) -> None:
+def test_linear_sketch_is_unbiased_with_its_variance(columns: int) -> None:
     """S^T S v, before scaling: mean v, and E||S^T S v - v||^2 close to, and not above, omega ||v||^2."""
-    c = LinearSketch(columns=columns, sketch=kind)  # type: ignore[arg-type]
+    c = LinearSketch(columns=columns)
     v = torch.randn(80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     draws = torch.stack([c(v, seed=s) for s in range(1000)]) * (1 + c.omega(80))
     assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 1000**0.5).all())
@@ -390,7 +376,6 @@ def test_mu_in_closed_form() -> None:
     assert QSGD(levels=4, bucket=16).mu(100) == 1 / (1 + min(16 / 16, 4 / 4))
     assert LinearSketch(columns=10).mu(40) == 10 / 40
     assert LinearSketch(columns=10).mu(43) == 10 / (10 + 40)
-    assert LinearSketch(columns=10, sketch="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
 
 
 @pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK, SharedTopK])
@@ -467,7 +452,6 @@ REFUSALS: dict[str, Callable[[], object]] = {
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
     "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),
-    'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
     "stop of RatioRamp must be at least 1 step, got 0": lambda: RatioRamp(TopK(0.1), 0),
     "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Sign(), stop=10),
     "first of RatioRamp .* not an integer, got 1; .* 1% is 0\\.01": lambda: RatioRamp(RandomK(0.01), 10, first=1),

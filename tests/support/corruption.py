@@ -11,7 +11,7 @@ from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, TopK
 
 SHAPES = [torch.Size([20, 30]), torch.Size([700])]
 D = 1300
-FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int2")
 SETTINGS: list[Compressor] = [
     *(c.for_tensors(SHAPES) if c.needs_tensors else c for c in COMPRESSORS),
     *(TopK(0.2, values=how) for how in FORMATS),
@@ -24,7 +24,7 @@ SETTINGS: list[Compressor] = [
         for coded in (True, False)
     ),
     TopK(k=40),
-    TopK(k=40, values="int3"),
+    TopK(k=40, values="int2"),
 ]
 # A vector of Gaussian coordinates; one with few nonzero coordinates, so that messages have few indices and QSGD has
 # empty buckets; and a vector of zeros.

@@ -188,7 +188,6 @@ def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list
         *compressors(0.1),
         ps.TopK(k=3),
         ps.SharedTopK(0.1, block_size=64),
-        ps.LinearSketch(0.1, sketch="gaussian"),
         ps.LowRank(2),
     ],
     ids=describe,
