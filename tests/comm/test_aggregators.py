@@ -47,7 +47,6 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (RandomK(0.25), "all-reduce", None),
     (RandomK(0.5, block_size=2), "direct", None),
     (RandomK(0.25), "two-way", TopK(0.5)),
-    (RandomK(k=3, values="bfloat16"), "direct", None),
     (TopK(0.25), "all-gather", None),
     (TopK(k=3), "two-way", None),
     (TopK(0.25, per_tensor=True), "all-gather", None),
@@ -73,7 +72,6 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (QSGD(levels=3, coded=False), "two-way", None),
     (QSGD(levels=3, coded=False), "coordinator", None),
     (LinearSketch(0.3), "direct", None),
-    (LinearSketch(0.3, sketch="gaussian"), "direct", None),
     (LinearSketch(columns=1), "two-way", None),
     (LowRank(), "direct", None),
 ]
@@ -184,7 +182,7 @@ def test_nothing_is_lost_of_no_coordinates() -> None:
 def test_gathered_mean_is_the_mean_of_compressions() -> None:
     workers, d = 3, 60
     vs = vectors(d, workers)
-    for c in (TopK(0.1), Sign(), AdaptiveTopK(0.5), RandomK(0.2, values="int8")):
+    for c in (TopK(0.1), Sign(), AdaptiveTopK(0.5)):
         for r in exchange_once(c, "all-gather", None, d, 0, workers):
             assert torch.allclose(r["mean"], sum(c(v, seed=7) for v in vs) / workers, atol=1e-6)
     private = exchange_once(QSGD(levels=2), "all-gather", None, d, 0, workers)

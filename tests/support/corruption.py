@@ -17,7 +17,7 @@ SETTINGS: list[Compressor] = [
     *(TopK(0.2, values=how) for how in FORMATS),
     *(TopK(0.02, chunk=200, values=how) for how in FORMATS),
     *(AdaptiveTopK(0.7, values=how) for how in FORMATS),
-    *(RandomK(0.2, values=how) for how in FORMATS),
+    RandomK(0.2),
     *(
         QSGD(levels, bucket, coded=coded)
         for levels, bucket in ((1, 512), (31, 64), (1000, 512))

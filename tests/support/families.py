@@ -21,7 +21,6 @@ COMPRESSORS: list[Compressor] = [
     RandomK(0.3, block_size=4),
     RandomK(k=1),
     RandomK(1.0),
-    RandomK(0.3, values="int8"),
     TopK(1.0),
     TopK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),
     RandomK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),

@@ -37,7 +37,6 @@ STEPS = 20
 COMPRESSORS = {
     "Identity": packsaddle.Identity(),
     "RandomK": packsaddle.RandomK(0.05),
-    "RandomK bfloat16": packsaddle.RandomK(0.05, values="bfloat16"),
     "TopK": packsaddle.TopK(0.05),
     "TopK int8 per tensor": packsaddle.TopK(0.05, values="int8", per_tensor=True),
     "TopK by chunks": packsaddle.TopK(0.05, values="int2", chunk=256),

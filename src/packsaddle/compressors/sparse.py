@@ -219,10 +219,6 @@ class RandomK(_OfEachTensor):
     k (1 + b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells; with
     `per_tensor` it is 1.
 
-    `values` rounds the values to fewer bits; C is then not linear. Rounded messages are all-gathered, still without
-    index bytes, and each worker's rounding error goes to its own error memory. (An all-reduce would round the sum
-    again, and no error memory would correct that error.)
-
     Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
     >>> import torch
@@ -234,26 +230,20 @@ class RandomK(_OfEachTensor):
     (0.25, True)
     """
 
+    linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary(
         "k/d, rounded up to whole cells",
         "k values in cells; no indices, because the seed is shared",
-        ({}, {"block_size": 1}, {"values": "bfloat16"}),
+        ({}, {"block_size": 1}),
     )
     block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, depending on k
-    values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(**{"block_size of RandomK": self.block_size})
         if self.per_tensor and self.block_size not in (None, 1):
             raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
-        if self.values is not None:
-            check_format(type(self).__name__, self.values)
-
-    @property
-    def linear(self) -> bool:
-        return self.values is None
 
     def block(self, d: int) -> int:
         """Return b, the number of consecutive coordinates kept or dropped together, for vectors of d coordinates."""
@@ -269,11 +259,9 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d, times the
-        fraction of the energy that the format `values` retains (`value_retention`)."""
+        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d."""
         n, m = self.grid(d)
-        share = super().mu(d) if self.per_tensor or not d else m / n
-        return share * value_retention(self.values)
+        return super().mu(d) if self.per_tensor or not d else m / n
 
     def rates(self, d: int) -> list[tuple[int, float]]:
         if self.per_tensor:
@@ -281,8 +269,8 @@ class RandomK(_OfEachTensor):
         n, m = self.grid(d)
         return [(d, m / n)] if d else []
 
-    def shared_cells(self, d: int) -> tuple[int, int] | None:
-        return (self.grid(d)[0], self.block(d)) if self.linear else None
+    def shared_cells(self, d: int) -> tuple[int, int]:
+        return self.grid(d)[0], self.block(d)
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
         """Return the cells (runs of coordinates) that are kept of a vector of d coordinates. They are a pure function
@@ -303,13 +291,12 @@ class RandomK(_OfEachTensor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
-        return Message(encode_values(cells.gather(v), self.values), cells)
+        return Message({"values": cells.gather(v)}, cells)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
-        return value_parts(self.grid(d)[1] * self.block(d), self.values)
+        return {"values": floats(self.grid(d)[1] * self.block(d))}
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Cells:
-        check_values(parts, self.values)
         return self.cells(d, seed=seed, step=step, device=parts["values"].device)
 
     def support_of(self, message: Message, d: int) -> Tensor:
@@ -318,8 +305,7 @@ class RandomK(_OfEachTensor):
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         cells: Cells = message.context
-        k = len(cells.index) * cells.size
-        cells.add_to(out, decode_values(message.parts, self.values, out.dtype, k), alpha)
+        cells.add_to(out, message.parts["values"].to(out.dtype), alpha)
 
 
 class _CodedSupport(Compressor):

@@ -79,7 +79,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "three fragments": {"fragments": 3, "delay": 3, "inner": adamw},
         "outer": {"every": 5, "delay": 4, "outer": adam},
         "two-way": {"every": 3, "fragments": 1, "exchange": "two-way"},
-        "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2, values="int2")},
+        "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2)},
         "schedule": {
             "every": 3,
             "fragments": 1,
