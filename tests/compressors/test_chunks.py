@@ -134,18 +134,6 @@ def test_bits_of_a_coordinate_that_is_sent(c: Compressor, least: float, most: fl
         assert least <= 8 * sent / (c.count(d) if isinstance(c, TopK) else d) <= most
 
 
-def test_bits_are_near_log_2_of_the_supports_there_are() -> None:
-    """Of a chunk there are C(n, k), so indices take log2 of it; the code at most 0.6 bits an index more."""
-    v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
-    for k in (4, 16, 41, 64, 128, 512, 1500):
-        c = TopK(k / 4096, chunk=4096)
-        assert c.count(1 << 20) == 256 * k
-        entropy = 256 * (math.lgamma(4097) - math.lgamma(k + 1) - math.lgamma(4097 - k)) / math.log(2)
-        found = 8 * len(c.encode(v, seed=0, step=0).parts["indices"])
-        assert entropy <= found <= entropy + 0.57 * 256 * k + 256 * math.log2(8 * k)
-        assert found == 8 * c.message_bytes(1 << 20) - 32 * 256 * k
-
-
 def test_no_support_costs_much_more() -> None:
     """Gaps of a chunk add up to at most n - k, so their quotients by 2^b to at most (n - k) / 2^b, whatever they are:
     all messages have one size."""

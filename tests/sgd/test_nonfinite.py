@@ -196,33 +196,6 @@ def test_finite_is_what_every_coordinate_is(values: list[float]) -> None:
     assert bool(is_finite(vector)) == all(math.isfinite(v) for v in vector.tolist())
 
 
-# ---- too many in a row
-
-
-def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
-    """At the first step beyond the limit. tests/feedback/engine/test_invalid_steps.py has all fronts."""
-
-    def worker(rank: int, most: int) -> None:
-        p = nn.Parameter(torch.ones(5, 5))
-        opt = ps.CompressedSGD(
-            [("weights", p)], 0.1, ps.Compression(ps.TopK(k=3), dense_below=0, max_skipped=most), noise=0.1
-        )
-        p.grad = torch.ones_like(p)
-        opt.step()
-        before = p.detach().clone(), opt.error()
-        p.grad = torch.ones_like(p) * (math.nan if rank == 1 else 1.0)
-        for _ in range(most):
-            opt.step()
-        with pytest.raises(ps.NonFiniteError, match=f"{most + 1} consecutive step.*max_skipped={most}") as raised:
-            opt.step()
-        assert str(raised.value).startswith("step 1: weights is not finite on worker 1; ")
-        assert (opt.steps, opt.skipped) == (1, most + 1)
-        assert differences(before, (p.detach(), opt.error())) == []
-
-    for most in (0, 2):
-        ps.simulate(lambda rank, most=most: worker(rank, most), 2)
-
-
 def test_a_step_that_is_taken_begins_the_row_anew() -> None:
     """Also in an optimizer that loads the state, which keeps the row."""
     (p, opt), (q, again) = (lone(torch.ones(5, 5), 0.1, ps.RandomK(0.01), max_skipped=1) for _ in range(2))

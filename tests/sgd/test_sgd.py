@@ -348,6 +348,11 @@ def test_another_workers_state_is_refused() -> None:
         ({"escape": ps.Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
         ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
         ({"params": [nn.Parameter(torch.ones(80, 40))]}, "worker 0 has numel=1600 and worker 1 has numel=3200"),
+        ({"params": [nn.Parameter(torch.ones(20, 80))]}, r"has params\[0\]='parameter 0 \[20, 80\] torch\.float32'"),
+        (
+            {"params": [("b", W)]},
+            r"worker 1 has params\[0\]='b \[40, 40\]",
+        ),
     ],
 )
 def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
