@@ -9,7 +9,7 @@ from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
 from packsaddle.comm.ledger import Bytes, Ledger, Span
 from packsaddle.comm.simulation import simulate
-from packsaddle.compressors.base import Compressor, Message, RatioRamp
+from packsaddle.compressors.base import Compressor, Message
 from packsaddle.compressors.kinds import *  # noqa: F403 -- all compressors
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.certificate import Certificate, Verdict
@@ -55,7 +55,6 @@ __all__ = [
     "OuterSGD",
     "Overlap",
     "Ramp",
-    "RatioRamp",
     "Reset",
     "Search",
     "Skip",

@@ -28,7 +28,6 @@ from packsaddle import (
     LowRank,
     Message,
     RandomK,
-    RatioRamp,
     Rounded,
     SharedTopK,
     Sign,
@@ -117,11 +116,6 @@ def test_numbers_of_other_libraries() -> None:
         assert repr(TopK(share)) == repr(TopK(0.25))  # type: ignore[arg-type]
         assert repr(AdaptiveTopK(share)) == repr(AdaptiveTopK(0.25))  # type: ignore[arg-type]
         assert repr(LinearSketch(share)) == repr(LinearSketch(0.25))  # type: ignore[arg-type]
-        assert RatioRamp(TopK(share), 10)(10) == TopK(0.25)  # type: ignore[arg-type]
-
-
-def test_a_ramp_of_one_step() -> None:
-    assert [RatioRamp(TopK(0.1), 1)(step) for step in (0, 1)] == [TopK(0.25), TopK(0.1)]
 
 
 def test_few_of_no_coordinates() -> None:
@@ -452,9 +446,6 @@ REFUSALS: dict[str, Callable[[], object]] = {
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
     "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),
-    "stop of RatioRamp must be at least 1 step, got 0": lambda: RatioRamp(TopK(0.1), 0),
-    "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Sign(), stop=10),
-    "first of RatioRamp .* not an integer, got 1; .* 1% is 0\\.01": lambda: RatioRamp(RandomK(0.01), 10, first=1),
 }
 
 

@@ -443,8 +443,8 @@ def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
 
 def warmed_up() -> list[int]:
     model = wrapped(network())
-    ramp = ps.RatioRamp(ps.RandomK(0.01), 10, first=0.5)
-    hook = ps.register_ddp_hook(model, ps.Compression(ramp, dense_below=100), start_step=2)
+    spec = ps.Compression(lambda t: ps.RandomK(0.5 * 0.02 ** min(1.0, t / 10)), dense_below=100)
+    hook = ps.register_ddp_hook(model, spec, start_step=2)
     train(model, torch.optim.SGD(model.parameters(), 0.1), batches(13))
     return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
 

@@ -1,4 +1,4 @@
-"""The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
+"""The compressor interface, and the message of a compressed vector.
 
 A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v. (Definitions and theorems are those of
 "Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) A compressor
@@ -8,7 +8,7 @@ be averaged by one all-reduce, and Theorem 3.2's faster rate applies.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from numbers import Integral, Real
@@ -239,43 +239,3 @@ def part_count(compressor: Compressor, d: int) -> int:
     # A message has the same number of parts for a short vector as for a long one, so encode a short one to save memory.
     part = min(d, _PART)
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
-
-
-@dataclass(frozen=True)
-class RatioRamp:
-    """A schedule of a compressor's ratio (the fraction of the coordinates that it sends). The ratio falls geometrically
-    from `first` at step 0 to the ratio of `compressor` at step `stop`.
-
-    Call the schedule with a step to get the compressor for that step. The schedule is the warm-up of Deep Gradient
-    Compression (Lin et al. 2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below
-    the compressor's ratio or above 1, or if `stop` is below 1.
-
-    >>> from packsaddle import RatioRamp, TopK
-    >>> ramp = RatioRamp(TopK(0.01), stop=100)
-    >>> [round(ramp(step).ratio, 4) for step in (0, 50, 100)]
-    [0.25, 0.05, 0.01]
-    """
-
-    compressor: Compressor  # a compressor with a ratio, such as TopK
-    stop: int  # first step with the compressor's own ratio, at least 1
-    first: float = 0.25  # ratio at step 0, in (0, 1]
-
-    def __post_init__(self) -> None:
-        ratio = getattr(self.compressor, "ratio", None)
-        if not (is_dataclass(self.compressor) and isinstance(ratio, float)):
-            raise ValueError(
-                f"compressor of RatioRamp must have a ratio, as RandomK(0.01) has, got {self.compressor!r}"
-            )
-        check_share("first of RatioRamp", self.first, "it is a share of the coordinates, and 1% is 0.01")
-        if ratio > self.first:
-            raise ValueError(f"first of RatioRamp must be between the ratio {ratio:g} and 1, got {self.first}")
-        if self.stop < 1:
-            raise ValueError(f"stop of RatioRamp must be at least 1 step, got {self.stop}")
-
-    def __call__(self, step: int) -> Compressor:
-        if step >= self.stop:
-            return self.compressor
-        compressor: Any = self.compressor
-        ratio = self.first * (compressor.ratio / self.first) ** (step / self.stop)
-        changed: Compressor = replace(compressor, ratio=ratio)
-        return changed

@@ -22,7 +22,7 @@ class Compression(Option):
 
     Args:
         compressor: C, applied to the concatenation of all compressed tensors. Hooks and local updates also accept a
-            function of the step or round that returns it (see `RatioRamp`).
+            function of the step or round that returns it.
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way" (each worker
             averages one chunk of the vector), "coordinator" (one worker averages all), or "auto" ("direct" or
             "two-way", by predicted bytes; see `select_aggregator`). Local updates also accept "senders": like "direct",

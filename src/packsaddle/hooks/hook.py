@@ -31,7 +31,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
-from packsaddle.hooks.unused import Usage, clear_unused
+from packsaddle.hooks.unused import Usage
 from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.transfers import Readback
 from packsaddle.options.agreement import Option
@@ -312,16 +312,17 @@ class GradientHook(Records, ABC):
         # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. `r.exchange` then computes the mean
         # of C(v).
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
-        usage = Usage(part, gradients, used) if used is not None else None
-        flags = [] if usage is None else [usage.used]
-        clear_unused(part.slice.views(v), None if usage is None else usage.sent)
-        r.exchange([bits.to(v) for bits in (*identity, *flags)])
+        usage = None if used is None else Usage.of([(name, gradients[name]) for name in part.slice.names], used)
+        if usage is not None:
+            for view, is_sent in zip(part.slice.views(v), usage.sent, strict=True):
+                view.mul_(is_sent)
+        r.exchange([bits.to(v) for bits in (*identity, *([] if usage is None else [usage.used]))])
         # Lines 11 and 12 of Algorithm 1, except that the user's optimizer applies the mean gradients to the parameters
         # x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
-            usage.restore(by_any)
+            part.memory.restore_unused(usage.sent, by_any)
         # With decay=0 there is no error feedback, so discard the residual, which is in v.
         if not decay:
             v.zero_()

@@ -38,7 +38,7 @@ class Gradient:
     The subclass `Momentum` computes another direction.
     """
 
-    kind = "gradient"  # name of this kind of direction in saved states, and of the vector that it keeps between steps
+    kind = "gradient"  # name of this kind of direction in saved states
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
@@ -151,12 +151,8 @@ class Gradient:
         """The number of bytes of the vector that exists only to roll back a step, or 0 if there is no such vector."""
         return 0
 
-    def vectors(self) -> dict[str, Tensor]:
-        return {}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        """Return the views of the vectors that are kept between steps: a list with one view for each parameter, by name
-        of the vector.
+    def vectors(self) -> dict[str, Shaped]:
+        """Return the vectors that are kept between steps, by name.
 
         Call again after each step, since a step may swap the buffers of these vectors.
         """
@@ -213,11 +209,8 @@ class Momentum(Gradient):
     def spare_bytes(self) -> int:
         return 0 if self._next is self._now else self._next.flat.nbytes
 
-    def vectors(self) -> dict[str, Tensor]:
-        return {self.kind: self._now.flat}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        return {self.kind: self._now.views}
+    def vectors(self) -> dict[str, Shaped]:
+        return {"momentum": self._now}
 
 
 @dataclass(frozen=True)

@@ -409,7 +409,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         # Count the step. Refresh the views in `self.state`, since a step may swap the buffers of the error memory and
         # of the momentum.
         self._step = t + 1
-        for name, views in {"error": self._memory.views, **self._direction.views()}.items():
+        momentum = {name: kept.views for name, kept in self._direction.vectors().items()}
+        for name, views in {"error": self._memory.views, **momentum}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
         self._skips.reset_streak()
@@ -529,7 +530,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         the momentum.
         """
         start = {"start": self._escape.start} if self._escape else {}
-        return {"error": self._memory.vector, **start, **self._direction.vectors()}
+        momentum = {name: kept.flat for name, kept in self._direction.vectors().items()}
+        return {"error": self._memory.vector, **start, **momentum}
 
     def _publish_state(self) -> None:
         for name, flat in self._flat_state().items():

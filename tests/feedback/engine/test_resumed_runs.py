@@ -14,7 +14,6 @@ from packsaddle import (
     Noise,
     Ramp,
     RandomK,
-    RatioRamp,
     TopK,
 )
 
@@ -60,7 +59,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "TopK": {"compare_every": 2, "monitor_every": 3},
         "warm start": {"compressor": LowRank(1)},
         "coordinator": {"exchange": "coordinator", "back": RandomK(0.5)},
-        "ramp, two-way": {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way", "start_step": 3},
+        "ramp, two-way": {"compressor": lambda t: TopK(0.2 / (1 + t)), "exchange": "two-way", "start_step": 3},
     },
     "FSDP": {"noise": {"noise": 0.01, "start_step": 2, "inner": adamw}},
     "local": {
