@@ -43,8 +43,8 @@ def _autoencoder(scale: Scale, compressor: AnyCompressor, label: str, std: float
 def open_points(scale: Scale, data: Data) -> Study:
     """Return the study of details that the paper leaves open.
 
-    They are the autoencoder's last activation, and whether k counts coordinates of the whole model, of each tensor, or
-    of the matrices only, with vectors sent uncompressed.
+    They are the autoencoder's last activation, and whether k counts coordinates of the whole model, or of the matrices
+    only, with vectors sent uncompressed.
     """
 
     def without_sigmoid(config: Config) -> Config:
@@ -54,16 +54,11 @@ def open_points(scale: Scale, data: Data) -> Study:
         "linear": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, no noise", 0.0)),
         "linear-noise": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, noise 0.01")),
     }
-    each: dict[str, AnyCompressor] = {
-        "topk": TopK(0.001, per_tensor=True),
-        "randomk": RandomK(0.001, per_tensor=True),
-    }
-    for name, by_tensor in each.items():
+    for name in ("topk", "randomk"):
         label, compressor = figure2.COMPRESSORS[name]
         dense = _autoencoder(scale, compressor, f"{label}, vectors dense, noise 0.01")
         everything = replace(dense, dense_below=0, label=f"{label} of all coordinates, noise 0.01")
-        of_each = replace(everything, compressor=by_tensor, label=f"{label} of each tensor, noise 0.01")
-        settings |= {name: dense, f"{name}-global": everything, f"{name}-each": of_each}
+        settings |= {name: dense, f"{name}-global": everything}
     return Study("fig2-open", scale, settings, _SEEDS)
 
 

@@ -156,27 +156,6 @@ def test_sign_by_tensor() -> None:
     assert Sign().for_tensors([torch.Size((2,)), torch.Size((3,))])(v)[0] == pytest.approx(34 / 5)
 
 
-@pytest.mark.parametrize("kind", [RandomK, TopK])
-def test_k_of_each_tensor(kind: type[RandomK | TopK]) -> None:
-    """Of tensors of 3, 40 and 200 coordinates 10% each, and at least one; the contraction is the least of theirs."""
-    sizes = (3, 40, 200)
-    c = kind(0.1, per_tensor=True).for_tensors([torch.Size((n,)) for n in sizes])
-    v = torch.randn(243, generator=torch.Generator().manual_seed(0)) + torch.cat(
-        [torch.full((n,), 10.0**i) for i, n in enumerate(sizes)]
-    )
-    kept = c(v, seed=1, step=2).split(sizes)
-    assert [int(part.count_nonzero()) for part in kept] == [1, 4, 20]
-    assert (c.count(243), kind(0.1).count(243)) == (25, 24)
-    assert c.mu(243) == 0.1
-    assert c.count(100) == 10  # of other vectors, as of one tensor
-    if isinstance(c, TopK):
-        alone = TopK(0.1)
-        assert all(torch.equal(part, alone(whole)) for part, whole in zip(kept, v.split(sizes), strict=True))
-    else:
-        both = [c(v, seed=1, step=step).split(sizes)[1].nonzero().flatten().tolist() for step in range(30)]
-        assert len({i for index in both for i in index}) > 30  # of 40: drawn anew each step
-
-
 def test_bytes_of_quantisers() -> None:
     for d in (1, 8, 1000, 100_003):
         v = torch.randn(d, generator=torch.Generator().manual_seed(d))
@@ -424,16 +403,12 @@ def test_a_count_is_a_positive_integer(name: str) -> None:
 
 
 REFUSALS: dict[str, Callable[[], object]] = {
-    "per_tensor of TopK needs a ratio, got k=3": lambda: TopK(k=3, per_tensor=True),
-    "per_tensor of TopK must be True or False, got 'no'": lambda: TopK(0.5, per_tensor="no"),  # type: ignore[arg-type]
     "per_tensor of Sign must be True or False, got 1": lambda: Sign(per_tensor=1),  # type: ignore[arg-type]
-    "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
     "chunk of TopK must be an integer from 1 to 1,073,741,824, got 0": lambda: TopK(0.1, chunk=0),
     "chunk of TopK must be an integer .* got True": lambda: TopK(0.1, chunk=True),
     "chunk of TopK must be an integer .* got 4096.0": lambda: TopK(0.1, chunk=4096.0),  # type: ignore[arg-type]
     "chunk of TopK must be an integer .* got 2147483648": lambda: TopK(0.1, chunk=2**31),
     "chunk of TopK needs a ratio, got k=64": lambda: TopK(k=64, chunk=4096),
-    "chunk of TopK .* cannot be used with per_tensor": lambda: TopK(0.1, chunk=4096, per_tensor=True),
     "values of TopK must be one of float32, bfloat16": lambda: TopK(0.1, values="int5"),  # type: ignore[arg-type]
     "values of Rounded must be one of float32, bfloat16.* got None": lambda: Rounded(None),  # type: ignore[arg-type]
     r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0.0),

@@ -138,8 +138,8 @@ def test_without_error_feedback_nothing_is_kept(gloo: Gloo) -> None:
 
 # An all-reduce, an all-gather, an all-to-all.
 EXCHANGES = ("RandomK", "TopK", "two-way")
-# With those, one of each other aggregator, private draws, counts by tensor, and sizes that depend on the vector.
-OTHERS = ("SharedTopK", "SketchTopK", "LowRank", "coordinator", "QSGD", "RandomK per tensor", "AdaptiveTopK")
+# With those, one of each other aggregator, private draws, and sizes that depend on the vector.
+OTHERS = ("SharedTopK", "SketchTopK", "LowRank", "coordinator", "QSGD", "AdaptiveTopK")
 BESIDE = (*EXCHANGES, *OTHERS)
 
 

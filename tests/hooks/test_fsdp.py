@@ -112,7 +112,7 @@ REFUSED: dict[str, Callable[[Any], tuple[nn.Module, ps.Compressor]]] = {
     "model must have been sharded by fully_shard, got Sequential": lambda mesh: (network(), ps.TopK(0.1)),
     "must be sharded on a mesh of one dimension, got 2": lambda mesh: (sharded(mesh), ps.TopK(0.1)),
     f"{FLAT} LowRank": lambda mesh: (sharded(mesh["shard"]), ps.LowRank(1)),
-    f"{FLAT} TopK": lambda mesh: (sharded(mesh["shard"]), ps.TopK(0.1, per_tensor=True)),
+    f"{FLAT} Sign": lambda mesh: (sharded(mesh["shard"]), ps.Sign(per_tensor=True)),
 }
 
 

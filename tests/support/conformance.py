@@ -124,23 +124,19 @@ def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, seeds: int) -> None:
-    """Check that `aggregation`, `lossless`, `rates` and `shared_cells` agree with C(v)."""
+    """Check that `aggregation`, `lossless`, `rate` and `shared_cells` agree with C(v)."""
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert torch.equal(compressor(v, seed=3, step=4), v), f"{where}: is declared lossless and is not"
-    # rates: the set of coordinates sent is independent of v, and contains each coordinate with probability `rate`.
-    ones, start = torch.ones_like(v), 0
-    if (rates := compressor.rates(len(v))) is not None:
-        assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
+    # rate: the set of coordinates sent is independent of v, and contains each coordinate with this probability.
+    if (rate := compressor.rate(len(v))) is not None:
         # Magnitudes from 1 to 2 are not rounded to 0 in any format.
+        ones = torch.ones_like(v)
         other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)
         sent = torch.stack([compressor(ones, seed=s, step=3) != 0 for s in range(seeds)])
         assert torch.equal(sent[0], compressor(other, seed=0, step=3) != 0), f"{where}: what is sent depends on v"
-        for n, rate in rates:
-            found = float(sent[:, start : start + n].double().mean())
-            spread = STANDARD_ERRORS * (rate * (1 - rate) / seeds) ** 0.5
-            assert abs(found - rate) <= spread + 1e-9, f"{where}: rates say {rate:.4g}, and {found:.4g} is sent"
-            start += n
+        found, spread = float(sent.double().mean()), STANDARD_ERRORS * (rate * (1 - rate) / seeds) ** 0.5
+        assert abs(found - rate) <= spread + 1e-9, f"{where}: the rate is {rate:.4g}, and {found:.4g} is sent"
     # shared_cells: the message has the values of v at cells determined by (seed, step).
     if (grid := compressor.shared_cells(len(v))) is not None:
         message = compressor.encode(v, seed=3, step=4)

@@ -38,7 +38,7 @@ COMPRESSORS = {
     "Identity": packsaddle.Identity(),
     "RandomK": packsaddle.RandomK(0.05),
     "TopK": packsaddle.TopK(0.05),
-    "TopK int8 per tensor": packsaddle.TopK(0.05, values="int8", per_tensor=True),
+    "TopK int8": packsaddle.TopK(0.05, values="int8"),
     "TopK by chunks": packsaddle.TopK(0.05, values="int2", chunk=256),
     "AdaptiveTopK": packsaddle.AdaptiveTopK(0.3),
     "SharedTopK": packsaddle.SharedTopK(0.05),

@@ -87,7 +87,7 @@ class Compressor(ABC):
     - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
     - `lossless = True` if C(v) = v for every v;
     - `aggregation`, if messages are averaged by neither an all-reduce nor an all-gather;
-    - `rates` and `shared_cells`, if the coordinates sent do not depend on the values of v;
+    - `rate` and `shared_cells`, if the coordinates sent do not depend on the values of v;
     - `summary`, if it is one of the compressors of packsaddle, which `compressors.kinds` lists.
 
     >>> import torch
@@ -172,14 +172,10 @@ class Compressor(ABC):
         replaced by the lengths of the tensors' parts in the chunk."""
         return self
 
-    def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the probability with which a message contains each coordinate of a vector v, float[d].
-
-        The vector is divided into consecutive ranges of coordinates that have equal probabilities. The result has one
-        pair for each range: the number of its coordinates, and the probability of each of them. Returns None if
-        probabilities depend on the values of v.
-        """
-        return [(d, 1.0)] if self.lossless else None
+    def rate(self, d: int) -> float | None:
+        """Return the probability with which a message contains a coordinate of a vector v, float[d], if it is the same
+        for all coordinates. Returns None if the probabilities depend on the values of v."""
+        return 1.0 if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
         """Return the number and the size of the cells of a vector v, float[d], if a message has the values of some

@@ -475,16 +475,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return, for each parameter, the mean number of steps between two consecutive sends of the same coordinate.
         The list is in the order of the parameters in the optimizer.
 
-        Returns None if this number depends on the values of the vector to send (see `Compressor.rates`).
+        Returns None if this number depends on the values of the vector to send (see `Compressor.rate`).
         """
-        rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
-        if rates is None:
-            return None
-        waits, start = torch.ones(self._flat.d, dtype=torch.float64), 0
-        for n, rate in rates:
-            waits[start : start + n] = 1 / rate
-            start += n
-        return [float(view.reshape(-1)[0]) if view.numel() else 1.0 for view in self._flat.views(waits)]
+        rate = self.compressor.rate(self._flat.compressed_d)
+        return None if rate is None else [1.0 if place.dense else 1 / rate for place in self._flat.places]
 
     @torch.no_grad()
     def error(self) -> Tensor:

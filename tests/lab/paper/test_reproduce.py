@@ -120,7 +120,7 @@ ESCAPING = ae_config(
 SIMULATED: dict[str, tuple[Config, str, How]] = {
     **{  # sums of bfloat16 in another order may choose another support
         f"fused {type(c).__name__}": (ae_config(compressor=c, precision="float64"), "mnist", "fused")
-        for c in (SketchTopK(0.01, half=False), LowRank(2), RandomK(0.01, per_tensor=True))
+        for c in (SketchTopK(0.01, half=False), LowRank(2), RandomK(0.01, block_size=1))
     },
     "batched QSGD": (ESCAPING, "mnist", "batched"),
     # Statistics that workers exchange.
