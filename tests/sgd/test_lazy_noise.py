@@ -172,19 +172,6 @@ def test_small_noise_after_much_is_not_lost(dtype: torch.dtype, std: float) -> N
     assert kstest(out.numpy() / (5 * std), "norm").pvalue > 1e-3
 
 
-def test_workers_whose_rates_part_are_told() -> None:
-    """Noise moves x by each worker's own rate, so a scheduler that reads a worker's own loss would drive x apart."""
-
-    def work(rank: int) -> None:
-        model, data, opt = small()
-        train(model, data, opt, 2)
-        opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
-        train(model, data, opt, 1)
-
-    with pytest.raises(RuntimeError, match="workers must have one lr"):
-        simulate(work, 3)
-
-
 def test_workers_stay_equal() -> None:
     def work(rank: int) -> Tensor:
         model, data, opt = small()

@@ -397,21 +397,6 @@ def test_a_rate_that_is_none_is_refused_at_the_step(name: str) -> None:
         pair.step()
 
 
-def test_a_step_within_a_step_is_refused() -> None:
-    model, data = network()
-    opt = make(model, data)
-
-    def closure() -> float:
-        opt.step()
-        return 0.0
-
-    with pytest.raises(RuntimeError, match=r"^step\(\) was called within a step, by its closure"):
-        opt.step(closure)
-    assert opt.steps == 0
-    train(model, data, opt, 2)
-    assert opt.steps == 2
-
-
 COUNTS: dict[str, Callable[[bool], object]] = {
     "seed": lambda flag: ps.CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, ps.Identity(), seed=flag),
     "interval": lambda flag: ps.Escape(flag, 1.0, lambda: 0.0),

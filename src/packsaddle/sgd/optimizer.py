@@ -9,8 +9,7 @@ Start with `CompressedSGD.step`, which does these things:
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from numbers import Real
@@ -185,7 +184,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # True while the user's closure, or the objective of the escape check, runs
         # With this attribute, a GradScaler calls `step` even if a gradient is Inf or NaN, and `step` itself skips the
         # update.
         self._step_supports_amp_scaling = True
@@ -286,25 +284,18 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         loss. They are averaged over workers in the collective that sends the messages, and their means are then in
         `opt.scalars`.
 
-        Raises ValueError if a learning rate or weight decay is negative or not finite. Raises RuntimeError if it is
-        called within a step, for example by the closure.
+        Raises ValueError if a learning rate or weight decay is negative or not finite.
         """
         self._check_rates()
-        with self._busy(), torch.enable_grad():
+        with torch.enable_grad():
             loss = None if closure is None else closure()  # computes this worker's grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
-            std = self._lazy_std(v)
-            round.exchange([given, std])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
-            self.scalars, mean_std = round.extras
-            if len(std) and not torch.allclose(mean_std, std, rtol=1e-5, atol=0):
-                raise RuntimeError(
-                    f"workers must have one lr and one noise at every step, but lr times the std of the noise is "
-                    f"{float(std):g} here and {float(mean_std):g} in the mean"
-                )
+            round.exchange([given])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
+            (self.scalars,) = round.extras
             # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
             round.apply(self._target)
         self._finish_step(round)
@@ -325,20 +316,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
                 if not (math.isfinite(rate) and rate >= 0):
                     of = f" of parameter group {i}" if len(self.param_groups) > 1 else ""
                     raise ValueError(f"{name}{of} must be finite and not negative, got {rate:g}")
-
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        """Context manager in which code of the user runs: the closure of a step, or the objective of the escape check.
-
-        Raises RuntimeError on entry if such code is already running, i.e. if it has called `step`.
-        """
-        if self._is_busy:
-            raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
-        self._is_busy = True
-        try:
-            yield
-        finally:
-            self._is_busy = False
 
     def _begin(self) -> int:
         """Validate the parameters and the gradients, and return the index t of the step."""
@@ -372,17 +349,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
         overflowed = found is not None and bool(found)
         return GradientUpdate(self._direction, lrs, extras, overflowed, self._target.x_was_large)
-
-    def _lazy_std(self, like: Tensor) -> Tensor:
-        """Return the standard deviation of this step's lazy noise, times the learning rate, so that the workers can
-        compare it: a float[1] in the dtype of `like` and on its device.
-
-        Each worker draws lazy noise when it applies the mean, so different standard deviations would move the workers'
-        parameters apart. The result is a float[0] if noise is not lazy, if there is only one worker, and on a GPU,
-        where the comparison would make the host wait for the device in every step.
-        """
-        is_compared = self._noise.outstanding is not None and self.channel.group.size > 1 and like.device.type == "cpu"
-        return like.new_tensor([self._noise.grown] if is_compared else [])
 
     def _finish_step(self, round: Round) -> None:
         """End a step, as applied or as skipped; collective.
@@ -430,8 +396,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """
         if self._escape is None:
             return
-        with self._busy():
-            reset, rounding = self._escape.run(self._step, self._outstanding())
+        reset, rounding = self._escape.run(self._step, self._outstanding())
         if reset is not None:
             self._feedback.reset(rounding)
             if not reset.committed:
