@@ -52,14 +52,10 @@ class Gradient:
 
         `scales` has the scale of each parameter group. `extras` has the weight decay and the noise in u.
         """
-        if out is base:
-            self.perturb(out.flat, scales, extras)
-            self._add_gradients(base, out, scales, extras)
-        else:
-            self._add_gradients(base, out, scales, extras)
-            self.perturb(out.flat, scales, extras)
+        self._add_gradients(base, out, [scale / extras.scale for scale in scales])
+        self._perturb(out.flat, scales, extras)
 
-    def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
+    def _perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         """Add scale * (xi + weight_decay * x) to `out`, float[d], in place, where xi is the noise and x are the
         parameters.
 
@@ -78,7 +74,7 @@ class Gradient:
         if squares is None:
             return False
         self.norm = out.flat.new_tensor(squares, dtype=wide(out.flat.device)).sqrt()
-        self.perturb(out.flat, scales, extras)
+        self._perturb(out.flat, scales, extras)
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
@@ -87,7 +83,7 @@ class Gradient:
 
         Gradients and parameters must not have changed since then. `scales` has the scale of each parameter group.
         """
-        self.perturb(out.flat, [-scale for scale in scales], extras)
+        self._perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
 
@@ -107,27 +103,37 @@ class Gradient:
         After a skipped step, these vectors are rolled back. No-op here, since plain SGD keeps no vectors.
         """
 
-    def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        # On a CPU, add all gradients in one pass over memory. On a GPU a foreach call of torch is faster.
-        in_one_pass = out is not base and out.flat.device.type == "cpu"
-        if out is not base and not in_one_pass:
-            out.flat.copy_(base.flat)
-        # The pass over memory on a CPU also computes an upper bound on the norm of the result, restricted to the
-        # parameters with gradients: the sum of the norms of the parts that belong to single parameters.
-        total = out.flat.new_zeros(())
-        self.norm = total if in_one_pass else None
-        for members, scale in zip(self._flat.members, scales, strict=True):
+    def _add_gradients(self, base: Shaped, out: Shaped, alphas: Sequence[float]) -> None:
+        """Set `out` to base + alpha * gradient, and `norm` to a bound on its norm, or to None if it is not measured.
+
+        `alphas` has the factor alpha of each parameter group.
+        """
+        if out.flat.device.type == "cpu":
+            self.norm = self._add_and_measure(base, out, alphas)
+            return
+        # On a GPU a foreach call of torch is faster than a call for each parameter.
+        self.norm = None
+        out.flat.copy_(base.flat)
+        for members, alpha in zip(self._flat.members, alphas, strict=True):
             grads = {i: g for i in members if (g := self._flat.parameters[i].grad) is not None}
-            alpha = scale / extras.scale
-            if not in_one_pass:
-                if grads:
-                    torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
-                continue
+            if grads:
+                torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
+
+    def _add_and_measure(self, base: Shaped, out: Shaped, alphas: Sequence[float]) -> Tensor:
+        """Set `out` to base + alpha * gradient in one pass over memory.
+
+        Returns an upper bound on the norm of `out`, restricted to the parameters with gradients: the sum of the norms
+        of the parts that belong to single parameters.
+        """
+        total = out.flat.new_zeros(())
+        for members, alpha in zip(self._flat.members, alphas, strict=True):
             for i in members:
-                if i in grads:
-                    total += add_and_measure(base.views[i], grads[i], alpha, out.views[i])
-                else:
+                grad = self._flat.parameters[i].grad
+                if grad is None:
                     out.views[i].copy_(base.views[i])
+                else:
+                    total += add_and_measure(base.views[i], grad, alpha, out.views[i])
+        return total
 
     def _add_noise(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         for run in self._flat.ranges:
@@ -187,13 +193,13 @@ class Momentum(Gradient):
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         torch.mul(self._now.flat, self._beta, out=self._next.flat)
         super().add(self._next, self._next, [1.0] * len(scales), extras)
-        if self._nesterov:
-            super().add(base, out, scales, extras)
-            base = out
-            self.norm = None  # the norm was measured before beta m was added
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
-        factor = self._beta if self._nesterov else 1.0
+        factor = 1.0
+        if self._nesterov:
+            super().add(base, out, scales, extras)
+            base, factor = out, self._beta
+        self.norm = None  # the norm was measured before the momentum was added
         for run in self._flat.ranges:
             part, alpha = slice(run.start, run.stop), factor * scales[run.group]
             torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
