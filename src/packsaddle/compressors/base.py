@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -214,15 +213,6 @@ class Compressor(ABC):
         out = torch.zeros_like(v)
         self.add_decoded(self.encode(v, seed=seed, step=step), out)
         return out
-
-
-def cut_sizes(sizes: Sequence[int], start: int, stop: int, d: int) -> tuple[int, ...]:
-    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation. `sizes`
-    are the tensors' lengths. Returns () if `sizes` do not add up to d, the length of the concatenation."""
-    if sum(sizes) != d:
-        return ()
-    parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))
-    return tuple(n for n in parts if n > 0)
 
 
 @lru_cache(maxsize=256)

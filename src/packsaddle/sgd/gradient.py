@@ -13,7 +13,7 @@ from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
 from packsaddle.numerics.devices import wide
-from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
+from packsaddle.numerics.finite import add_and_measure, add_if_finite
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,6 @@ class Gradient:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
-    def first_out_of_range(self) -> str | None:
-        return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
-
     def close(self, *, apply: bool) -> None:
         """End a step, as applied (`apply` is True) or as skipped.
 
@@ -152,11 +149,6 @@ class Gradient:
                 stretch = slice(run.start, run.stop)
                 out[stretch].add_(self._flat.x[stretch], alpha=scales[run.group] * decays[run.group])
 
-    @property
-    def spare_bytes(self) -> int:
-        """The number of bytes of the vector that exists only to roll back a step, or 0 if there is no such vector."""
-        return 0
-
     def vectors(self) -> dict[str, Shaped]:
         """Return the vectors that are kept between steps, by name.
 
@@ -210,10 +202,6 @@ class Momentum(Gradient):
 
     def reset(self) -> None:
         self._now.flat.zero_()
-
-    @property
-    def spare_bytes(self) -> int:
-        return 0 if self._next is self._now else self._next.flat.nbytes
 
     def vectors(self) -> dict[str, Shaped]:
         return {"momentum": self._now}

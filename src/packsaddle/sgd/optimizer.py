@@ -39,7 +39,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
-from packsaddle.numerics.finite import overflow_margin
+from packsaddle.numerics.finite import first_out_of_range, overflow_margin
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
@@ -363,7 +363,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             # of consecutive skipped steps.
             report = round.full_report()
             if round.invalid:
-                report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
+                gradients = zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True)
+                report = Report("vector", first_out_of_range(gradients) or THE_SUM)
             text = torch.tensor(list(str(report).encode()), dtype=torch.uint8)
             row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
             parts = {"report": text.to(device), "row": row.to(device)}
@@ -411,7 +412,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     @property
     def spare_bytes(self) -> int:
         """The number of bytes of the vectors that exist only to roll back a step. It is 0 with `max_skipped=None`."""
-        return self._memory.spare_bytes + self._direction.spare_bytes
+        kept = self._direction.vectors().values() if self._skips.most is not None else ()
+        return self._memory.spare_bytes + sum(vector.flat.nbytes for vector in kept)
 
     @property
     def mu(self) -> float:
