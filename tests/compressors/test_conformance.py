@@ -325,21 +325,6 @@ def test_randomk_marginals_are_uniform(d: int, k: int, block: int) -> None:
     assert chisquare((bins / inflation).numpy()).pvalue > 1e-4
 
 
-def test_randomk_pairs_are_uniform() -> None:
-    """Without blocks, pairs of coordinates are kept together equally often, also just above the small-domain limit."""
-    d, k, seeds = 4100, 1000, 150
-    adjacent = mirrored = 0
-    for seed in range(seeds):
-        kept = torch.zeros(d, dtype=torch.bool)
-        kept[RandomK(k=k).support(d, seed=seed, step=1)] = True
-        adjacent += int((kept[1:] & kept[:-1]).sum())
-        mirrored += int((kept & kept.flip(0)).sum())
-    p = k * (k - 1) / (d * (d - 1))
-    for found, pairs in ((adjacent, d - 1), (mirrored, d)):
-        expected = p * pairs * seeds
-        assert abs(found - expected) < 6 * (expected * 2) ** 0.5
-
-
 def test_mu_in_closed_form() -> None:
     for c in (RandomK(0.25), TopK(0.25), RandomK(k=10, block_size=5)):
         assert (c.mu(40), c.mu(1)) == (0.25, 1.0)
