@@ -43,8 +43,8 @@ def _autoencoder(scale: Scale, compressor: AnyCompressor, label: str, std: float
 def open_points(scale: Scale, data: Data) -> Study:
     """Return the study of details that the paper leaves open.
 
-    They are the autoencoder's last activation, and whether k counts coordinates of the whole model, of each tensor, or
-    of the matrices only, with vectors sent uncompressed.
+    They are the autoencoder's last activation, and whether k counts coordinates of the whole model, or of the matrices
+    only, with vectors sent uncompressed.
     """
 
     def without_sigmoid(config: Config) -> Config:
@@ -54,16 +54,11 @@ def open_points(scale: Scale, data: Data) -> Study:
         "linear": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, no noise", 0.0)),
         "linear-noise": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, noise 0.01")),
     }
-    each: dict[str, AnyCompressor] = {
-        "topk": TopK(0.001, per_tensor=True),
-        "randomk": RandomK(0.001, per_tensor=True),
-    }
-    for name, by_tensor in each.items():
+    for name in ("topk", "randomk"):
         label, compressor = figure2.COMPRESSORS[name]
         dense = _autoencoder(scale, compressor, f"{label}, vectors dense, noise 0.01")
         everything = replace(dense, dense_below=0, label=f"{label} of all coordinates, noise 0.01")
-        of_each = replace(everything, compressor=by_tensor, label=f"{label} of each tensor, noise 0.01")
-        settings |= {name: dense, f"{name}-global": everything, f"{name}-each": of_each}
+        settings |= {name: dense, f"{name}-global": everything}
     return Study("fig2-open", scale, settings, _SEEDS)
 
 
@@ -123,8 +118,7 @@ def language(scale: Scale, data: Data) -> Study:
 
 
 def variants(scale: Scale, data: Data) -> Study:
-    """Return the study of methods with TopK 1% on the small language model: error feedback, EF21, STORM, momentum and
-    local updates.
+    """Return the study of methods with TopK 1% on the small language model: error feedback, momentum and local updates.
 
     Each of two workers has one half of the text.
     """
@@ -146,9 +140,6 @@ def variants(scale: Scale, data: Data) -> Study:
         "dense-momentum": replace(dense, lr=0.03, momentum=0.9, label="uncompressed, momentum 0.9"),
         "plain": replace(plain, label="error feedback"),
         "momentum": replace(plain, lr=0.03, momentum=0.9, label="error feedback, momentum 0.9"),
-        "ef21": replace(plain, memory="ef21", label="EF21"),
-        "ef21-momentum": replace(plain, memory="ef21", momentum=0.9, label="EF21, momentum 0.9"),
-        "storm": replace(plain, storm=0.3, label="error feedback, STORM 0.3"),
         "local-4": replace(plain, local=LocalConfig("sgd", every=4), label="error feedback, 4 local steps"),
         "local-16": replace(plain, local=LocalConfig("sgd", every=16), label="error feedback, 16 local steps"),
     }

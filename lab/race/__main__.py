@@ -26,7 +26,7 @@ class _Training(Question):
     # Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18
     batch: int | None = None
     # The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N). Each
-    # may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum and memory, as in 'TopK(0.01)
+    # may say its own step size, as in 'ddp lr=0.2', and a compressor its noise and momentum, as in 'TopK(0.01)
     # noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with delay,
     # fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'.
     contenders: tuple[str, ...] = FIELD

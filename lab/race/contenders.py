@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 from packsaddle.compressors import Compressor, parse_compressor
 from packsaddle.options import nearest
 
-Memory = Literal["buffer", "ef21"]  # see packsaddle.Compression
 Scope = Literal["bucket", "model"]  # see packsaddle.register_ddp_hook
 ALONE = "alone"  # SGD on every worker without an exchange: the cost of computing
 DENSE = "ddp"
@@ -36,8 +35,8 @@ FIELD = (
     "powersgd-4",
     "local-sgd-4",
 )
-_OPTION = re.compile(r"\s+(lr|steps|noise|momentum|memory|hook|every|delay|fragments|outer)=(\S+)$")
-_WORDS = {"memory": get_args(Memory), "hook": get_args(Scope), "outer": ("none", "nesterov")}
+_OPTION = re.compile(r"\s+(lr|steps|noise|momentum|hook|every|delay|fragments|outer)=(\S+)$")
+_WORDS = {"hook": get_args(Scope), "outer": ("none", "nesterov")}
 _WHOLE = ("steps", "every", "delay", "fragments")
 _NUMBERED = re.compile(r"^(powersgd|local-sgd|diloco|sparseloco)-(\d+)$")
 _PERIODIC = ("local-sgd-N", "diloco-N", "sparseloco-N")
@@ -56,7 +55,6 @@ class Contender:
     steps: int | None = None  # number of training steps; None: the race's number
     noise: float = 0.0  # standard deviation; this and all fields up to `outer` are for packsaddle's methods only
     momentum: float = 0.0
-    memory: Memory = "buffer"
     hook: Scope | None = None  # scope of the hook, "bucket" or "model"; None: no hook
     every: int | None = None
     delay: int = 0
@@ -92,9 +90,7 @@ def parse(text: str, lr: float) -> Contender:
     lr, steps = options.pop("lr", lr), options.pop("steps", None)
     if name[:1].isupper():
         if "hook" in options and not options.keys() <= {"hook", "noise"}:
-            raise ValueError(f"contender {text!r}: a hook has noise, and of momentum, memory and every none")
-        if "every" in options and "memory" in options:
-            raise ValueError(f"contender {text!r}: local updates have no memory=")
+            raise ValueError(f"contender {text!r}: a hook has noise, and of momentum and every none")
         if "every" not in options and (lacking := options.keys() & {"delay", "fragments", "outer"}):
             raise ValueError(f"contender {text!r}: {min(lacking)} is of local updates, which need every=")
         every = options.get("every", 1)

@@ -86,7 +86,7 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
         ours = CompressedSGD(
             task.parameters(),
             contender.lr,
-            Compression(contender.compressor, memory=contender.memory),
+            contender.compressor,
             noise=contender.noise,
             momentum=contender.momentum,
         )

@@ -23,7 +23,6 @@ from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.messages import shortened, shown
 from packsaddle.options.schema import build
-from packsaddle.sgd.gradient import Storm
 
 # The type of a compressor in a configuration: a union of the classes that `kind` may name. Type checkers, which cannot
 # evaluate this union, use the base class of these classes.
@@ -199,9 +198,6 @@ class Config(Compression):
     # nesterov
     momentum: float | None = None
     nesterov: bool = False  # Nesterov momentum
-    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
-    # weight of the new gradient in STORM's variance reduction, which needs two gradients per step; by default off
-    storm: float | None = None
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass only
     # maximum number of consecutive steps (with [local]: of rounds) skipped because of non-finite gradients
     max_skipped: int = 20
@@ -219,10 +215,6 @@ class Config(Compression):
         check_positive(epochs=self.epochs, test_every=self.test_every, plateau=self.plateau)
         check_not_negative(lr=self.lr, weight_decay=self.weight_decay)
         super().__post_init__()
-        if self.storm is not None:
-            if self.momentum:
-                raise ValueError(f"storm replaces the momentum: it needs momentum = 0, got {self.momentum:g}")
-            Storm(self.storm)
         check_momentum(*self.effective_momentum())
 
         # Construct the option classes, which raise errors for options that CompressedSGD or local updates do not
@@ -234,8 +226,6 @@ class Config(Compression):
         LocalOptions(self.compression(), **local.arguments())
 
         # With local updates, lr, momentum and nesterov are options of local.optimizer, with which each worker steps.
-        if self.storm is not None:
-            raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
         if self.momentum and local.optimizer == "adamw":
             raise ValueError('momentum is only for local.optimizer = "sgd" and "muon"; for adamw set local.betas')
         if local.warm_up >= self.epochs:

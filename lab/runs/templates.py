@@ -27,7 +27,6 @@ from packsaddle.options.schema import choices, settable
 _EXAMPLES: dict[str, Any] = {
     "exchange": "two-way",
     "momentum": 0.0,
-    "storm": 0.1,
     "test_every": 1.0,
     "plateau": 0.1,
     "data.limit": 1000,

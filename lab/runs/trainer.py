@@ -371,7 +371,6 @@ class Trainer:
                     "seconds": self.tally.line["seconds"],
                     "resets": [asdict(reset) for reset in front.resets],
                     "skipped": front.skipped,
-                    "drifts": [asdict(drift) for drift in front.drifts],
                     "noise": self.tally.noise,
                     "warnings": self.warnings,
                 },

@@ -26,7 +26,6 @@ from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain
 from packsaddle.plan.model import muon_and_adamw
-from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 
 _LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
@@ -150,7 +149,7 @@ class CompressedTraining(Training):
                 noise=self._noise or config.noise.std,
                 escape=escape,
                 weight_decay=config.weight_decay,
-                momentum=config.effective_momentum()[0] if config.storm is None else Storm(config.storm),
+                momentum=config.effective_momentum()[0],
                 nesterov=config.nesterov,
                 seed=config.seed,
             )

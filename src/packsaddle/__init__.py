@@ -9,14 +9,14 @@ from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
 from packsaddle.comm.ledger import Bytes, Ledger, Span
 from packsaddle.comm.simulation import simulate
-from packsaddle.compressors.base import Compressor, Message, RatioRamp
+from packsaddle.compressors.base import Compressor, Message
 from packsaddle.compressors.kinds import *  # noqa: F403 -- all compressors
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.curvature.options import Search
-from packsaddle.feedback.checks import Drift, DriftError
+from packsaddle.feedback.checks import DriftError
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import NonFiniteError, Skip
@@ -27,7 +27,6 @@ from packsaddle.local.clipping import Clip
 from packsaddle.local.options import Elastic, OuterAgreement, OuterSGD, Overlap, Workers
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.numerics.sketches import NormSketch
-from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 from packsaddle.theory.noise_walk import suggest_noise
 from packsaddle.version import __version__ as __version__
@@ -42,7 +41,6 @@ __all__ = [
     "CompressedSGD",
     "Compression",
     "Compressor",
-    "Drift",
     "DriftError",
     "Elastic",
     "Escape",
@@ -57,12 +55,10 @@ __all__ = [
     "OuterSGD",
     "Overlap",
     "Ramp",
-    "RatioRamp",
     "Reset",
     "Search",
     "Skip",
     "Span",
-    "Storm",
     "Verdict",
     "Workers",
     "attach",

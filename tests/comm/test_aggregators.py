@@ -44,12 +44,8 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (RandomK(0.25), "all-reduce", None),
     (RandomK(0.5, block_size=2), "direct", None),
     (RandomK(0.25), "two-way", TopK(0.5)),
-    (RandomK(k=3, values="bfloat16"), "direct", None),
     (TopK(0.25), "all-gather", None),
     (TopK(k=3), "two-way", None),
-    (TopK(0.25, per_tensor=True), "all-gather", None),
-    (TopK(0.25, per_tensor=True), "two-way", None),
-    (RandomK(0.25, per_tensor=True), "direct", None),
     (TopK(0.25, values="int8"), "coordinator", TopK(0.5)),
     (AdaptiveTopK(0.6), "direct", None),
     (AdaptiveTopK(0.6), "two-way", Sign()),
@@ -70,7 +66,6 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (QSGD(levels=3, coded=False), "two-way", None),
     (QSGD(levels=3, coded=False), "coordinator", None),
     (LinearSketch(0.3), "direct", None),
-    (LinearSketch(0.3, sketch="gaussian"), "direct", None),
     (LinearSketch(columns=1), "two-way", None),
     (LowRank(), "direct", None),
 ]
@@ -177,7 +172,7 @@ def test_the_sizes_of_messages_are_predicted(compressor: Compressor, d: int, siz
 def test_gathered_mean_is_the_mean_of_compressions() -> None:
     workers, d = 3, 60
     vs = vectors(d, workers)
-    for c in (TopK(0.1), Sign(), AdaptiveTopK(0.5), RandomK(0.2, values="int8")):
+    for c in (TopK(0.1), Sign(), AdaptiveTopK(0.5)):
         for r in exchange_once(c, "all-gather", None, d, 0, workers):
             assert torch.allclose(r["mean"], sum(c(v, seed=7) for v in vs) / workers, atol=1e-6)
     private = exchange_once(QSGD(levels=2), "all-gather", None, d, 0, workers)
@@ -267,22 +262,15 @@ def test_columns_and_scales_go_with_the_chunk() -> None:
 
 
 def test_owners_chunks_keep_the_tensors() -> None:
-    """Tensors of 10, 3 and 27, chunks of 13, 13 and 14: a scale, and a quarter of the coordinates, for each part of a
-    tensor in a chunk, but all for its owner."""
+    """Tensors of 10, 3 and 27, chunks of 13, 13 and 14: a scale for each part of a tensor in a chunk, but all for its
+    owner."""
     sizes, parts, workers, d = (10, 3, 27), (10, 3, 13, 14), 3, 40
     shapes = [torch.Size((n,)) for n in sizes]
     signs = exchange_once(Sign(per_tensor=True).for_tensors(shapes), "two-way", Identity(), d, 0, workers)
-    kept = exchange_once(TopK(0.25, per_tensor=True).for_tensors(shapes), "two-way", Identity(), d, 0, workers)
-    for rank, (v, one, few) in enumerate(zip(vectors(d, workers), signs, kept, strict=True)):
-        of_parts = zip((0, 0, 1, 2), *(t.split(parts) for t in (v, one["own"], few["own"])), strict=True)
-        for owner, part, found, largest in of_parts:
-            if owner == rank:
-                assert torch.equal(part, found)
-                assert torch.equal(part, largest)
-                continue
-            assert torch.allclose(found, part.abs().mean() * torch.where(part >= 0, 1.0, -1.0))
-            threshold = part.abs().sort(descending=True).values[max(1, round(0.25 * len(part))) - 1]
-            assert torch.equal(largest, torch.where(part.abs() >= threshold, part, 0.0))
+    for rank, (v, one) in enumerate(zip(vectors(d, workers), signs, strict=True)):
+        for owner, part, found in zip((0, 0, 1, 2), v.split(parts), one["own"].split(parts), strict=True):
+            expected = part if owner == rank else part.abs().mean() * torch.where(part >= 0, 1.0, -1.0)
+            assert torch.allclose(found, expected)
         assert one["bytes"].sent == one["predicted"].sent
     busiest = max(one["bytes"].sent for one in signs)
     assert signs[0]["protocol"].most_sent(d, 0, workers, 4) == busiest > min(one["bytes"].sent for one in signs)

@@ -2,10 +2,10 @@
 
 import math
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch_loops import both, torch_only
 from packsaddle import QSGD, AdaptiveTopK, Compressor
 from packsaddle.compressors import wire
 from packsaddle.compressors.levels import decode_levels, encode_levels
-from packsaddle.compressors.testing import nasty_vectors
 
 
 def bits_of(top: int) -> int:
@@ -121,23 +120,6 @@ def test_coding_changes_no_number(c: QSGD, v: Tensor) -> None:
     with torch_only():
         c.add_decoded(message, plain, 0.5)
     assert torch.allclose(plain, expected, rtol=8 * torch.finfo(v.dtype).eps, atol=0)
-
-
-@pytest.mark.parametrize("name", VECTORS)
-@pytest.mark.parametrize("c", [QSGD(), QSGD(3, 100), QSGD(127, 4), QSGD(1, D)], ids=repr)
-def test_long_vectors_change_no_number(c: QSGD, name: str) -> None:
-    fixed = QSGD(c.levels, c.bucket, coded=False)
-    v, (expected, found) = VECTORS[name], torch.zeros(2, D)
-    fixed.add_decoded(fixed.encode(v, seed=3, step=4), expected)
-    message = c.encode(v, seed=3, step=4)
-    c.add_decoded(message, found)
-    assert torch.equal(found, expected)
-    codes = wire.unpack(fixed.encode(v, seed=3, step=4).parts["levels"], c.bits, D).to(torch.uint8)
-    for coded in both(lambda: encode_levels(codes, c.levels, c.bits)):
-        if message.parts["scales"].all():  # else buckets of zeros are left out
-            assert torch.equal(message.parts["levels"], coded)
-        decode = partial(decode_levels, coded, D, c.levels, c.bits, coded[:2].tolist())
-        assert all(torch.equal(found, codes) for found in both(decode))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

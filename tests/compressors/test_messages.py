@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from corruption import SETTINGS, VECTORS, D, outcome, replaced
 from torch import Tensor
 from torch_loops import torch_only
 
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, Sign, TopK
 from packsaddle.compressors import wire
-from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 
@@ -167,7 +167,7 @@ def test_compiled_loops_refuse_arrays_that_are_too_short() -> None:
     short = torch.zeros(3, dtype=torch.uint8)
     calls = {
         "add_signs": (short, [100], torch.ones(1), torch.zeros(100)),
-        "add_levels_of_blocks": (short, 1, 256, torch.ones(2), torch.zeros(100)),
+        "add_two_levels": (short, 256, torch.ones(2), torch.zeros(100)),
         "pack_four_bits": (torch.ones(600), torch.ones(2), 256),
         "add_four_bits": (short, 256, torch.ones(1), torch.zeros(100), 1.0),
         "add_levels": (short, 7, 512, torch.ones(1), torch.zeros(100), 1.0),

@@ -13,7 +13,7 @@ from mutations import KINDS, OF_A_PART, as_bytes, mutate, outcome, tensors
 from torch import Tensor
 from torch_loops import torch_only
 
-from packsaddle import QSGD, Compressor, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import QSGD, Compressor, LowRank, Rounded, Sign, SketchTopK, TopK
 from packsaddle.compressors import wire
 
 OUTCOMES = {"refused", "finite", "not finite"}
@@ -98,8 +98,8 @@ KEPT: dict[str, tuple[Compressor, int, dict[str, Tensor], str]] = {
     "a sketch of NaNs": (SketchTopK(k=1, rows=3, columns=4), 300, NANS, "finite"),
     "a count of values that is not their number": (TopK(0.5, values="int2"), 8, INT2, "refused"),
     "scales above the unit": (
-        RandomK(0.5, block_size=1, values="int4"),
-        8,
+        Rounded("int4"),
+        4,
         {"values": octets(136, 136, 4), "scales": short(-1), "unit": ONE},
         "refused",
     ),

@@ -17,8 +17,6 @@ from packsaddle.compressors.values import (
     value_retention,
 )
 
-LEVELS = {"int1": 1, "int2": 2, "int3": 4}  # formats of a sign and a level, whose levels are means
-
 
 def vectors() -> list[Tensor]:
     rng = torch.Generator().manual_seed(1)
@@ -47,7 +45,7 @@ def test_rounding_keeps_its_share(how: ValueFormat) -> None:
         parts = encode_values(values, how)
         decoded = decode_values(parts, how, torch.float64, len(values))
         error = (decoded - values.double()).abs()
-        assert how in LEVELS or bool((error <= values.double().abs() * (1 + 1e-6)).all())
+        assert how == "int2" or bool((error <= values.double().abs() * (1 + 1e-6)).all())
         lost = float(error.square().sum() / values.double().square().sum())
         assert lost <= 1 - value_retention(how) + 1e-6  # 1e-42 has three digits
         predicted = sum(p.nbytes(values.element_size()) for p in value_parts(len(values), how).values())
@@ -55,38 +53,27 @@ def test_rounding_keeps_its_share(how: ValueFormat) -> None:
     assert rounded(torch.zeros(5), how, torch.float32).tolist() == [0.0] * 5
 
 
-def means_of_levels(magnitudes: list[float], levels: int) -> list[float]:
-    """What magnitudes are rounded to: their mean, or by the same rule what is above it and what is not."""
-    mean = math.fsum(magnitudes) / len(magnitudes) if magnitudes else 0.0
-    if levels == 1:
-        return [mean] * len(magnitudes)
-    sides = [iter(means_of_levels([m for m in magnitudes if (m > mean) == s], levels // 2)) for s in (False, True)]
-    return [next(sides[m > mean]) for m in magnitudes]
-
-
-@pytest.mark.parametrize("how", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_levels_are_the_means_of_their_magnitudes(how: ValueFormat, dtype: torch.dtype, scale: float) -> None:
+def test_levels_are_the_means_of_their_magnitudes(dtype: torch.dtype, scale: float) -> None:
     """Against lists: each is within 2^-9, which is what 16 bits hold of a level."""
     values = (torch.randn(600, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale).to(dtype)
-    decoded = rounded(values, how, dtype)
-    for start in range(0, 600, 256):
-        block, found = values[start : start + 256].tolist(), decoded[start : start + 256].tolist()
-        for v, level, f in zip(block, means_of_levels([abs(v) for v in block], LEVELS[how]), found, strict=True):
-            assert f == pytest.approx(math.copysign(level, v), rel=2.0**-9 + 1e-6)
+    for block, found in zip(values.split(256), rounded(values, "int2", dtype).split(256), strict=True):
+        magnitudes = block.double().abs()
+        above = magnitudes > magnitudes.mean()
+        level = torch.where(above, magnitudes[above].mean(), magnitudes[~above].mean())
+        torch.testing.assert_close(found.double(), level.copysign(block), rtol=2.0**-9 + 1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("how", "least", "most"), [("int1", 0.01, 0.03), ("int2", 0.002, 0.01), ("int3", 1e-4, 0.003)])
-def test_few_bits_keep_most_of_a_gaussian_tail(how: ValueFormat, least: float, most: float) -> None:
+def test_two_bits_keep_most_of_a_gaussian_tail() -> None:
     """What is said of the coordinates that TopK keeps of Gaussian ones."""
     v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     tail = v[v.abs().topk(1 << 15).indices.sort().values]
-    lost = (rounded(tail, how, torch.float32) - tail).square().sum() / tail.square().sum()
-    assert least < float(lost) < most
+    lost = (rounded(tail, "int2", torch.float32) - tail).square().sum() / tail.square().sum()
+    assert 0.002 < float(lost) < 0.01
 
 
-@pytest.mark.parametrize("how", ["int4", "int3", "int2", "int1"])
+@pytest.mark.parametrize("how", ["int4", "int2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_blocks_of_unlike_scales_all_survive(how: ValueFormat, dtype: torch.dtype) -> None:
     """One block at 1e-30 beside one at 1e30, denormals beside them: each block loses no more than by itself."""
@@ -101,7 +88,7 @@ def test_blocks_of_unlike_scales_all_survive(how: ValueFormat, dtype: torch.dtyp
         assert bool((found.sign() * block.sign() >= 0).all())
 
 
-@pytest.mark.parametrize("how", ["int4", "int3", "int2", "int1"])
+@pytest.mark.parametrize("how", ["int4", "int2"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_seen_in_the_message(how: ValueFormat, bad: float) -> None:
     """The guard looks at floating parts; scales in 16 bits are none, so their unit must say it."""
@@ -113,8 +100,7 @@ def test_what_is_not_finite_is_seen_in_the_message(how: ValueFormat, bad: float)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["int2", "int3"])
-def test_no_block_of_levels_loses_more(how: ValueFormat) -> None:
+def test_no_block_of_levels_loses_more() -> None:
     """Random search for blocks that keep less than is stated: a few large, many at or below the mean."""
     rng = torch.Generator().manual_seed(3)
     worst = 1.0
@@ -124,9 +110,9 @@ def test_no_block_of_levels_loses_more(how: ValueFormat) -> None:
         values = torch.exp(powers.double()) * sparse
         if not bool(values.any()):
             continue
-        decoded = rounded(values, how, torch.float64)
+        decoded = rounded(values, "int2", torch.float64)
         worst = min(worst, 1 - float((decoded - values).square().sum() / values.square().sum()))
-    assert value_retention(how) <= worst < 0.9
+    assert value_retention("int2") <= worst < 0.9
 
 
 @pytest.mark.parametrize("how", FORMATS)

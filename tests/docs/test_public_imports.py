@@ -13,7 +13,6 @@ import packsaddle
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["packsaddle"] + [p.name for p in pkgutil.walk_packages(packsaddle.__path__, "packsaddle.") if p.ispkg]
 ALLOWED = {
-    "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.compressors.selection": "lab/bench/pieces.py measures this internal function",

@@ -1,4 +1,4 @@
-"""Workers whose parameters are no longer equal are found out, named, and stopped or repaired."""
+"""Workers whose parameters are no longer equal are found out, named and stopped."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ddp_runs import SEVERAL, batches, network, train, wrapped
 from hypothesis import given
 from hypothesis import strategies as st
 from specs import folded
-from torch import Tensor, nn
+from torch import nn
 
 from lab.runs.job import Job
 from lab.runs.templates import TASKS
@@ -21,7 +21,6 @@ from packsaddle import (
     CompressedSGD,
     Compression,
     DriftError,
-    RandomK,
     TopK,
     register_ddp_hook,
     simulate,
@@ -112,7 +111,7 @@ def test_a_comparison_sends_two_numbers() -> None:
 
 
 def test_a_state_loaded_back_is_compared_as_soon() -> None:
-    def work(rank: int) -> list[int]:
+    def work(rank: int) -> None:
         one = Compared(rank, compare_every=5)
         one.train(0, 3)
         state, tensors = copy.deepcopy(one.opt.state_dict()), [w.detach().clone() for _, w in one.tensors]
@@ -120,11 +119,10 @@ def test_a_state_loaded_back_is_compared_as_soon() -> None:
         one.opt.load_state_dict(state)
         for (_, w), old in zip(one.tensors, tensors, strict=True):
             w.data.copy_(old + rank)
-        with pytest.raises(DriftError):
+        with pytest.raises(DriftError, match="after step 4: worker 1 differs"):
             one.train(3, 18)
-        return [drift.step for drift in one.opt.drifts]
 
-    assert simulate(work, 2) == [[4], [4]]
+    simulate(work, 2)
 
 
 # ---- rates and noise
@@ -143,7 +141,7 @@ def unlike(what: str, from_step: int, until: int, **options: Any) -> tuple[str, 
     start = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(20, 5, generator=start))
     groups = [{"params": [w]}, {"params": [nn.Parameter(torch.ones(4, 5))]}]
-    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4, "on_drift": "repair"} | options
+    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4} | options
     opt = CompressedSGD(groups, 0.1, **folded(options), noise=noise)
     try:
         for t in range(20):
@@ -204,49 +202,18 @@ def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
 def test_settings() -> None:
     with pytest.raises(ValueError, match="compare_every must be an integer of at least 0, got -1"):
         Compression(TopK(0.01), compare_every=-1)
-    with pytest.raises(ValueError, match="on_drift must be one of stop, repair, got 'ignore'"):
-        Compression(TopK(0.01), on_drift="ignore")  # type: ignore[arg-type]
 
 
 # ---- what is compared at the start
-
-
-def made(what: str) -> str:
-    rank = resolve(None).rank
-    odd = rank == 1
-    shape = (4, 6) if what == "shape" and odd else (6, 4)
-    dtype = torch.float64 if what == "dtype" and odd else torch.float32
-    names = ["a", "renamed" if what == "name" and odd else "b"]
-    weights: list[tuple[str, Tensor]] = [(name, nn.Parameter(torch.ones(shape, dtype=dtype))) for name in names]
-    if what == "one more" and odd:
-        weights.append(("c", nn.Parameter(torch.ones(0, 4, dtype=dtype))))
-    try:
-        CompressedSGD(weights, 0.1, Compression(RandomK(0.01), dense_below=0), seed=int(what == "seed" and odd))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("what", "named"),
-    [
-        ("shape", "params[0]='a [6, 4] torch.float32' and worker 1 has params[0]='a [4, 6] torch.float32'"),
-        ("dtype", "params[0]='a [6, 4] torch.float32' and worker 1 has params[0]='a [6, 4] torch.float64'"),
-        ("name", "params[1]='b [6, 4] torch.float32' and worker 1 has params[1]='renamed [6, 4] torch.float32'"),
-        ("one more", "worker 1 has params[2]='c [0, 4] torch.float32'"),
-        ("seed", "seed=0 and worker 1 has seed=1"),
-    ],
-)
-def test_the_first_difference_is_named_at_the_start(what: str, named: str) -> None:
-    for message in simulate(lambda rank: made(what), 3):
-        assert named in message
 
 
 def of_another_version() -> str:
     from packsaddle.comm import communicator
 
     communicator.__version__ = f"0.{resolve(None).rank}.0"
-    return made("nothing")
+    with pytest.raises(ValueError, match="packsaddle=") as raised:
+        CompressedSGD([nn.Parameter(torch.ones(20, 20))], 0.1)
+    return str(raised.value)
 
 
 def test_another_version_is_refused(gloo: Gloo) -> None:

@@ -76,7 +76,7 @@ def test_a_round_conserves(compressor: Compressor, exchange: str) -> None:
         feedback, found = engine(compressor, exchange), []
         for step in range(6):
             mean = take(feedback, rank, step)
-            found.append((feedback.memory.pending().clone(), update(rank, step).u, mean))
+            found.append((feedback.memory.vector.clone(), update(rank, step).u, mean))
         return found
 
     results = simulate(run, 3)
@@ -98,7 +98,7 @@ def test_a_rejected_round_leaves_no_trace(compressor: Compressor, exchange: str,
         for step in range(6):
             if broken and step in (0, 3):
                 breaks(feedback, rank, step)
-            found += [take(feedback, rank, step), feedback.memory.pending().clone()]
+            found += [take(feedback, rank, step), feedback.memory.vector.clone()]
         return found
 
     def breaks(feedback: ErrorFeedback, rank: int, step: int) -> None:

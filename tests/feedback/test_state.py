@@ -20,18 +20,17 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
-error: state.*.error, state.*.estimate, state.*.momentum, state.*.storm
+error: state.*.error, state.*.momentum
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.rank, param_groups.*.workers
-shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
+shared: aggregator.compressor, aggregator.state, noise, noise.kept, noise.size, noise.total,
     param_groups.*.start_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
-    param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
-    param_groups.*.started, param_groups.*.step, param_groups.*.weight_decay, resets,
-    state.*.start, state.*.mean_estimate, state.*.storm_previous
+    param_groups.*.param_names, param_groups.*.params, param_groups.*.seed, param_groups.*.step,
+    param_groups.*.weight_decay, resets, state.*.start
 """
 HOOK = """
 error: error.*
-own: allocation, ledger
+own: ledger
 constant: identity.rank, identity.workers
 shared: aggregator, aggregator.compressor, aggregator.state, format, identity.exchange, identity.scope, identity.seed,
     skips.consecutive, skips.total, steps
@@ -43,7 +42,7 @@ own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.
     schedule, share, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
-shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
+shared: escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
     identity.keep_unsent, identity.outer, identity.parameters, identity.seed, identity.weight_by_steps, outer, resets,
@@ -57,21 +56,12 @@ def network() -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
 
 
-def train(model: nn.Module, optimizer: Any, steps: int, *, closures: bool = False) -> None:
+def train(model: nn.Module, optimizer: Any, steps: int) -> None:
     for t in range(steps):
         x = torch.randn(6, 8, generator=torch.Generator().manual_seed(t))
-
-        def closure(x: Tensor = x) -> Tensor:
-            optimizer.zero_grad()
-            loss: Tensor = (model(x) - x).square().mean()
-            loss.backward()
-            return loss
-
-        if closures:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
 
 
 def escape(model: nn.Module) -> Escape:
@@ -85,7 +75,7 @@ def optimizer(**options: Any) -> CompressedSGD:
     found = CompressedSGD(
         model.named_parameters(), 0.1, **folded({"compressor": TopK(0.2), "dense_below": 20, "seed": 3, **options})
     )
-    train(model, found, 5, closures=isinstance(options.get("momentum"), packsaddle.Storm))
+    train(model, found, 5)
     return found
 
 
@@ -102,9 +92,8 @@ def local(**options: Any) -> LocalUpdates:
 
 ALONE: dict[str, tuple[str, Callable[[], Any]]] = {
     "optimizer, two-way": (OPTIMIZER, lambda: optimizer(exchange="two-way", monitor_every=1, momentum=0.9)),
-    "optimizer, escape": (OPTIMIZER, lambda: optimizer(escapes=True, momentum=packsaddle.Storm(0.3))),
+    "optimizer, escape": (OPTIMIZER, lambda: optimizer(escapes=True, momentum=0.9)),
     "optimizer, noise": (OPTIMIZER, lambda: optimizer(compressor=RandomK(0.2), noise=0.1)),
-    "optimizer, EF21": (OPTIMIZER, lambda: optimizer(memory="ef21")),
     "optimizer, LowRank": (OPTIMIZER, lambda: optimizer(compressor=LowRank(1))),
     "local, pending": (LOCAL, lambda: local(overlap=Overlap(3, 2), outer=OuterSGD())),
     "local, escape": (LOCAL, lambda: local(escapes=True)),

@@ -136,72 +136,11 @@ def test_without_error_feedback_nothing_is_kept(gloo: Gloo) -> None:
     assert torch.equal(first["x"], second["x"])
 
 
-def spy(hook: Any) -> list[int]:
-    """Count the bytes that this worker, one of two, sends to the other, in a list of one."""
-    group, seen = hook.channel.group, [0]
-
-    def spied(name: str) -> Any:
-        original = getattr(group, name)
-
-        def call(first: Any, *rest: Any) -> Any:
-            sent = [first[1 - group.rank]] if name == "all_to_all" else [first]
-            if name != "broadcast" or group.rank == 0:
-                seen[0] += sum(t.numel() * t.element_size() for t in sent)
-            return original(first, *rest)
-
-        return call
-
-    for name in ("all_reduce", "all_gather", "all_to_all", "broadcast"):
-        setattr(group, name, spied(name))
-    return seen
-
-
-def value_of(model: nn.Module, batch: Tensor) -> float:
-    with torch.no_grad():  # else DDP takes the pass for one that a backward pass will follow
-        return float(loss(model, batch))
-
-
 # An all-reduce, an all-gather, an all-to-all.
 EXCHANGES = ("RandomK", "TopK", "two-way")
-# With those, one of each other aggregator, private draws, counts by tensor, and sizes that depend on the vector.
-OTHERS = ("SharedTopK", "SketchTopK", "LowRank", "coordinator", "QSGD", "RandomK per tensor", "AdaptiveTopK")
+# With those, one of each other aggregator, private draws, and sizes that depend on the vector.
+OTHERS = ("SharedTopK", "SketchTopK", "LowRank", "coordinator", "QSGD", "AdaptiveTopK")
 BESIDE = (*EXCHANGES, *OTHERS)
-
-
-def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
-    """Losses before and after, weights, bytes counted and seen: a plain loop for each kind of message, and the other
-    loops, which do not depend on it, for one of each exchange."""
-    optimizers: list[Callable[[Any], torch.optim.Optimizer]] = [
-        lambda of: torch.optim.SGD(of, 0.5),
-        lambda of: torch.optim.SGD(of, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
-        lambda of: torch.optim.AdamW(of, 3e-3),
-    ]
-    found = {}
-    data = batches(1, torch.float32) * 14
-    for i, (way, options) in enumerate(WAYS.items()):
-        for j, kind in enumerate(("plain", "accumulation", "scaler") if way in EXCHANGES else ("plain",)):
-            model = wrapped(network(torch.float32), SEVERAL)
-            optimizer = optimizers[(i + j) % 3](model.parameters())
-            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
-            spec = ps.Compression(**options, dense_below=100)
-            hook = ps.register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
-            seen = spy(hook)
-            before = value_of(model, data[0])
-            train(model, optimizer, data, scaler=scaler, accumulate=kind == "accumulation", clip=1.0)
-            after = value_of(model, data[0])
-            assert hook.steps == len(data), (way, kind, hook.steps, hook.skipped)
-            counted = sum(b.sent for purpose, b in hook.ledger.by_purpose.items() if purpose != "start")
-            found[way, kind] = (before, after, vector(model), counted, seen[0])
-    return found
-
-
-@pytest.mark.nightly
-def test_every_compressor_and_every_loop_with_any_optimizer(gloo: Gloo) -> None:
-    first, second = gloo(matrix, 2)
-    for case, (before, after, x, counted, seen) in first.items():
-        assert after < 0.9 * before, (case, before, after)
-        assert torch.equal(x, second[case][2]), case
-        assert counted == seen, case
 
 
 def unlike_loops() -> str:
@@ -333,10 +272,10 @@ def unused_in_all_ways(ways: list[dict[str, Any]], scope: str) -> list[float]:
 @pytest.mark.parametrize("scope", ["bucket", nightly("model")])
 def test_no_update_of_a_parameter_is_lost_that_some_workers_do_not_use(gloo: Gloo, scope: str) -> None:
     """DDP discards the mean of a parameter that no worker used. Of one that some used, it delivers the others' C(0)
-    too, which is not 0 with Sign and with values="int1". Other ways by turns."""
+    too, which is not 0 with Sign. Other ways by turns."""
     ways = list(WAYS.values())[scope == "bucket" :: 2]
     ways += [{"compressor": ps.RandomK(0.2), "gradient_as_bucket_view": True}]
-    ways += [{"compressor": ps.Sign(per_tensor=True)}, {"compressor": ps.TopK(0.05, values="int1")}]
+    ways += [{"compressor": ps.Sign(per_tensor=True)}]
     ways += [{"compressor": ps.Sign(), "exchange": "two-way"}]
     for run in gloo(unused_in_all_ways, 2, ways, scope):
         assert max(run) < 1e-12, run
@@ -504,8 +443,8 @@ def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
 
 def warmed_up() -> list[int]:
     model = wrapped(network())
-    ramp = ps.RatioRamp(ps.RandomK(0.01), 10, first=0.5)
-    hook = ps.register_ddp_hook(model, ps.Compression(ramp, dense_below=100), start_step=2)
+    spec = ps.Compression(lambda t: ps.RandomK(0.5 * 0.02 ** min(1.0, t / 10)), dense_below=100)
+    hook = ps.register_ddp_hook(model, spec, start_step=2)
     train(model, torch.optim.SGD(model.parameters(), 0.1), batches(13))
     return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
 
@@ -576,8 +515,6 @@ def refusals() -> None:
         'scope must be "bucket" or "model", got \'layer\'': made(scope="layer"),
         "start_step must be an integer of at least 0, got 1.5": made(start_step=1.5),
         "exchange must be one of .*got 'two-ways'": made(exchange="two-ways"),
-        'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD': made(memory="ef21"),
-        'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD': made(on_drift="repair"),
         "scaler must be a torch.amp.GradScaler, got float": made(scaler=1024.0),
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),

@@ -116,7 +116,6 @@ REFUSED: dict[str, Callable[[], object]] = {
     "compressor must be a packsaddle Compressor": lambda: made(compressor=0.1),
     "compressor must be made, as RandomK(0.01) or Sign() is, got the class TopK": lambda: made(compressor=TopK),
     "k of TopK must be at most": lambda: made(compressor=TopK(k=10**6)),
-    'memory must be "buffer" for local updates': lambda: made(compressor=Compression(TopK(0.1), memory="ef21")),
     "noise must be finite and not negative": lambda: made(noise=-1.0),
     "noise must be a number, or a function of the step that returns one, got 'a'": lambda: made(noise="a"),
     "escape must be an Escape or None, got 3": lambda: made(escape=3),

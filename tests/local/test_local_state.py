@@ -16,6 +16,7 @@ from local_updates import OUTERS, gradient
 from torch import Tensor, nn
 
 from packsaddle import Compression, Identity, LocalUpdates, simulate
+from packsaddle.feedback.state import FORMAT
 
 Gloo = Callable[..., list[Any]]
 
@@ -37,7 +38,7 @@ MISFITS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({}, {"fragments": 2}, {}, "fragments is 2 here"),
     ({}, {"outer": OUTERS["nesterov"]}, {}, "outer is True here, but the state was saved with outer False"),
     ({}, {"keep_unsent": False}, {}, "keep_unsent is False here, but the state was saved with keep_unsent True"),
-    ({}, {}, {"format": 1}, "has format 1, .* reads format 6: finish the run"),
+    ({}, {}, {"format": 1}, f"has format 1, .* reads format {FORMAT}: finish the run"),
     ({"outer": OUTERS["nesterov"]}, {"outer": OUTERS["adam"]}, {}, "outer must be the state of AdamW, found .* of SGD"),
     (
         {"outer": OUTERS["nesterov"]},

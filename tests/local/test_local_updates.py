@@ -20,7 +20,6 @@ from packsaddle import (
     Identity,
     LocalUpdates,
     OuterSGD,
-    Overlap,
     RandomK,
     Sign,
     TopK,
@@ -321,31 +320,6 @@ def test_the_exchange_follows_the_number_of_workers(workers: int, options: dict[
 
     for sent in simulate(body, workers):
         assert sent / (256 * 256 / 8) == pytest.approx(messages, rel=0.06)
-
-
-@pytest.mark.parametrize(("overlap", "at"), [((0, 2), 12), ((3, 2), 11)])
-def test_a_repaired_drift_is_not_sent(overlap: tuple[int, int], at: int) -> None:
-    """A wrong number that came with the mean is in worker 1's anchor and parameters; both become worker 0's."""
-
-    def work(rank: int) -> list[float]:
-        parameters = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
-        optimizer, found = torch.optim.SGD(parameters, lr=0.1), []
-        spec = Compression(Identity(), "direct", compare_every=1, on_drift="repair")
-        local = LocalUpdates(optimizer, spec, every=4, overlap=Overlap(*overlap))
-        rng = torch.Generator().manual_seed(rank)
-        for t in range(1, 25):
-            for p in parameters:
-                p.grad = 1e-4 * torch.randn(64, 64, generator=rng)
-            optimizer.step()
-            if t == at and rank == 1:
-                local._fragments[0].anchor.views[0][0, 0] += 64.0
-                parameters[0].data[0, 0] += 64.0
-            found.append(float(local.anchor()["parameter 0"][0, 0]))
-        assert len(local.drifts) == 1
-        return [*found[20:], float(parameters[0].detach()[0, 0])]
-
-    for found in simulate(work, 3):
-        assert max(map(abs, found)) < 1e-2
 
 
 def test_a_flush_with_nothing_to_exchange_moves_nothing() -> None:

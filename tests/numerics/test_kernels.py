@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import nasty_vectors
 from families import COMPRESSORS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from packsaddle import (
     QSGD,
     AdaptiveTopK,
     Compressor,
-    LinearSketch,
     RandomK,
     Rounded,
     SharedTopK,
@@ -29,7 +29,6 @@ from packsaddle import (
 from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
-from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.numerics.finite import add_if_finite
 from packsaddle.numerics.kernels import SlowKernelsWarning, arithmetic, compiler, kernel
 from packsaddle.numerics.seeds import sample_without_replacement
@@ -69,17 +68,13 @@ def test_every_compressor_on_nasty_vectors(compressor: Compressor, dtype: torch.
     for name, v in nasty_vectors().items():
         v = v.to(dtype)
         (parts, out), (plain_parts, plain_out) = both(lambda v=v: message(compressor, v))  # type: ignore[misc]
-        drawn = isinstance(compressor, LinearSketch) and compressor.sketch == "gaussian"
         size = float(v.nan_to_num(0, 0, 0).abs().sum()) if len(v) else 0.0
         for part in parts:  # the last digits of normal numbers differ
-            if drawn or (isinstance(compressor, SharedTopK) and part == "sketch"):
+            if isinstance(compressor, SharedTopK) and part == "sketch":
                 assert torch.allclose(parts[part], plain_parts[part], rtol=0, atol=1e-6 * size, equal_nan=True), name
             else:
                 assert close(parts[part], plain_parts[part]), (name, part)
-        if drawn:
-            assert torch.allclose(out, plain_out, rtol=0, atol=1e-5 * size, equal_nan=True), name
-        else:
-            assert close(out, plain_out), name
+        assert close(out, plain_out), name
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -95,9 +90,7 @@ SELECTING = [
     TopK(0.001),
     TopK(0.1),
     TopK(1 / 64, chunk=4096, values="int2"),
-    TopK(0.5, values="int1"),
     TopK(0.5, values="int2"),
-    TopK(0.3, values="int3"),
     Rounded(),
     Rounded("int4"),
     AdaptiveTopK(0.3),

@@ -1,6 +1,5 @@
-"""Momentum, EF21 and STORM in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
+"""Momentum in CompressedSGD: beside torch's SGD, and beside uncompressed momentum."""
 
-from collections.abc import Callable
 from typing import Any
 
 import problems
@@ -9,7 +8,7 @@ import torch
 from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Storm, TopK, simulate
+from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.feedback.noise import Noise
 
@@ -18,10 +17,10 @@ COMPRESSORS: dict[str, Compressor] = {"TopK": TopK(k=3), "RandomK": RandomK(0.25
 
 
 class Run:
-    """A worker on the toy problem: x as two parameters; `more(x, t)` is added to the gradient."""
+    """A worker on the toy problem: x as two parameters."""
 
-    def __init__(self, more: Callable[[Tensor, int, int], Tensor] | None = None, **options: Any) -> None:
-        self.rank, self.more = resolve(None).rank, more
+    def __init__(self, **options: Any) -> None:
+        self.rank = resolve(None).rank
         start = problems.start()
         self.weights = [nn.Parameter(start[:8].reshape(2, 4).clone()), nn.Parameter(start[8:].clone())]
         given: dict[str, Any] = {"lr": LR, "noise": R, "lazy": False, "seed": SEED, "dense_below": 0}
@@ -31,22 +30,15 @@ class Run:
     def x(self) -> Tensor:
         return torch.cat([w.detach().reshape(-1) for w in self.weights])
 
-    def gradient(self, t: int) -> Tensor:
+    def step(self) -> None:
         g = problems.gradient(self.rank)(self.x)
-        return g if self.more is None else g + self.more(self.x, self.rank, t)
-
-    def step(self, t: int) -> None:
-        def closure() -> float:
-            g = self.gradient(t)
-            self.weights[0].grad, self.weights[1].grad = g[:8].reshape(2, 4).clone(), g[8:].clone()
-            return float(problems.f_i(self.x, self.rank))
-
-        self.opt.step(closure)
+        self.weights[0].grad, self.weights[1].grad = g[:8].reshape(2, 4).clone(), g[8:].clone()
+        self.opt.step()
 
     def trace(self, steps: int = STEPS) -> dict[str, list[Tensor]]:
         seen: dict[str, list[Tensor]] = {"x": [self.x], "y": [self.opt.corrected()]}
-        for t in range(steps):
-            self.step(t)
+        for _ in range(steps):
+            self.step()
             seen["x"].append(self.x)
             seen["y"].append(self.opt.corrected())
         return seen
@@ -58,18 +50,8 @@ def xi(t: int, r: float = R) -> Tensor:
     return drawn
 
 
-def sampled(x: Tensor, rank: int, t: int) -> Tensor:
-    """A sample's part of the gradient, a function of x too, as STORM needs: the same sample at two points."""
-    rng = torch.Generator().manual_seed(1000 * t + rank)
-    a, b = torch.randn(2, problems.D, generator=rng, dtype=torch.float64)
-    return 0.3 * a * x + 0.3 * b
-
-
 def same(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-# ---- momentum
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -78,8 +60,8 @@ def test_without_compression_momentum_is_torchs(nesterov: bool, weight_decay: fl
     run = Run(noise=0.0, compressor=Identity(), momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
     twin = nn.Parameter(problems.start().clone())
     sgd = torch.optim.SGD([twin], LR, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
-    for t in range(STEPS):
-        run.step(t)
+    for _ in range(STEPS):
+        run.step()
         twin.grad = problems.gradient(0)(twin.detach())
         sgd.step()
         assert same(run.x, twin.detach())
@@ -107,109 +89,8 @@ def test_momentum_is_forgotten_with_a_rolled_back_segment() -> None:
     first = run.opt.resets[0]
     assert not first.committed
     assert same(run.x, problems.start())
-    run.step(6)
+    run.step()
     assert same(run.x, problems.start() - LR * problems.gradient(0)(problems.start()))
-
-
-# ---- EF21
-
-
-def ef21_twin(compressor: Compressor, beta: float, steps: int) -> list[Tensor]:
-    """Richtarik et al. 2021, Algorithm 2, and with beta Fatkhullin et al. 2023's EF21-SGDM, from zero estimates."""
-    x = problems.start()
-    g = [torch.zeros_like(x) for _ in range(WORKERS)]
-    v: list[Tensor] = []
-    xs = [x]
-    for t in range(steps):
-        u = [problems.gradient(w)(x) + xi(t) for w in range(WORKERS)]
-        v = [beta * old + (1 - beta) * new for old, new in zip(v, u, strict=True)] if v else u
-        g = [gi + compressor(vi - gi, seed=SEED, step=t) for gi, vi in zip(g, v, strict=True)]
-        x = x - LR * sum(g) / WORKERS
-        xs.append(x)
-    return xs
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.7])
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_ef21_is_its_definition(name: str, beta: float) -> None:
-    compressor = COMPRESSORS[name]
-    traces = simulate(lambda rank: Run(compressor=compressor, memory="ef21", momentum=beta).trace(), WORKERS)
-    for x, y, expected in zip(traces[1]["x"], traces[1]["y"], ef21_twin(compressor, beta, STEPS), strict=True):
-        assert same(x, expected)
-        assert same(y, x)  # nothing is ever pending
-
-
-def quadratics(**options: Any) -> float:
-    """Distance after 150 steps to the minimum of a mean of quadratics whose minima differ."""
-
-    def worker(rank: int) -> float:
-        rng = torch.Generator().manual_seed(rank)
-        a = 0.5 + torch.rand(20, generator=rng, dtype=torch.float64)
-        b = 5 * torch.randn(20, generator=rng, dtype=torch.float64)
-        p = nn.Parameter(torch.zeros(20, dtype=torch.float64))
-        opt = CompressedSGD([p], 0.15, **folded({"compressor": TopK(k=2), "dense_below": 0} | options))
-        for _ in range(150):
-            p.grad = a * p.detach() - b
-            opt.step()
-        sums = torch.stack([a, b])
-        resolve(None).all_reduce(sums)
-        return float((p.detach() - sums[1] / sums[0]).norm())
-
-    return simulate(worker, WORKERS)[0]
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_ef21_converges_where_error_feedback_hovers() -> None:
-    """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(memory="ef21") < 1e-7
-    assert quadratics(memory="buffer") > 1
-
-
-# ---- STORM
-
-
-def storm_twin(a: float, weight_decay: float, steps: int) -> list[Tensor]:
-    """Cutkosky and Orabona 2019, equation 3, on every worker, without compression; xi beside the estimate."""
-    x = problems.start()
-    previous, d, xs = x, None, [x]
-
-    def g(w: int, at: Tensor, t: int) -> Tensor:
-        return problems.gradient(w)(at) + sampled(at, w, t) + weight_decay * at
-
-    for t in range(steps):
-        new = [g(w, x, t) for w in range(WORKERS)]
-        d = (
-            [n + (1 - a) * (old - g(w, previous, t)) for w, (n, old) in enumerate(zip(new, d, strict=True))]
-            if d
-            else new
-        )
-        previous, x = x, x - LR * (sum(d) / WORKERS + xi(t))
-        xs.append(x)
-    return xs
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_storm_is_its_definition(weight_decay: float) -> None:
-    def worker(rank: int) -> dict[str, list[Tensor]]:
-        return Run(sampled, compressor=Identity(), momentum=Storm(0.2), weight_decay=weight_decay).trace()
-
-    for x, expected in zip(simulate(worker, WORKERS)[2]["x"], storm_twin(0.2, weight_decay, STEPS), strict=True):
-        assert same(x, expected)
-
-
-def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
-    run = Run(sampled, compressor=Identity(), momentum=Storm(0.2), lr=0.0, noise=0.0)
-    for t in range(3):
-        run.step(t)
-    assert same(run.x, problems.start())
-    now = torch.cat([w.grad.reshape(-1) for w in run.weights if w.grad is not None])
-    assert same(now, run.gradient(2))
-    with pytest.raises(ValueError, match="step needs a closure"):
-        run.opt.step()
-
-
-# ---- with other options
 
 
 def test_weights_that_are_loaded_later_stay() -> None:
@@ -217,25 +98,9 @@ def test_weights_that_are_loaded_later_stay() -> None:
     with torch.no_grad():
         for w in run.weights:
             w.add_(1.0)
-    for t in range(4):
-        run.step(t)
+    for _ in range(4):
+        run.step()
     assert same(run.x, problems.start() + 1.0)
-
-
-def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
-    runs = [Run(sampled, compressor=Identity(), momentum=Storm(0.3), noise=0.0) for _ in range(2)]
-    for t in range(6):
-        runs[0].step(t)
-        runs[1].opt.zero_grad()
-
-        def closure(t: int = t) -> float:
-            g = runs[1].gradient(t)
-            for w, part in zip(runs[1].weights, (g[:8].reshape(2, 4), g[8:]), strict=True):
-                w.grad = part.clone() if w.grad is None else w.grad + part
-            return 0.0
-
-        runs[1].opt.step(closure)
-    assert same(runs[0].x, runs[1].x)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +109,7 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must be in"),
         ({"nesterov": True}, "nesterov needs a momentum above 0"),
-        ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
-        ({"memory": "gradient"}, "memory must be one of buffer, ef21, got 'gradient'"),
-        ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
-        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise needs plain error feedback"),
+        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise does not support momentum"),
     ],
 )
 def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:
@@ -255,10 +117,7 @@ def test_what_does_not_go_together_is_named(options: dict[str, Any], message: st
         Run(**({"compressor": RandomK(0.25)} | options))
 
 
-def test_a_state_or_a_dtype_that_does_not_fit_is_refused() -> None:
+def test_a_state_without_momentum_is_refused() -> None:
     state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
     with pytest.raises(ValueError, match="direction is gradient here, but the state was saved with direction momentum"):
         Run(compressor=TopK(k=2)).opt.load_state_dict(state)
-    p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
-        CompressedSGD([p], 0.1, **folded({"dense_below": 0, "memory": "ef21"}))

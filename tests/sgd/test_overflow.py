@@ -12,7 +12,7 @@ from specs import folded
 from test_nonfinite import COMPRESSORS
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Identity, Noise, RandomK, Storm, TopK, simulate
+from packsaddle import CompressedSGD, Identity, Noise, RandomK, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_in_range, magnitude
 
@@ -39,7 +39,7 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
             continue
         for w, g in zip(weights, gradients([w.shape for w in weights], step, kind), strict=True):
             w.grad = g
-        opt.step(lambda: None)
+        opt.step()
     state = opt.state_dict()
     vectors = {i: {name: v.clone() for name, v in of.items()} for i, of in state["state"].items()}
     x = [w.detach().clone() for w in weights]
@@ -68,8 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coordinator, random back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": RandomK(0.2)},
     "lazy noise": {"compressor": RandomK(0.2), "noise": 0.1},
     "momentum": {"compressor": TopK(k=5), "momentum": 0.9},
-    "storm": {"compressor": TopK(k=5), "momentum": Storm(0.3)},
-    "ef21": {"compressor": TopK(k=5), "memory": "ef21"},
     "int8": {"compressor": TopK(k=5, values="int8")},
 }
 
@@ -106,17 +104,14 @@ def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
     assert simulate(in_crowds, 70) == [expected] * 70
 
 
-@pytest.mark.parametrize("memory", ["buffer", "ef21"])
-def test_x_never_overflows_however_far_it_has_gone(memory: str) -> None:
+def test_x_never_overflows_however_far_it_has_gone() -> None:
     """By hand: 2^121 a step, 127 times, is 2^128 - 2^121; once more is 2^128, which float32 has not."""
-    p, opt = lone(torch.zeros(1, 1), 1.0, Identity(), max_skipped=50, memory=memory)
+    p, opt = lone(torch.zeros(1, 1), 1.0, Identity(), max_skipped=50)
     feed(p, opt, *[-(2.0**121)] * 140)
     assert p.item() == 2.0**128 - 2.0**121
     assert (opt.steps, opt.skipped) == (127, 13)
     feed(p, opt, 2.0**120)
     assert p.item() == 2.0**128 - 2.0**121 - 2.0**120
-    if memory == "ef21":  # the estimate has turned round with the gradient
-        assert opt.state_dict()["state"][0]["mean_estimate"].item() == 2.0**120
 
 
 def test_nor_by_outstanding_noise() -> None:

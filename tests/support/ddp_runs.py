@@ -14,7 +14,6 @@ SEVERAL = 0.02  # size of DDP's buckets in MiB at which `network` has several of
 COMPRESSORS: dict[str, ps.Compressor] = {
     "Identity": ps.Identity(),
     "RandomK": ps.RandomK(0.05),
-    "RandomK per tensor": ps.RandomK(0.05, per_tensor=True),
     "TopK": ps.TopK(0.05),
     "TopK k": ps.TopK(k=200),
     "AdaptiveTopK": ps.AdaptiveTopK(0.3),

@@ -69,7 +69,7 @@ def batch(t: int, dtype: torch.dtype = torch.float64) -> Tensor:
 class Training:
     """One worker's training by a front.
 
-    `engine` is the object with the attributes `steps`, `skips`, `drifts` and `ledger`, and with a state.
+    `engine` is the object with the attributes `steps`, `skips` and `ledger`, and with a state.
     """
 
     plain: nn.Sequential  # the network, without a wrapper

@@ -87,7 +87,6 @@ class Case:
     escape: tuple[int, float, Any, int] | None = None  # interval, radius, compare, every
     max_skipped: int | None = 20
     compare_every: int = 1
-    on_drift: Any = "stop"
     monitor_every: int = 0
     compare_optimizers: bool = True
     offload: bool = False

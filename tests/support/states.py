@@ -144,7 +144,8 @@ def summary(small: Small) -> Any:
     else:
         memory = {"y": small.optimizer.corrected(), "e": small.optimizer._mean_pending()}
         for i, vectors in small.optimizer.state_dict()["state"].items():
-            memory |= {f"mean {n} {i}": vectors[n].clone() for n in ("momentum", "storm") if n in vectors}
+            if "momentum" in vectors:
+                memory[f"mean momentum {i}"] = vectors["momentum"].clone()
     for name, t in memory.items():
         if name not in ("y", "e"):
             group.all_reduce(t)

@@ -77,8 +77,8 @@ SUMMARY = (
         "start, metrics, buffers and guard",
     ),
     _of(
-        "skipped drifts warnings",
-        "reports of the guards: skipped steps, failed comparisons of x, warnings about the effective step",
+        "skipped warnings",
+        "reports of the guards: skipped steps, warnings about the effective step",
     ),
     _of(
         "noise",

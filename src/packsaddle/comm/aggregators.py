@@ -137,11 +137,6 @@ class Aggregator(ABC):
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
 
-    def adopt(self, compressor: Compressor) -> None:
-        """Replace the compressor with one of the same class that has another ratio. Ratios may differ between
-        workers."""
-        self.compressor = compressor
-
     @abstractmethod
     def average(
         self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None

@@ -33,18 +33,13 @@ class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
     An owner replies with B(m), where m is the mean and B the compressor `back`. If a compressor has a parameter k= or
-    columns=, the value of that parameter is divided among the chunks in proportion to their sizes. If a compressor has
-    `per_tensor`, each piece of a tensor in a chunk counts as a tensor.
+    columns=, the value of that parameter is divided among the chunks in proportion to their sizes. With
+    Sign(per_tensor=True), each piece of a tensor in a chunk counts as a tensor.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
         super().__init__(compressor)
         self.back = back
-
-    def adopt(self, compressor: Compressor) -> None:
-        if self.back is self.compressor:
-            self.back = compressor
-        super().adopt(compressor)
 
     @property
     def _knows_replies(self) -> bool:

@@ -1,4 +1,4 @@
-"""The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
+"""The compressor interface, and the message of a compressed vector.
 
 A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v. (Definitions and theorems are those of
 "Escaping Saddle Points with Compressed SGD". Definition 2.1 has < in place of <=, which fails at v = 0.) A compressor
@@ -8,9 +8,8 @@ be averaged by one all-reduce, and Theorem 3.2's faster rate applies.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -78,8 +77,7 @@ class Compressor(ABC):
     """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
     C satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of "Escaping Saddle Points with Compressed SGD"). A
-    subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Test it with
-    `packsaddle.compressors.testing.check_compressor`. Override also
+    subclass is a frozen dataclass with `mu`, `encode` and `add_decoded`. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
       length does not depend on v;
     - `context_of` if messages have a context, or contents to validate;
@@ -88,7 +86,7 @@ class Compressor(ABC):
     - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
     - `lossless = True` if C(v) = v for every v;
     - `aggregation`, if messages are averaged by neither an all-reduce nor an all-gather;
-    - `rates` and `shared_cells`, if the coordinates sent do not depend on the values of v;
+    - `rate` and `shared_cells`, if the coordinates sent do not depend on the values of v;
     - `summary`, if it is one of the compressors of packsaddle, which `compressors.kinds` lists.
 
     >>> import torch
@@ -173,14 +171,10 @@ class Compressor(ABC):
         replaced by the lengths of the tensors' parts in the chunk."""
         return self
 
-    def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the probability with which a message contains each coordinate of a vector v, float[d].
-
-        The vector is divided into consecutive ranges of coordinates that have equal probabilities. The result has one
-        pair for each range: the number of its coordinates, and the probability of each of them. Returns None if
-        probabilities depend on the values of v.
-        """
-        return [(d, 1.0)] if self.lossless else None
+    def rate(self, d: int) -> float | None:
+        """Return the probability with which a message contains a coordinate of a vector v, float[d], if it is the same
+        for all coordinates. Returns None if the probabilities depend on the values of v."""
+        return 1.0 if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
         """Return the number and the size of the cells of a vector v, float[d], if a message has the values of some
@@ -189,17 +183,6 @@ class Compressor(ABC):
         A cell is a run of consecutive coordinates. The cells sent must be identical on all workers and independent of
         the values of v. The context of the message must be the `sparse.Cells` that are sent, and the only part of the
         message must be "values".
-        """
-        return None
-
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
-        """Return one compressor for each section of a vector. A section is a range of coordinates that is compressed
-        separately.
-
-        Together the returned compressors send about as many coordinates as this compressor would send of the whole
-        vector, and they send more from sections of larger magnitude. `samples` contains one tensor per section, with
-        the values of one or more coordinates of the section. `sizes` contains the number of coordinates of each
-        section. Returns None if a section is compressed in the same way whatever the other sections contain.
         """
         return None
 
@@ -232,15 +215,6 @@ class Compressor(ABC):
         return out
 
 
-def cut_sizes(sizes: Sequence[int], start: int, stop: int, d: int) -> tuple[int, ...]:
-    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation. `sizes`
-    are the tensors' lengths. Returns () if `sizes` do not add up to d, the length of the concatenation."""
-    if sum(sizes) != d:
-        return ()
-    parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))
-    return tuple(n for n in parts if n > 0)
-
-
 @lru_cache(maxsize=256)
 def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | None:
     return compressor.expected_parts(d)
@@ -251,43 +225,3 @@ def part_count(compressor: Compressor, d: int) -> int:
     # A message has the same number of parts for a short vector as for a long one, so encode a short one to save memory.
     part = min(d, _PART)
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
-
-
-@dataclass(frozen=True)
-class RatioRamp:
-    """A schedule of a compressor's ratio (the fraction of the coordinates that it sends). The ratio falls geometrically
-    from `first` at step 0 to the ratio of `compressor` at step `stop`.
-
-    Call the schedule with a step to get the compressor for that step. The schedule is the warm-up of Deep Gradient
-    Compression (Lin et al. 2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below
-    the compressor's ratio or above 1, or if `stop` is below 1.
-
-    >>> from packsaddle import RatioRamp, TopK
-    >>> ramp = RatioRamp(TopK(0.01), stop=100)
-    >>> [round(ramp(step).ratio, 4) for step in (0, 50, 100)]
-    [0.25, 0.05, 0.01]
-    """
-
-    compressor: Compressor  # a compressor with a ratio, such as TopK
-    stop: int  # first step with the compressor's own ratio, at least 1
-    first: float = 0.25  # ratio at step 0, in (0, 1]
-
-    def __post_init__(self) -> None:
-        ratio = getattr(self.compressor, "ratio", None)
-        if not (is_dataclass(self.compressor) and isinstance(ratio, float)):
-            raise ValueError(
-                f"compressor of RatioRamp must have a ratio, as RandomK(0.01) has, got {self.compressor!r}"
-            )
-        check_share("first of RatioRamp", self.first, "it is a share of the coordinates, and 1% is 0.01")
-        if ratio > self.first:
-            raise ValueError(f"first of RatioRamp must be between the ratio {ratio:g} and 1, got {self.first}")
-        if self.stop < 1:
-            raise ValueError(f"stop of RatioRamp must be at least 1 step, got {self.stop}")
-
-    def __call__(self, step: int) -> Compressor:
-        if step >= self.stop:
-            return self.compressor
-        compressor: Any = self.compressor
-        ratio = self.first * (compressor.ratio / self.first) ** (step / self.stop)
-        changed: Compressor = replace(compressor, ratio=ratio)
-        return changed

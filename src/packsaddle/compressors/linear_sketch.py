@@ -1,19 +1,15 @@
-"""LinearSketch: a compressor that sends a random linear sketch of the vector, a count sketch or a Gaussian sketch."""
+"""LinearSketch: a compressor that sends a random linear sketch of the vector, a count sketch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, Summary, check_share
 from packsaddle.compressors.parts import Expected, floats
 from packsaddle.errors import check_counts
-from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash
-
-_GAUSSIAN_ROWS = 64  # rows of the Gaussian matrix S generated at a time
 
 
 @dataclass(frozen=True)
@@ -21,13 +17,12 @@ class LinearSketch(Compressor):
     """The linear compressor C(v) = S^T S v / (1 + omega), with a random matrix S, float[c, d]; S v is all-reduced.
 
     S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
-    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). With sketch="count", S is the matrix
-    of a count sketch that has a single row of c counters (see `numerics.sketches`). Then omega = (d - n) / c, where n
-    is the size of the last of the chunks of c coordinates into which v is divided. So mu is c / d if c divides d, and
-    never below c / (c + d - 1). With sketch="gaussian", S has independent N(0, 1/c) entries, and omega = (d + 1) / c.
+    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). S is the matrix of a count sketch that
+    has a single row of c counters (see `numerics.sketches`). Then omega = (d - n) / c, where n is the size of the last
+    of the chunks of c coordinates into which v is divided. So mu is c / d if c divides d, and never below
+    c / (c + d - 1).
 
-    Raises ValueError unless exactly one of ratio and columns is given, if the given one is out of range, or if sketch
-    is neither "count" nor "gaussian".
+    Raises ValueError unless exactly one of ratio and columns is given, and if the given one is out of range.
 
     >>> import torch
     >>> from packsaddle import LinearSketch
@@ -44,7 +39,6 @@ class LinearSketch(Compressor):
     summary: ClassVar[Summary] = Summary("c/(c + d - 1) or better", "c counters")
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
-    sketch: Literal["count", "gaussian"] = "count"  # kind of S; "gaussian" needs a small d: it draws c * d numbers
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):
@@ -53,8 +47,6 @@ class LinearSketch(Compressor):
             check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
             object.__setattr__(self, "ratio", float(self.ratio))
         check_counts(**{"columns of LinearSketch": self.columns})
-        if self.sketch not in ("count", "gaussian"):
-            raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')
 
     def restrict(self, start: int, stop: int, d: int) -> "LinearSketch":
         if self.columns is None:
@@ -66,24 +58,19 @@ class LinearSketch(Compressor):
         return max(1, min(d, self.columns if self.columns is not None else round((self.ratio or 0) * d)))
 
     def omega(self, d: int) -> float:
-        """Return omega for vectors v of d coordinates: the variance E||S^T S v - v||^2 of the estimate S^T S v, divided
-        by ||v||^2. For the count sketch, it is an upper bound over all v."""
+        """Return omega for vectors v of d coordinates: an upper bound, over all v, on the variance E||S^T S v - v||^2
+        of the estimate S^T S v, divided by ||v||^2."""
         if not d:
             return 0.0
         c = self.width(d)
-        return (d + 1) / c if self.sketch == "gaussian" else (d - (d % c or c)) / c
+        return (d - (d % c or c)) / c
 
     def mu(self, d: int) -> float:
         return 1 / (1 + self.omega(d)) if d else 1.0
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        d = len(v)
-        if not d:
-            return Message({"sketch": v}, (seed, step))
-        if self.sketch == "count":
-            return Message({"sketch": RowHash.draw(d, self.width(d), seed=seed, step=step).sketch(v)}, (seed, step))
-        counters = [rows @ v for rows in self._gaussian_rows(d, v, seed, step)]
-        return Message({"sketch": torch.cat(counters)}, (seed, step))
+        sketch = RowHash.draw(len(v), self.width(len(v)), seed=seed, step=step).sketch(v) if len(v) else v
+        return Message({"sketch": sketch}, (seed, step))
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return {"sketch": floats(self.width(d) if d else 0)}
@@ -92,23 +79,7 @@ class LinearSketch(Compressor):
         return seed, step
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        d, (seed, step), scale = len(out), message.context, alpha / (1 + self.omega(len(out)))
-        if not d:
-            return
-        counters = message.parts["sketch"].to(out.dtype)
-        if self.sketch == "count":
-            RowHash.draw(d, self.width(d), seed=seed, step=step).add_transposed(counters, out, scale)
-            return
-        blocks = self._gaussian_rows(d, out, seed, step)
-        for rows, part in zip(blocks, torch.split(counters, _GAUSSIAN_ROWS), strict=True):
-            out.add_(rows.T @ part, alpha=scale)
-
-    def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return the rows of the Gaussian matrix S, float[c, d], in blocks of at most 64 rows. S is identical on all
-        workers up to rounding. `like` is a tensor with the dtype and device of the result."""
-        c, blocks = self.width(d), []
-        for start in range(0, c, _GAUSSIAN_ROWS):
-            rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)
-            add_gaussians(rows.view(-1), c**-0.5, keys(mix(seed, start), step, Stream.SKETCH))
-            blocks.append(rows)
-        return blocks
+        d, (seed, step) = len(out), message.context
+        if d:
+            row = RowHash.draw(d, self.width(d), seed=seed, step=step)
+            row.add_transposed(message.parts["sketch"].to(out.dtype), out, alpha / (1 + self.omega(d)))

@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, Summary, check_flag, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_flag
 from packsaddle.compressors.levels import (
     MOST_BITS,
     decode_levels,
@@ -71,7 +72,11 @@ class Sign(Compressor):
         return replace(self, sizes=tuple(s.numel() for s in shapes)) if self.per_tensor else self
 
     def restrict(self, start: int, stop: int, d: int) -> "Sign":
-        return replace(self, sizes=cut_sizes(self.sizes, start, stop, d))
+        if not self.per_tensor:
+            return self
+        sizes = self._sizes(d)
+        parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))
+        return replace(self, sizes=tuple(n for n in parts if n > 0))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         loop = kernel("pack_signs", v)

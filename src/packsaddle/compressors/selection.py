@@ -1,12 +1,11 @@
 """Selection of coordinates by magnitude: the k largest, or the fewest that hold a fraction of the energy ||v||^2.
 
 Magnitudes are compared as integers, by their bit patterns: the order is the same and NaN is the largest, so compiled
-loops and PyTorch code on the CPU select the same coordinates. If sections of a vector (ranges of coordinates) are
-compressed separately, the number to select in each is estimated from samples of all sections.
+loops and PyTorch code on the CPU select the same coordinates.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ _WORTH_SAMPLING = 1 << 18  # elements; `largest` ranks shorter vectors directly,
 _SAMPLE = 1 << 16
 _SLAB = 1 << 18  # elements processed at a time, to bound scratch memory
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEWEST = 64  # minimum number of selected sample coordinates: with fewer, the counts per section are too noisy
 HISTOGRAM_BITS = 12  # leading bits of a magnitude that index a bin: the exponent and the first bits of the mantissa
 
 
@@ -184,71 +182,3 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
         counts += torch.bincount(bins, minlength=len(counts))
         energy += torch.bincount(bins, weights=(widened(slab) / top).square_(), minlength=len(counts))
     return counts, energy
-
-
-def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
-    """Estimate the number of coordinates in each section of a vector among the k largest magnitudes of the vector.
-
-    `samples` contains one tensor for each section, float[m], with the values of some of the section's coordinates. It
-    must contain nearly the same fraction of the coordinates of every section. `sizes` contains the section lengths. The
-    estimate uses at least the 64 largest sampled magnitudes. So for small k the counts are too large, and only their
-    ratios are accurate.
-    """
-    pooled = torch.cat(list(samples))
-    rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
-    found = _by_section(largest(pooled, rank), torch.ones_like(pooled[:rank]), samples)
-    return [count * size / len(sample) for count, sample, size in zip(found, samples, sizes, strict=True)]
-
-
-def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate, for each section of a vector v (a range of its coordinates), the fraction of the section's energy (its
-    sum of squares) to send, so that v as a whole sends the fraction `share` of ||v||^2 in the fewest coordinates.
-
-    Returns one fraction per section, clamped to [1e-6, 1]; a section of zeros gets `share`. `samples` contains one
-    tensor for each section, float[m], with the values of some of the section's coordinates. It must contain nearly the
-    same fraction of the coordinates of every section.
-    """
-    pooled = widened(torch.cat(list(samples)))
-    energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
-    index = holding(pooled, share)
-    kept = _by_section(index, energies[index], samples)
-    totals = _by_section(torch.arange(len(pooled), device=pooled.device), energies, samples)
-    return [min(1.0, max(1e-6, k / t if t else share)) for k, t in zip(kept, totals, strict=True)]
-
-
-def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return, for each tensor in `samples`, the sum of the `values` that belong to it. `index` has the position of each
-    value in the concatenation of `samples`."""
-    ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
-    section = torch.bucketize(index, ends, right=True)
-    sums = torch.zeros(len(samples), dtype=wide(index.device), device=index.device)
-    found: list[float] = sums.index_add_(0, section, widened(values)).tolist()
-    return found
-
-
-def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` into one positive integer for each of `weights`, in proportion to the weights.
-
-    `sizes` contains the largest value of each integer, at least 1. `total` is first clamped to the possible sums: at
-    least the number of integers, and at most the sum of `sizes`. Rounding is by largest remainders.
-    """
-    total = min(max(total, len(sizes)), sum(sizes))
-    # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
-    most = max(weights) or 1.0
-    shares = [w / most for w in weights]
-    lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]
-
-    def exact(scale: float) -> list[float]:
-        return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]
-
-    # Bisect for the scale at which the clamped weights add up to the total; the sum is increasing in the scale.
-    low, high = 0.0, max(n / w for w, n in zip(lifted, sizes, strict=True))
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(exact(middle)) <= total else (low, middle)
-    parts = exact(low)
-    counts = [int(part) for part in parts]
-    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

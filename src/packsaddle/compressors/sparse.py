@@ -4,19 +4,18 @@ A vector is divided into cells of consecutive coordinates, so that memory is acc
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, Summary, check_flag, check_share, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_share
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, floats, octets
-from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
+from packsaddle.compressors.selection import holding, largest
 from packsaddle.compressors.values import (
     ValueFormat,
     check_format,
@@ -28,7 +27,7 @@ from packsaddle.compressors.values import (
     value_retention,
 )
 from packsaddle.errors import check_counts
-from packsaddle.numerics.seeds import mix, sample_without_replacement
+from packsaddle.numerics.seeds import sample_without_replacement
 
 _LONGEST_CHUNK = 1 << 30  # largest valid `chunk`, in coordinates
 
@@ -172,42 +171,7 @@ class KOfD(Compressor):
 
 
 @dataclass(frozen=True)
-class _OfEachTensor(KOfD):
-    """Base class of compressors that keep k coordinates of the whole vector. With `per_tensor` they keep the fraction
-    `ratio` of the coordinates of each tensor instead."""
-
-    per_tensor: bool = False  # apply the ratio to each tensor separately, not to the whole vector
-    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag(f"per_tensor of {type(self).__name__}", self.per_tensor)
-        if self.per_tensor and self.ratio is None:
-            raise ValueError(f"per_tensor of {type(self).__name__} needs a ratio, got k={self.k}")
-
-    def for_tensors(self, shapes: Sequence[torch.Size]) -> Self:
-        return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
-
-    def restrict(self, start: int, stop: int, d: int) -> KOfD:
-        return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
-
-    def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return the start and the size of each range of coordinates to which the ratio applies separately. With
-        `per_tensor` each tensor is such a range. Otherwise all d coordinates are one range."""
-        sizes = self.sizes if sum(self.sizes) == d else (d,)
-        return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
-
-    def count(self, d: int) -> int:
-        return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
-
-    def mu(self, d: int) -> float:
-        """Return the contraction mu: the smallest fraction k/d of kept coordinates over the tensors in the vector,
-        since all of ||v||^2 may be in a single tensor."""
-        return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
-
-
-@dataclass(frozen=True)
-class RandomK(_OfEachTensor):
+class RandomK(KOfD):
     """A linear compressor that keeps k random coordinates, identical on all workers, and sends no indices; mu = k/d.
 
     k is given, or is `ratio` * d, rounded and at least 1 (Stich et al. 2018). Values are not rescaled by d/k: error
@@ -216,12 +180,7 @@ class RandomK(_OfEachTensor):
     The vector is divided into cells of `block_size` b consecutive coordinates, which makes memory accesses contiguous.
     The fraction k/d of the cells, rounded up, is kept, each cell with the same probability, so a coordinate is kept
     with probability at least k/d. A message has b values per kept cell (for b = 1 exactly k, else fewer than
-    k (1 + b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells; with
-    `per_tensor` it is 1.
-
-    `values` rounds the values to fewer bits; C is then not linear. Rounded messages are all-gathered, still without
-    index bytes, and each worker's rounding error goes to its own error memory. (An all-reduce would round the sum
-    again, and no error memory would correct that error.)
+    k (1 + b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells.
 
     Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
@@ -234,31 +193,21 @@ class RandomK(_OfEachTensor):
     (0.25, True)
     """
 
+    linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary(
         "k/d, rounded up to whole cells",
         "k values in cells; no indices, because the seed is shared",
-        ({}, {"block_size": 1}, {"values": "bfloat16"}),
+        ({}, {"block_size": 1}),
     )
     block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, depending on k
-    values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(**{"block_size of RandomK": self.block_size})
-        if self.per_tensor and self.block_size not in (None, 1):
-            raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
-        if self.values is not None:
-            check_format(type(self).__name__, self.values)
-
-    @property
-    def linear(self) -> bool:
-        return self.values is None
 
     def block(self, d: int) -> int:
         """Return b, the number of consecutive coordinates kept or dropped together, for vectors of d coordinates."""
-        if self.per_tensor:
-            return 1
         k = self.count(d)
         b = min(_MOST_TOGETHER, 1 << max(0, (k // _CELLS_KEPT).bit_length() - 1))
         return min(max(k, 1), self.block_size or b)
@@ -269,32 +218,21 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d, times the
-        fraction of the energy that the format `values` retains (`value_retention`)."""
+        """Return the contraction mu: the fraction of cells (runs of coordinates) kept, which is at least k/d."""
         n, m = self.grid(d)
-        share = super().mu(d) if self.per_tensor or not d else m / n
-        return share * value_retention(self.values)
+        return m / n if d else 1.0
 
-    def rates(self, d: int) -> list[tuple[int, float]]:
-        if self.per_tensor:
-            return [(n, KOfD.count(self, n) / n) for _, n in self.tensors(d)]
-        n, m = self.grid(d)
-        return [(d, m / n)] if d else []
+    def rate(self, d: int) -> float:
+        return self.mu(d)
 
-    def shared_cells(self, d: int) -> tuple[int, int] | None:
-        return (self.grid(d)[0], self.block(d)) if self.linear else None
+    def shared_cells(self, d: int) -> tuple[int, int]:
+        return self.grid(d)[0], self.block(d)
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
         """Return the cells (runs of coordinates) that are kept of a vector of d coordinates. They are a pure function
         of (seed, step), and their indices are on `device`."""
-        if not self.per_tensor:
-            n, m = self.grid(d)
-            return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
-        drawn = [
-            sample_without_replacement(n, KOfD.count(self, n), seed=mix(seed, at), step=step, device=device) + at
-            for at, n in self.tensors(d)
-        ]
-        return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
+        n, m = self.grid(d)
+        return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the indices, out of d, of the coordinates that are kept, int64[...], on `device`. They are a pure
@@ -303,13 +241,12 @@ class RandomK(_OfEachTensor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
-        return Message(encode_values(cells.gather(v), self.values), cells)
+        return Message({"values": cells.gather(v)}, cells)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
-        return value_parts(self.grid(d)[1] * self.block(d), self.values)
+        return {"values": floats(self.grid(d)[1] * self.block(d))}
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Cells:
-        check_values(parts, self.values)
         return self.cells(d, seed=seed, step=step, device=parts["values"].device)
 
     def support_of(self, message: Message, d: int) -> Tensor:
@@ -318,8 +255,7 @@ class RandomK(_OfEachTensor):
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         cells: Cells = message.context
-        k = len(cells.index) * cells.size
-        cells.add_to(out, decode_values(message.parts, self.values, out.dtype, k), alpha)
+        cells.add_to(out, message.parts["values"].to(out.dtype), alpha)
 
 
 class _CodedSupport(Compressor):
@@ -340,11 +276,10 @@ class _CodedSupport(Compressor):
     def _encode_indices(self, index: Tensor, d: int) -> Tensor:
         return wire.encode_indices(index, d)
 
-    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
-        must be at most d."""
-        k = min(d, value_count(parts, self.values)) if "values" in parts else 0
-        check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
+    @abstractmethod
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        """Return the indices of the coordinates in the `parts` of a message, int64[k], for a vector of d
+        coordinates."""
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Tensor:
         check_values(parts, self.values)
@@ -354,16 +289,13 @@ class _CodedSupport(Compressor):
         index: Tensor = message.context
         return index
 
-    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
-        return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
-
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         index: Tensor = message.context
         Cells(index, 1).add_to(out, decode_values(message.parts, self.values, out.dtype, len(index)), alpha)
 
 
 @dataclass(frozen=True)
-class TopK(_CodedSupport, _OfEachTensor):
+class TopK(_CodedSupport, KOfD):
     """A compressor that keeps the k coordinates of largest magnitude; it is not linear. mu >= k/d.
 
     k is given, or is `ratio` * d, rounded and at least 1 (Stich et al. 2018). A message has values and coded indices.
@@ -388,6 +320,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     tensor([ 0., -3.,  2.,  0.])
     """
 
+    fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary(
         ">= k/d; with chunk the least k/n of a chunk",
         "k values and k coded indices",
@@ -406,14 +339,6 @@ class TopK(_CodedSupport, _OfEachTensor):
             raise ValueError(f"chunk of TopK must be an integer from 1 to {_LONGEST_CHUNK:,}, got {self.chunk!r}")
         if self.ratio is None:
             raise ValueError(f"chunk of TopK needs a ratio, got k={self.k}; k of each chunk is a ratio of k / chunk")
-        if self.per_tensor:
-            raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
-
-    @property
-    def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if a ratio was given, so that the number of coordinates sent follows from the vector's length. If k was
-        given instead, `apportion` may change k, to different values on different workers."""
-        return self.k is None
 
     def chunks(self, d: int) -> Chunks | None:
         """Return the division of a vector of d coordinates into chunks, or None if `chunk` is None."""
@@ -427,50 +352,22 @@ class TopK(_CodedSupport, _OfEachTensor):
         chunks = self.chunks(d)
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one TopK per section of a vector. Their k are estimated from `samples` and `sizes`, and add up to the
-        k of this compressor for the whole vector.
-        Returns None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
-        if self.per_tensor or self.chunk is not None:
-            return None
-        k = self.count(sum(sizes))
-        counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
-        return [replace(self, ratio=None, k=count) for count in counts]
-
     def select(self, v: Tensor) -> Tensor:
-        if (chunks := self.chunks(len(v))) is not None:
-            return chunks.largest(v)
-        parts = [largest(v[at : at + n], KOfD.count(self, n)).add_(at) for at, n in self.tensors(v.numel())]
-        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0)
+        chunks = self.chunks(len(v))
+        return largest(v, self.count(len(v))) if chunks is None else chunks.largest(v)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         chunks, k = self.chunks(d), self.count(d)
         indices = chunks.expected() if chunks else octets(wire.index_bytes(d, k))
         return {"indices": indices, **value_parts(k, self.values)}
 
-    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless the dtypes and lengths of `parts`, the parts of a message, are valid for a vector
-        of d coordinates.
-
-        If this compressor was constructed with k and not with a ratio, the number of values in the message may differ
-        from k, since the sender may have another k from `apportion`.
-        """
-        if self.k is None:
-            Compressor.check_parts(self, parts, d)
-        else:
-            super().check_parts(parts, d)
-
     def _encode_indices(self, index: Tensor, d: int) -> Tensor:
         chunks = self.chunks(d)
         return chunks.encode(index) if chunks else super()._encode_indices(index, d)
 
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
-        if chunks := self.chunks(d):
-            return chunks.decode(parts["indices"])
-        # With a ratio, the number of values follows from d.
-        if self.k is None:
-            return wire.decode_indices(parts["indices"], self.count(d), d)
-        return super()._decode_indices(parts, d)
+        chunks = self.chunks(d)
+        return chunks.decode(parts["indices"]) if chunks else wire.decode_indices(parts["indices"], self.count(d), d)
 
 
 @dataclass(frozen=True)
@@ -502,8 +399,14 @@ class AdaptiveTopK(_CodedSupport):
     def mu(self, d: int) -> float:
         return self.share * value_retention(self.values)
 
-    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
-
     def select(self, v: Tensor) -> Tensor:
         return holding(v, self.share)
+
+    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
+        """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
+        must be at most d."""
+        k = min(d, value_count(parts, self.values)) if "values" in parts else 0
+        check_expected(parts, {"indices": octets(wire.index_bytes(d, k)), **value_parts(k, self.values)}, d)
+
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)

@@ -1,10 +1,9 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
 In "int8", in "int4" and in the three floating-point formats, a value is divided by the largest magnitude of its block
-(the scale) and rounded to nearest. "int1", "int2" and "int3" store the sign of each value and one of 1, 2 or 4 levels.
-For "int2" and "int3", the magnitudes of a block are split at their mean; for "int3" both parts are split again, each at
-its own mean. A level is the mean of the magnitudes in a part. Formats of at most 4 bits send scales and levels in 16
-bits, relative to the largest scale or level in the vector.
+(the scale) and rounded to nearest. "int2" stores the sign of each value and one of two levels: the magnitudes of a
+block are split at their mean, and a level is the mean of the magnitudes in a part. "int4" and "int2" send scales and
+levels in 16 bits, relative to the largest scale or level in the vector.
 """
 
 import math
@@ -20,12 +19,11 @@ from packsaddle.errors import MessageError
 from packsaddle.numerics.devices import widened
 from packsaddle.numerics.kernels import kernel
 
-ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
+ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int2"]
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # number of consecutive values that are encoded with the same scale or levels
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; a last byte is the number of values mod 8
-_HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
+_PACKED = {"int4": 4, "int2": 2}  # bits per value; a last byte is the number of values mod 8
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
@@ -45,17 +43,17 @@ def check_format(owner: str, how: object) -> None:
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     """Encode `values`, float[k], in the format `how`. Returns the parts of a message by name.
 
-    The part "values" contains the coded values, and "scales" one scale, or a few levels, for each block. In formats of
-    at most 4 bits, "scales" are in 16 bits and relative to the third part, "unit", float[1]. If `how` is None, the only
-    part is "values", with the values unchanged.
+    The part "values" contains the coded values, and "scales" one scale, or two levels, for each block. In "int4" and
+    "int2", "scales" are in 16 bits and relative to the third part, "unit", float[1]. If `how` is None, the only part is
+    "values", with the values unchanged.
     """
     if how is None:
         return {"values": values}
     if not len(values):
         coded = values.to(torch.uint8 if how in _PACKED else _DTYPES[how])
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
-    if how in _HALVINGS:
-        packed, levels = _split_at_means(values, _HALVINGS[how])
+    if how == "int2":
+        packed, levels = _split_at_means(values)
         return {"values": _counted(packed, len(values)), **_scales_to_16_bits(levels.view(-1), values.dtype)}
     blocks = _in_blocks(values)
     # Divide by the largest magnitude of the block, so that values of any scale fit the format.
@@ -82,37 +80,28 @@ def _in_blocks(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
 
 
-def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Encode each value as its sign and the index of one of 2^halvings levels of its block. Returns the packed codes of
-    all values, uint8[...], and the levels of each block, float64[blocks, 2^halvings]."""
+def _split_at_means(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode each value as its sign and the index of one of two levels of its block. Returns the packed codes of all
+    values, uint8[...], and the levels of each block, float64[blocks, 2]."""
     # Only float32 values use the compiled loop. The loop adds them in float64, in an arbitrary order, which is correct
     # for float32 values, since their sums in float64 are almost exact.
-    if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
-        coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
+    if values.dtype == torch.float32 and (loop := kernel("pack_two_levels", values)):
+        coded: tuple[Tensor, Tensor] = loop(values, VALUE_BLOCK)
         return coded
     # Padding is excluded from the means.
     blocks = _in_blocks(values)
     there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
-    codes, levels = _parted(widened(blocks.abs()), there, halvings)
-    codes += (blocks < 0).to(torch.uint8) << halvings
-    return pack(codes.view(-1)[: len(values)].to(torch.int64), halvings + 1), torch.cat(levels, 1)
+    magnitudes = widened(blocks.abs())
+    above = magnitudes > _means(magnitudes, there)
+    levels = torch.cat([_means(magnitudes, there & ~above), _means(magnitudes, there & above)], 1)
+    codes = 2 * (blocks < 0).to(torch.int64) + above
+    return pack(codes.view(-1)[: len(values)], 2), levels
 
 
-def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
-    """Split the magnitudes of each row at their mean, recursively `halvings` times.
-
-    `magnitudes` is float[n, b]. Only the elements for which `members`, bool[n, b], is True are split and averaged.
-    Returns the index of the part to which each element belongs, uint8[n, b], and a list with the mean of each of the
-    2^halvings parts, float[n, 1].
-    """
-    count = members.sum(1, keepdim=True)
-    mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
-    if not halvings:
-        return torch.zeros_like(magnitudes, dtype=torch.uint8), [mean]
-    above = magnitudes > mean
-    low, lows = _parted(magnitudes, members & ~above, halvings - 1)
-    high, highs = _parted(magnitudes, members & above, halvings - 1)
-    return torch.where(above, high + (1 << (halvings - 1)), low), lows + highs
+def _means(magnitudes: Tensor, members: Tensor) -> Tensor:
+    """Return the mean of the magnitudes in each row of a matrix, float[n, 1], over the elements for which `members`,
+    bool[n, b], is True. It is 0 for a row without such elements."""
+    return torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / members.sum(1, keepdim=True).clamp_min(1)
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -153,13 +142,13 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
     if how is None:
         return parts["values"].to(dtype)
     scales = _scales_of(parts, dtype)
-    if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", scales)):
+    if how == "int2" and (loop := kernel("add_two_levels", scales)):
         values = scales.new_zeros(k)
-        loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, scales, values)
+        loop(parts["values"][:-1], VALUE_BLOCK, scales, values)
         return values
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
-    if how in _HALVINGS:
-        levels = scales.view(-1, 1 << _HALVINGS[how])
+    if how == "int2":
+        levels = scales.view(-1, 2)
         return torch.cat([levels, -levels], 1).gather(1, _in_blocks(whole)).view(-1)[:k]
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
@@ -170,8 +159,8 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
 def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha: float) -> None:
     """Decode the values in `parts`, the output of `encode_values` in the format `how`, and add alpha times the values
     to out, float[k], in place."""
-    if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", out)):
-        loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
+    if how == "int2" and (loop := kernel("add_two_levels", out)):
+        loop(parts["values"][:-1], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
     elif how == "int4" and (loop := kernel("add_four_bits", out)):
         loop(parts["values"][:-1], VALUE_BLOCK, _scales_of(parts, out.dtype), out, alpha)
     else:
@@ -187,7 +176,7 @@ def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
     if how not in _PACKED:
         return {"values": Expected((_DTYPES[how],), k, k), "scales": floats(blocks)}
     values = octets(math.ceil(k * _PACKED[how] / 8) + 1, last=k % 8) if k else octets(0)
-    scales = blocks << _HALVINGS.get(how, 0)
+    scales = 2 * blocks if how == "int2" else blocks
     return {"values": values, "scales": Expected((torch.int16,), scales, scales), "unit": floats(min(k, 1))}
 
 
@@ -214,21 +203,15 @@ def value_retention(how: ValueFormat | None) -> float:
     which reduces the retained energy by less than 2^-7 of it. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11
     and float32 of 2^-24; the bounds leave room for subnormals and the rounding of the scaling.
 
-    int1: the scale is the mean magnitude a of the block, and b a^2 of ||v||^2 is retained. Since
-    (b a)^2 = ||v||_1^2 >= ||v||^2, this is at least 1 / b of ||v||^2. A relative error of 2^-9 in the scale reduces the
-    retained energy by 2^-18 of it.
-
     int2: the magnitudes of the block are split at their mean a. The magnitudes above a have a sum S, a mean m and a
     maximum M. Their energy is at most S M, of which S m is retained. The energy of the other magnitudes is at most
-    b a^2. The retained energy is at least b a^2, as for int1. The smallest fraction found is 6.7 / b, for one large
-    magnitude among b / 3 magnitudes at the mean, so this function returns 4 / b.
-
-    int3: the parts of int2 are split again, so at least as much energy is retained as for int2.
+    b a^2. The retained energy is at least b a^2, the energy of b values with the magnitude a. The smallest fraction
+    found is 6.7 / b, for one large magnitude among b / 3 magnitudes at the mean, so this function returns 4 / b.
     """
     if how is None:
         return 1.0
-    if how in _HALVINGS:
-        return (1 - 2.0**-18) / VALUE_BLOCK if how == "int1" else 4 / VALUE_BLOCK
+    if how == "int2":
+        return 4 / VALUE_BLOCK
     if how in _LARGEST:
         twice = (2 * _LARGEST[how]) ** 2
         return twice / (twice + VALUE_BLOCK - 1) * (1 if how == "int8" else 1 - 2.0**-7)

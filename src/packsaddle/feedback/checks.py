@@ -4,9 +4,7 @@ workers.
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.messages import numbered
 from packsaddle.numerics.devices import wide, widened
 
-OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -152,38 +149,19 @@ class DriftError(GuardError):
     """Raised if the parameters, learning rates, weight decays or noise of the workers differ."""
 
 
-@dataclass(frozen=True)
-class Drift:
-    """The record of a comparison in which the parameters of the workers differed."""
-
-    step: int  # index t of the last step before the comparison
-    name: str  # name of the first tensor that differs between workers
-    workers: tuple[int, ...]  # ranks of the workers whose tensor differs from that of rank 0
-
-    def __str__(self) -> str:
-        verb = "differs" if len(self.workers) == 1 else "differ"
-        return f"after step {self.step}: {numbered('worker', self.workers)} {verb} from worker 0 in {self.name}"
-
-
 class DriftGuard:
     """Compares the workers' parameters by fingerprints, once in `every` steps, or never if `every` is 0.
 
-    If parameters differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Possible
-    causes of a difference are faulty memory, different rounding, and a script that changes parameters on one worker.
-
-    Learning rates, weight decays and the standard deviation of the noise are compared too, by a hash. If these differ,
-    DriftError is raised with either `action`: parameters would stay equal, but the workers' error memories would be
-    scaled by different rates.
+    Possible causes of a difference are faulty memory, different rounding, and a script that changes parameters on one
+    worker. Learning rates, weight decays and the standard deviation of the noise are compared too, by a hash: if these
+    differ, parameters would stay equal, but the workers' error memories would be scaled by different rates.
 
     `digest` is a function that adds up the fingerprints of the processes of one worker.
     """
 
-    def __init__(
-        self, every: int, action: OnDrift, channel: Communicator, digest: Callable[[Tensor], Tensor] = lambda p: p
-    ) -> None:
+    def __init__(self, every: int, channel: Communicator, digest: Callable[[Tensor], Tensor] = lambda p: p) -> None:
         self._every = Every(every)
-        self._action, self._channel, self._digest = action, channel, digest
-        self.found: list[Drift] = []
+        self._channel, self._digest = channel, digest
 
     def resume(self, steps: int) -> None:
         """Restart the schedule after `steps` steps. The next comparison is due after the next multiple of `every`
@@ -208,11 +186,9 @@ class DriftGuard:
                 find the name of the first tensor that differs.
             rates: the rates of all steps; if None, they are not compared.
 
-        If the vectors differ, raises DriftError on every worker, or broadcasts rank 0's vectors, depending on `action`.
-        If the rates differ, raises DriftError on every worker.
+        If the vectors or the rates differ, raises DriftError on every worker.
         """
-        # Compare the fingerprints of the vectors and the hash of the rates in one gather. A difference in rates raises
-        # an error even with "repair", since the error memories cannot be repaired.
+        # Compare the fingerprints of the vectors and the hash of the rates in one gather.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
@@ -220,10 +196,9 @@ class DriftGuard:
             mine = torch.tensor(rates.last, dtype=wide(prints[0].device), device=prints[0].device)
             parts_of_all = self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")
             theirs, here = (parts_of_all[worker]["rates"].tolist() for worker in (others[0], 0))
-            verb = "differs" if len(others) == 1 else "differ"
             raise DriftError(
-                f"after step {step}: {numbered('worker', others)} {verb} from worker 0 in learning rates, weight decay "
-                f"or noise, which must be the same on all workers at every step: "
+                f"{_difference(step, others)} learning rates, weight decay or noise, which must be the same on all "
+                f"workers at every step: "
                 f"{first_difference(theirs, here) or 'not in this step, but in one since the last comparison'}"
             )
         if not any(apart):
@@ -232,15 +207,11 @@ class DriftGuard:
         # differs.
         named = parts()
         rows = self._differing([fingerprint(tensor) for _, tensor in named])
-        first = next(i for i, row in enumerate(rows) if row)
-        self.found.append(Drift(step, named[first][0], tuple(rows[first])))
-        if self._action == "stop":
-            raise DriftError(
-                f"{self.found[-1]}. Find the cause before resuming from a checkpoint: faulty memory, different "
-                f"processors, or a script that changes parameters on one worker"
-            )
-        for vector in vectors:
-            self._channel.broadcast(vector, "guard")
+        name, others = next((name, row) for (name, _), row in zip(named, rows, strict=True) if row)
+        raise DriftError(
+            f"{_difference(step, others)} {name}. Find the cause before resuming from a checkpoint: faulty memory, "
+            f"different processors, or a script that changes parameters on one worker"
+        )
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
         """Compare this worker's fingerprints with those of all workers; collective.
@@ -252,6 +223,11 @@ class DriftGuard:
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()
         return [[worker for worker, is_other in enumerate(row) if is_other] for row in differs]
+
+
+def _difference(step: int, others: Sequence[int]) -> str:
+    verb = "differs" if len(others) == 1 else "differ"
+    return f"after step {step}: {numbered('worker', others)} {verb} from worker 0 in"
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

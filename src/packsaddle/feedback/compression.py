@@ -1,14 +1,11 @@
-"""The settings of compressed averaging over workers: compressor, exchange, error memory and validation."""
+"""The settings of compressed averaging over workers: compressor, exchange, decay and validation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
 from packsaddle.errors import check_integers
-from packsaddle.feedback.checks import OnDrift
-from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
 # A function of the index of a step or round, which returns the compressor of that step or round.
@@ -19,13 +16,13 @@ _OR_A_SCHEDULE = f"{_A_COMPRESSOR}, or a function of the step that returns one"
 
 @dataclass(frozen=True)
 class Compression(Option):
-    """Settings of compressed averaging over workers: compressor, exchange, error memory and validation.
+    """Settings of compressed averaging over workers: compressor, exchange, decay and validation.
 
     Arguments of this type also accept a `Compressor`, as short for `Compression(compressor)`.
 
     Args:
         compressor: C, applied to the concatenation of all compressed tensors. Hooks and local updates also accept a
-            function of the step or round that returns it (see `RatioRamp`).
+            function of the step or round that returns it.
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way" (each worker
             averages one chunk of the vector), "coordinator" (one worker averages all), or "auto" ("direct" or
             "two-way", by predicted bytes; see `select_aggregator`). Local updates also accept "senders": like "direct",
@@ -38,17 +35,15 @@ class Compression(Option):
             two dimensions; 0 compresses all tensors.
         decay: factor applied to the error memory in each step or round, in [0, 1]; 0 disables error feedback. It must
             be 1 in `CompressedSGD`, and above 0 in local updates.
-        memory: "buffer", the error memory in a vector of its own, or "ef21", a running estimate of the gradient instead
-            (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
         max_skipped: maximum number of consecutive steps that all workers may skip because a worker's vector is invalid
             (Inf, NaN or too large numbers). One more skipped step raises NonFiniteError. If None, vectors are not
             validated, except in local updates, where they are validated and the number of skipped rounds has no limit.
 
-        compare_every: the number of steps between two comparisons of the workers' parameters, learning rates and noise.
-            A worker sends 16 bytes of fingerprints for a comparison. 0 never compares. on_drift: action if parameters
-            differ between workers: "stop" raises DriftError, "repair" broadcasts worker 0's parameters. monitor_every:
-            the number of steps between two measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2, where v is the
-            vector to send; 0 never measures.
+        compare_every: the number of steps between two comparisons of the workers' parameters, learning rates and noise,
+            which raise DriftError if they differ. A worker sends 16 bytes of fingerprints for a comparison. 0 never
+            compares.
+        monitor_every: the number of steps between two measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2,
+            where v is the vector to send; 0 never measures.
 
     Raises ValueError for an invalid argument.
 
@@ -64,11 +59,9 @@ class Compression(Option):
     exchange: Exchange | None = None
     back: Compressor | None = None
     dense_below: int = 256
-    memory: Memory = "buffer"
     decay: float = 1.0
     max_skipped: int | None = 20
     compare_every: int = 100
-    on_drift: OnDrift = "stop"
     monitor_every: int = field(default=0, metadata={"own": True})
 
     def __post_init__(self) -> None:
@@ -81,13 +74,6 @@ class Compression(Option):
         if not (self.back is None or isinstance(self.back, Compressor)):
             raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
         check_exchange(self.exchange or "direct", self.back)
-        for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In exchanges other than "direct", the worker that averages a chunk of the vector adds the residual of the mean
-        # to its error memory. EF21 has no error memory.
-        if self.memory != "buffer" and self.exchange not in (None, "direct"):
-            raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
@@ -100,13 +86,10 @@ class Compression(Option):
         """Return `given` as a `Compression`.
 
         If `given` is a compressor or a schedule, i.e. a function of the step, all other settings are the defaults. If
-        its exchange is None, the exchange of the result is the argument `exchange` with memory="buffer", and "direct"
-        with any other memory.
+        its exchange is None, the exchange of the result is the argument `exchange`.
         """
         spec = given if isinstance(given, Compression) else cls(given)
-        if spec.exchange is not None:
-            return spec
-        return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
+        return spec if spec.exchange is not None else replace(spec, exchange=exchange)
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
         """Return the kind of exchange, such as "two-way", by which the messages of `compressor` are averaged.

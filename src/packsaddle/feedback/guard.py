@@ -17,7 +17,6 @@ from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.errors import GuardError
-from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.slices import Slice
@@ -140,13 +139,10 @@ class Skips:
 
 
 class Records:
-    """The records that an exchanging object keeps: its skipped steps, and the comparisons in which workers differed.
-
-    With local updates, the records of skipped steps are those of rejected rounds.
-    """
+    """The records that an exchanging object keeps of its skipped steps. With local updates, they are those of rejected
+    rounds."""
 
     _skips: Skips
-    _drift: DriftGuard
 
     def _settle(self) -> None:
         """No-op. Hooks override this method to read the outcomes of finished exchanges."""
@@ -163,12 +159,6 @@ class Records:
         """The total number of skipped steps. In local updates, this is the number of rejected rounds."""
         self._settle()
         return self._skips.count
-
-    @property
-    def drifts(self) -> list[Drift]:
-        """The records of the comparisons in which parameters differed between workers (see
-        `Compression.compare_every`)."""
-        return self._drift.found
 
     def reset_skip_streak(self) -> None:
         """Set the count of consecutive skipped steps to 0, so that training may continue after a NonFiniteError."""

@@ -7,8 +7,7 @@ The methods of a memory e, in the order of their calls in an exchange, with the 
 - `absorb` stores the residual v - C(v) as the new memory (line 12).
 - `close` commits the new memory, or rolls back to the old one.
 
-Between exchanges, `reset` clears the memory (line 7). `InPlaceMemory` is a variant for large vectors. The variants in
-`sgd.memories` are only for `CompressedSGD`.
+Between exchanges, `reset` clears the memory (line 7). `InPlaceMemory` is a variant for large vectors.
 
 In the paper a worker i stores e^(i). If updates include the step size eta, `ErrorMemory` stores the unsent update eta
 e^(i) instead. For a constant step size the two algorithms are the same, for every compressor with C(c v) = c C(v). If
@@ -17,15 +16,12 @@ eta = 0 needs no special case. Hooks do not know the step size, so their updates
 gradient.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Term
 from packsaddle.feedback.slices import Shaped, Slice
-
-Memory = Literal["buffer", "ef21"]
 
 
 class Update:
@@ -69,10 +65,6 @@ class ErrorMemory:
     vector, which becomes the memory on commit, so the step can be rolled back. Without `spare`, v overwrites the
     memory, and the step cannot be rolled back.
     """
-
-    kind = "buffer"  # name of this kind of memory in saved states
-    name = "error"  # the name of the vector in saved states
-    in_gradient_units = False  # True if updates are in units of a gradient, i.e. do not include the learning rate
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self.slice, self.compressed_d = of, of.compressed_d
@@ -153,13 +145,6 @@ class ErrorMemory:
 
     # Methods called between exchanges.
 
-    def pending(self) -> Tensor:
-        """Return this worker's unsent update of the parameters, float[n].
-
-        It is the error memory itself. The result may be a view of it.
-        """
-        return self.vector
-
     def add(self, update: Tensor) -> None:
         """Add an unsent update of the parameters, float[m], to the first m coordinates of the error memory."""
         self.vector[: len(update)].add_(update)
@@ -172,30 +157,6 @@ class ErrorMemory:
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)
-
-    def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of the parameters when a mean update is applied.
-
-        `magnitude` is the largest absolute value of the mean update.
-        """
-        return magnitude
-
-    def local_factors(self) -> Sequence[float]:
-        """Return the factors, such as learning rates, by which this worker multiplies the mean update. They must be
-        equal on all workers.
-
-        The list is empty here, since an error memory applies the mean update unchanged.
-        """
-        return []
-
-    def vectors(self) -> dict[str, Tensor]:
-        """Return the further vectors that this memory keeps between steps, by name; they are float[n] each. The memory
-        itself is not among them."""
-        return {}
-
-    def after_load(self) -> None:
-        """Update the attributes that depend on the memory's vectors. Call between two steps, after the vectors were
-        loaded."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
         """Set the coordinates of frozen parameters in `vector` to zero. Noise or a decoded message may have changed

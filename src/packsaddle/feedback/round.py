@@ -100,8 +100,6 @@ class ErrorFeedback:
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
         # The compressor for the vector of all parameters; None: none was set yet.
         self.compressor: Compressor | None = None
-        # The compressor of this slice, with the slice's part of the budget by size; None: none was set yet.
-        self._by_size: Compressor | None = None
         self._choice: Choice | None = None
 
     @property
@@ -113,41 +111,33 @@ class ErrorFeedback:
         """Return True if this slice's messages are predicted to be no larger with compressor `one` than with compressor
         `other`, in bytes.
 
-        The budget of `one` is that of the whole model, and the slice gets its part by size. The budget of `other` is
-        that of the slice.
+        `one` is a compressor for the vector of all parameters, and `other` is one for this slice.
         """
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
-    def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
+    def use(self, compressor: Compressor, exchange: str = "direct") -> None:
         """Switch to a compressor for the next exchanges.
 
-        Args:
-            compressor: the compressor for the vector of all parameters. The slice gets the part of its budget that
-                corresponds to the slice's size.
-            exchange: the kind of exchange, such as "two-way".
-            allotted: the compressor of this slice, used instead of the part by size. It must be of the same kind as
-                `compressor`, and may differ in the number of coordinates to send.
+        `compressor` is the compressor for the vector of all parameters. A number of coordinates that it sends is scaled
+        down to the slice's fraction of this vector. `exchange` is the kind of exchange, such as "two-way".
 
-        If `compressor` is already in use, only the number of coordinates to send changes. Raises ValueError if the
-        exchange does not support the compressor.
+        No-op if `compressor` is already in use. Raises ValueError if the exchange does not support the compressor.
         """
-        if compressor != self.compressor:
-            n, by_size = self.slice.compressed_d, self._restricted(compressor)
-            back = self._back if exchange in ("two-way", "coordinator") else None
-            choice = choose(
-                by_size,
-                exchange,
-                d=n,
-                dense=self.guard.numbers(self.slice.d - n),
-                workers=self.channel.group.size,
-                itemsize=self.memory.vector.element_size(),
-                back=None if back is None else self._restricted(back),
-            )
-            self._choice, self.compressor, self._by_size = choice, compressor, by_size
-        assert self._by_size is not None
-        # The number of coordinates to send may change in each step.
-        self.choice.aggregator.adopt(allotted or self._by_size)
+        if compressor == self.compressor:
+            return
+        n = self.slice.compressed_d
+        back = self._back if exchange in ("two-way", "coordinator") else None
+        self._choice = choose(
+            self._restricted(compressor),
+            exchange,
+            d=n,
+            dense=self.guard.numbers(self.slice.d - n),
+            workers=self.channel.group.size,
+            itemsize=self.memory.vector.element_size(),
+            back=None if back is None else self._restricted(back),
+        )
+        self.compressor = compressor
 
     def _restricted(self, compressor: Compressor) -> Compressor:
         n = self.slice.compressed_d

@@ -3,7 +3,6 @@
 - `ddp` registers a `DDPHook` (defined in `ddp_hook`) with DistributedDataParallel
 - `fsdp` registers an `FSDPHook` with an FSDP2 model
 - `hook` defines the base class of both hooks: the exchanges of a backward pass are all applied, or all rejected
-- `budget` divides the number of coordinates to send among DDP's buckets or FSDP's modules
 """
 
 from packsaddle.hooks.ddp_hook import DDPHook as DDPHook

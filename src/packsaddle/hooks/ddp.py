@@ -56,9 +56,8 @@ def register_ddp_hook(
 
     Args:
         model: a DistributedDataParallel without a communication hook.
-        compressor: C, or a function of the step that returns it (see `RatioRamp`), or a `Compression`, which also sets
-            how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
-            be "buffer" and its on_drift "stop".
+        compressor: C, or a function of the step that returns it, or a `Compression`, which also sets how messages are
+            averaged, which tensors are sent uncompressed and which checks are made.
         noise: the artificial noise, as in `CompressedSGD`, but not lazy.
         start_step: the number of initial steps, which are exchanged uncompressed.
         seed: seed of all shared randomness; identical on all workers.

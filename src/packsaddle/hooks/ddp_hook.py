@@ -227,7 +227,7 @@ class DDPHook(GradientHook, Exchanging):
             whole = self._slice(frozenset(place.name for place in self._places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
-                self._use(whole)
+                self._use_compressor(whole)
                 whole.load_aggregator(aggregator)
 
     def _identity(self) -> dict[str, Any]:

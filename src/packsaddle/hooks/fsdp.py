@@ -95,7 +95,12 @@ class FSDPHook(GradientHook, Exchanging):
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
         super().__init__(channel, rules, padded_size(model))
         self.saved_state = State(
-            *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
+            "register_fsdp_hook",
+            RULES,
+            self._identity,
+            self._saved_fields,
+            names={"": ROOT},
+            only_with=_SHARDS,
         )
         self._model = model
         # The index of this worker's shard, and the number of shards of the model.
@@ -256,10 +261,10 @@ def register_fsdp_hook(
         replicas: the group of the workers that have the same shard, one on each machine:
             mesh["replicate"].get_group() of a two-dimensional mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
-            as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
-            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Every `compare_every` steps
-            the replicas compare their parameters, at the end of a backward pass. `max_skipped` limits the number of
-            consecutive steps that the replicas of one shard skip. Steps that only other shards skip do not count.
+            as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message. Every
+            `compare_every` steps the replicas compare their parameters, at the end of a backward pass. `max_skipped`
+            limits the number of consecutive steps that the replicas of one shard skip. Steps that only other shards
+            skip do not count.
         noise, start_step, seed: see `register_ddp_hook`.
 
     All replicas start from rank 0's parameters, which this function broadcasts. If the model is still on the meta

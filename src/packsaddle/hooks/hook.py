@@ -31,8 +31,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
-from packsaddle.hooks.budget import Allocation
-from packsaddle.hooks.unused import Usage, clear_unused
+from packsaddle.hooks.unused import Usage
 from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.transfers import Readback
 from packsaddle.options.agreement import Option
@@ -59,10 +58,6 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # memory="ef21" and on_drift="repair" need an optimizer step that this library controls, as in `CompressedSGD`.
-        for name, only in (("memory", "buffer"), ("on_drift", "stop")):
-            if (given := getattr(self.compression, name)) != only:
-                raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step. In the first `start_step` steps it is `Identity`, which is lossless."""
@@ -141,7 +136,7 @@ class BucketTarget:
 RULES = [
     Rule(("error", ANY), "error"),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-    *(Rule((name,), "own") for name in ("allocation", "ledger")),
+    Rule(("ledger",), "own"),
     *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "aggregator")),
 ]
 
@@ -156,10 +151,10 @@ class GradientHook(Records, ABC):
     saved_state: State  # the saved state of this hook, which the subclass sets
 
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
-        self.channel, self.rules, self._allocation = channel, rules, Allocation(d)
+        self.channel, self.rules, self._d = channel, rules, d
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
-        self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
+        self._drift = DriftGuard(rules.compression.compare_every, channel)
         self._step_rates = StepRates()
         self._lock = RLock()  # needed since a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
@@ -262,7 +257,6 @@ class GradientHook(Records, ABC):
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
-        self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
         """Return a new `ErrorFeedback` for the slice `of` (parameters exchanged together).
@@ -274,19 +268,20 @@ class GradientHook(Records, ABC):
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
-        parts = (memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
+        return ErrorFeedback(
+            memory,
+            self.channel,
+            self._guard,
+            self._contraction,
+            seed=seed,
+            back=self.rules.compression.back,
+            whole=self._d,
+        )
 
-    def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set the compressor of the slice `part` (parameters exchanged together) for this step.
-
-        If the model's budget, i.e. the number of coordinates to send, is divided among the slices by magnitudes, this
-        compressor has the slice's part of the budget. Returns the compressor of the whole model in this step.
-        """
+    def _use_compressor(self, part: ErrorFeedback) -> None:
+        """Set the compressor of the slice `part` (parameters exchanged together) for this step."""
         compressor = self.rules.at(self._steps)
-        allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
-        return compressor
+        part.use(compressor, self.rules.compression.exchange_of(compressor))
 
     def _exchange(
         self,
@@ -309,24 +304,25 @@ class GradientHook(Records, ABC):
         Returns `Verdict.code`, float[3], which is 0 if the exchange is applied. It is committed or rolled back with the
         whole pass.
         """
-        decay, compressor = self.rules.compression.decay, self._use(part)
+        decay = self.rules.compression.decay
+        self._use_compressor(part)
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
         # Line 10 of Algorithm 1: v is the sum of error memory, gradient and noise. `r.exchange` then computes the mean
         # of C(v).
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
-        usage = Usage(part, gradients, used) if used is not None else None
-        flags = [] if usage is None else [usage.used]
-        clear_unused(part.slice.views(v), None if usage is None else usage.sent)
-        self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
-        r.exchange([bits.to(v) for bits in (*identity, *flags)])
+        usage = None if used is None else Usage.of([(name, gradients[name]) for name in part.slice.names], used)
+        if usage is not None:
+            for view, is_sent in zip(part.slice.views(v), usage.sent, strict=True):
+                view.mul_(is_sent)
+        r.exchange([bits.to(v) for bits in (*identity, *([] if usage is None else [usage.used]))])
         # Lines 11 and 12 of Algorithm 1, except that the user's optimizer applies the mean gradients to the parameters
         # x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
-            usage.restore(by_any)
+            part.memory.restore_unused(usage.sent, by_any)
         # With decay=0 there is no error feedback, so discard the residual, which is in v.
         if not decay:
             v.zero_()
@@ -357,7 +353,6 @@ class GradientHook(Records, ABC):
             rejected = [code for code in codes if any(number != 0 for number in code)]  # NaN != 0 is True
             applied = self._outcome is not None and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
-            self._allocation.close(apply=applied)
             for part in self._pass:
                 part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
@@ -398,7 +393,6 @@ class GradientHook(Records, ABC):
         return [
             attribute(("steps",), self, "_steps", int),
             *self._skips.fields(),
-            self._allocation.field(lambda: self.device),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
         ]
 
@@ -410,8 +404,8 @@ class GradientHook(Records, ABC):
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this hook as tensors and plain types. It has error memories, step count, skips, samples
-        and bytes sent.
+        """Return the state of this hook as tensors and plain types. It has error memories, step count, skips and
+        bytes sent.
 
         The state differs between workers, so each worker must save its own.
         """

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.state import Value, Vector, attribute
+from packsaddle.feedback.state import Value, Vector
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.inner import Shards
 from packsaddle.local.lockstep import Lockstep
@@ -30,7 +30,7 @@ class CompareAnchors:
     """Compares the workers' anchors (the parameters on which all workers last agreed) with each other; collective. It
     runs after an applied round of the last of the `fragments` (the parts of the model, which are exchanged separately)
     if `drift`, the guard that compares fingerprints, has a comparison due. If the anchors differ, `drift` raises
-    DriftError or sets all anchors to rank 0's, as `Compression.on_drift` says."""
+    DriftError."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -38,23 +38,13 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        # Copies of the start points (see `Anchor`) of all fragments, made before the anchors are set to rank 0's. The
-        # list stays empty if the anchors do not differ between workers.
-        before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:
-            before.extend(f.anchor.copy_starts() for f in self._fragments)
             return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
 
         anchors = [f.anchor.flat for f in self._fragments]
         compare = partial(self._drift.compare, r.t, anchors, named)
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
-        # Move this worker's parameters by as much as its anchor has moved when it was set to rank 0's. Otherwise the
-        # next exchange would send the difference as a local update.
-        for f, starts in zip(self._fragments, before, strict=False):
-            # Skip a fragment with a running exchange, which will move the parameters when it ends.
-            if f.current is None:
-                f.anchor.move(starts)
 
 
 class EscapeAnchor:
@@ -84,7 +74,7 @@ class EscapeAnchor:
             return
         part = r.part
         try:
-            reset, lost = self.check.run(part.rounds, part.feedback.memory.pending())
+            reset, lost = self.check.run(part.rounds, part.feedback.memory.vector)
             if reset is not None:
                 part.feedback.reset(lost)
                 self.resets.append(reset)
@@ -135,7 +125,7 @@ class Reactions:
         momentum = MeanMomentum(optimizers, c, shards) if c else None
         if momentum is not None and rank == 0:
             momentum.warn_if_advised_against(outer, stacklevel=5)
-        drift, compare = DriftGuard(spec.compare_every, spec.on_drift, channel, shards.digest), None
+        drift, compare = DriftGuard(spec.compare_every, channel, shards.digest), None
         if lockstep is not None:
             compare = CompareAnchors(drift, fragments, lockstep, options.overlap.delay)
         rule = options.escape
@@ -148,12 +138,10 @@ class Reactions:
 
     def fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state that belong to reactions: the counts of rejected rounds, the state of
-        the escape check, the records of the times that the escape check fired, and the records of comparisons in which
-        anchors differed."""
+        the escape check, and the records of the times that the escape check fired."""
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
-        drifts = attribute(("drifts",), self.drift, "found", list[Drift])
-        return [*check, *self.outcomes.fields(), resets, drifts]
+        return [*check, *self.outcomes.fields(), resets]
 
     def _load_resets(self, saved: list[Reset]) -> None:
         self.resets[:] = saved

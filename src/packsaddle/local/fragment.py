@@ -177,7 +177,7 @@ class Fragment(Slice):
     def unapplied(self) -> Tensor:
         """Return the updates of this worker that the anchor, on which all workers last agreed, does not include yet,
         float[n]. Call after the current round is closed."""
-        p, found = self.current, self.feedback.memory.pending().clone()
+        p, found = self.current, self.feedback.memory.vector.clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
         assert isinstance(p.mean, Tensor)

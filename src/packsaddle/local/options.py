@@ -357,8 +357,6 @@ class LocalOptions(Option):
             raise TypeError(f"outer must be {expected}, or None, got {found}")
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
-        if spec.memory != "buffer":
-            raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
         # Raise ValueError for options that elastic workers, or fixed workers with weights, do not support.

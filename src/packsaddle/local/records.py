@@ -65,7 +65,7 @@ class LocalRecords(Records):
         return self._reactions.outcomes.skips
 
     @property
-    def _drift(self) -> DriftGuard:  # type: ignore[override]
+    def _drift(self) -> DriftGuard:
         return self._reactions.drift
 
     @property

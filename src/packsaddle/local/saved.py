@@ -40,7 +40,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         *(Rule((name,), "own") for name in ("pacing", "own_steps", "schedule")),
         Rule(("steps",), "own" if by_steps else "shared"),
         *(Rule((name,), "shared") for name in ("format", "identity", "outer", "escape")),
-        *(Rule((name,), "shared") for name in ("resets", "drifts")),
+        Rule(("resets",), "shared"),
     ]
 
 

@@ -188,19 +188,6 @@ class NormSketch:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of NormSketch must be at least 1, got {getattr(self, name)}")
 
-    def failure_probability(self, relative_error: float) -> float:
-        """Return an upper bound on P(| estimate^2 - ||v||^2 | > relative_error ||v||^2).
-
-        Here `estimate` is the result of `norm`. A row fails if the relative error of its estimate of ||v||^2 exceeds
-        `relative_error`. By Chebyshev's inequality, a row fails with probability at most p = 2 / (columns
-        relative_error^2). The median fails only if at least half of the rows fail. The probability of this event is a
-        binomial tail.
-        """
-        from scipy.stats import binom  # slow to import, and used only here
-
-        p = min(1.0, 2.0 / (self.columns * relative_error**2))
-        return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
-
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
         """Return the sketch S v, float[rows, columns], where S is a random linear map that depends only on
         (seed, step). If v has at most as many elements as its sketch would have, a copy of v is returned instead."""

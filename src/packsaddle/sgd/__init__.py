@@ -1,7 +1,6 @@
 """CompressedSGD, the optimizer of the paper. Start with the module `optimizer`, whose comments name the lines of
 Algorithm 1.
 
-- `gradient`: computes the update of a step from gradient, weight decay and noise, with momentum or STORM if set
-- `memories`: makes the error memory, or with memory="ef21" EF21's estimates of the gradient, which replace it
+- `gradient`: computes the update of a step from gradient, weight decay and noise, with momentum if set
 - `lazy_noise`: draws noise only for the coordinates that a step sends
 """

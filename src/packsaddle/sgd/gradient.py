@@ -1,23 +1,19 @@
-"""The direction u, float[d], of a worker's step: its gradient, its momentum, or its variance-reduced gradient (STORM).
+"""The direction u, float[d], of a worker's step: its gradient, or its momentum.
 
 `GradientUpdate` is the update of one step, i.e. the learning rate times u. It is added to the error memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
 from packsaddle.numerics.devices import wide
-from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
-
-T = TypeVar("T")
+from packsaddle.numerics.finite import add_and_measure, add_if_finite
 
 
 @dataclass(frozen=True)
@@ -35,39 +31,14 @@ class Extras:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
-class Storm:
-    """Settings of STORM, a variance reduction (Cutkosky and Orabona 2019), which replaces momentum. The optimizer's
-    `step` then needs a closure.
-
-    Args:
-        a: the weight of a new gradient in the direction of a step, in (0, 1].
-
-    Raises ValueError if `a` is out of range.
-
-    >>> import torch
-    >>> from packsaddle import CompressedSGD, Storm
-    >>> opt = CompressedSGD([torch.nn.Parameter(torch.zeros(64, 64))], 0.1, momentum=Storm(0.1))
-    """
-
-    a: float
-
-    def __post_init__(self) -> None:
-        if isinstance(self.a, bool) or not 0 < self.a <= 1:
-            raise ValueError(f"a, STORM's weight of a new gradient, must be in (0, 1], got {self.a!r}")
-
-
 class Gradient:
     """The direction of a step of plain SGD, u = gradient + weight_decay * x + xi, where x are the parameters and xi is
     the noise.
 
-    Subclasses compute other directions, by momentum or STORM.
+    The subclass `Momentum` computes another direction.
     """
 
-    kind = "gradient"  # name of this kind of direction in saved states, and of the vector that it keeps between steps
-    # False until the first applied step sets the vector that is kept between steps; True if no vector is kept
-    started = True
-    keeps = False  # True if the direction keeps a vector between steps, such as the momentum
+    kind = "gradient"  # name of this kind of direction in saved states
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
@@ -75,26 +46,16 @@ class Gradient:
         # does not include weight decay and noise. None: unknown.
         self.norm: Tensor | None = None
 
-    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
-
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         """Set `out` to base + scale * u, where u is this direction. `out` and `base` are float[d], and may be the same
         vector.
 
         `scales` has the scale of each parameter group. `extras` has the weight decay and the noise in u.
         """
-        if out is base:
-            self.perturb(out.flat, scales, extras)
-            self._add_gradients(base, out, scales, extras)
-        else:
-            self._add_gradients(base, out, scales, extras)
-            self.perturb(out.flat, scales, extras)
+        self._add_gradients(base, out, [scale / extras.scale for scale in scales])
+        self._perturb(out.flat, scales, extras)
 
-    def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
+    def _perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         """Add scale * (xi + weight_decay * x) to `out`, float[d], in place, where xi is the noise and x are the
         parameters.
 
@@ -113,7 +74,7 @@ class Gradient:
         if squares is None:
             return False
         self.norm = out.flat.new_tensor(squares, dtype=wide(out.flat.device)).sqrt()
-        self.perturb(out.flat, scales, extras)
+        self._perturb(out.flat, scales, extras)
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
@@ -122,7 +83,7 @@ class Gradient:
 
         Gradients and parameters must not have changed since then. `scales` has the scale of each parameter group.
         """
-        self.perturb(out.flat, [-scale for scale in scales], extras)
+        self._perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
 
@@ -132,9 +93,6 @@ class Gradient:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
-    def first_out_of_range(self) -> str | None:
-        return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
-
     def close(self, *, apply: bool) -> None:
         """End a step, as applied (`apply` is True) or as skipped.
 
@@ -142,27 +100,37 @@ class Gradient:
         After a skipped step, these vectors are rolled back. No-op here, since plain SGD keeps no vectors.
         """
 
-    def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        # On a CPU, add all gradients in one pass over memory. On a GPU a foreach call of torch is faster.
-        in_one_pass = out is not base and out.flat.device.type == "cpu"
-        if out is not base and not in_one_pass:
-            out.flat.copy_(base.flat)
-        # The pass over memory on a CPU also computes an upper bound on the norm of the result, restricted to the
-        # parameters with gradients: the sum of the norms of the parts that belong to single parameters.
-        total = out.flat.new_zeros(())
-        self.norm = total if in_one_pass else None
-        for members, scale in zip(self._flat.members, scales, strict=True):
+    def _add_gradients(self, base: Shaped, out: Shaped, alphas: Sequence[float]) -> None:
+        """Set `out` to base + alpha * gradient, and `norm` to a bound on its norm, or to None if it is not measured.
+
+        `alphas` has the factor alpha of each parameter group.
+        """
+        if out.flat.device.type == "cpu":
+            self.norm = self._add_and_measure(base, out, alphas)
+            return
+        # On a GPU a foreach call of torch is faster than a call for each parameter.
+        self.norm = None
+        out.flat.copy_(base.flat)
+        for members, alpha in zip(self._flat.members, alphas, strict=True):
             grads = {i: g for i in members if (g := self._flat.parameters[i].grad) is not None}
-            alpha = scale / extras.scale
-            if not in_one_pass:
-                if grads:
-                    torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
-                continue
+            if grads:
+                torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
+
+    def _add_and_measure(self, base: Shaped, out: Shaped, alphas: Sequence[float]) -> Tensor:
+        """Set `out` to base + alpha * gradient in one pass over memory.
+
+        Returns an upper bound on the norm of `out`, restricted to the parameters with gradients: the sum of the norms
+        of the parts that belong to single parameters.
+        """
+        total = out.flat.new_zeros(())
+        for members, alpha in zip(self._flat.members, alphas, strict=True):
             for i in members:
-                if i in grads:
-                    total += add_and_measure(base.views[i], grads[i], alpha, out.views[i])
-                else:
+                grad = self._flat.parameters[i].grad
+                if grad is None:
                     out.views[i].copy_(base.views[i])
+                else:
+                    total += add_and_measure(base.views[i], grad, alpha, out.views[i])
+        return total
 
     def _add_noise(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         for run in self._flat.ranges:
@@ -181,17 +149,8 @@ class Gradient:
                 stretch = slice(run.start, run.stop)
                 out[stretch].add_(self._flat.x[stretch], alpha=scales[run.group] * decays[run.group])
 
-    @property
-    def spare_bytes(self) -> int:
-        """The number of bytes of the vector that exists only to roll back a step, or 0 if there is no such vector."""
-        return 0
-
-    def vectors(self) -> dict[str, Tensor]:
-        return {}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        """Return the views of the vectors that are kept between steps: a list with one view for each parameter, by name
-        of the vector.
+    def vectors(self) -> dict[str, Shaped]:
+        """Return the vectors that are kept between steps, by name.
 
         Call again after each step, since a step may swap the buffers of these vectors.
         """
@@ -202,155 +161,55 @@ class Gradient:
         rolled the parameters back."""
 
 
-class _StatefulGradient(Gradient):
-    """Base class of directions that keep a vector, float[d], between steps, such as the momentum. It is in at least
-    float32.
-
-    `_now` is the vector after the last step, and `_next` is its next value, which the current step computes. With
-    `spare`, they are two buffers, so a step can be rolled back. Without `spare`, they are the same buffer, and no step
-    can be rolled back.
-    """
-
-    keeps = True
-
-    def __init__(self, flat: FlatParameters, *, spare: bool) -> None:
-        super().__init__(flat)
-        self._now = flat.zeros()
-        self._next = flat.zeros() if spare else self._now
-        self.started = False
-
-    def reset(self) -> None:
-        self._now.flat.zero_()
-        self.started = False
-
-    @property
-    def spare_bytes(self) -> int:
-        return 0 if self._next is self._now else self._next.flat.nbytes
-
-    def vectors(self) -> dict[str, Tensor]:
-        return {self.kind: self._now.flat}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        return {self.kind: self._now.views}
-
-    def close(self, *, apply: bool) -> None:
-        if apply:
-            self._now, self._next = self._next, self._now
-            self.started = True
-
-    def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
-        """Set `out` to base + factor * scale * w, all float[d], where w is `_next`, the next value of the vector kept
-        between steps.
-
-        First the coordinates of frozen parameters in w are set to 0. `scales` has the scale of each parameter group.
-        """
-        for view in self._flat.frozen(self._next.flat):
-            view.zero_()
-        for run in self._flat.ranges:
-            part, alpha = slice(run.start, run.stop), factor * scales[run.group]
-            torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
-
-
-class Momentum(_StatefulGradient):
+class Momentum(Gradient):
     """Momentum of each worker, applied before compression: m <- beta m + g, where g = gradient + weight_decay x + xi.
 
     m is the momentum, beta its coefficient, x are the parameters and xi is the noise. The direction of a step is u = m,
-    or with `nesterov` u = g + beta m. With `averaging`, (1 - beta) g replaces g in these formulas, except in the first
-    step.
+    or with `nesterov` u = g + beta m.
 
     With error feedback and any compressor, let y = x - eta e, where eta is the learning rate and e the workers' mean
     error memory. Then y moves as the parameters of SGD with momentum on the mean gradient do (dist-EF-SGDM; Zheng,
-    Huang and Kwok 2019). With memory="ef21" and `averaging`, the method is EF21-SGDM (Fatkhullin, Tyurin and Richtarik
-    2023).
+    Huang and Kwok 2019).
     """
 
     kind = "momentum"
 
-    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool, spare: bool) -> None:
-        super().__init__(flat, spare=spare)
-        self._beta, self._nesterov, self._averaging = beta, nesterov, averaging
+    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, spare: bool) -> None:
+        super().__init__(flat)
+        self._beta, self._nesterov = beta, nesterov
+        # The momentum after the last step, and its next value, which the current step computes. Without `spare` they
+        # are the same buffer, so no step can be rolled back.
+        self._now = flat.zeros()
+        self._next = flat.zeros() if spare else self._now
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        share = 1 - self._beta if self._averaging and self.started else 1.0
         torch.mul(self._now.flat, self._beta, out=self._next.flat)
-        super().add(self._next, self._next, [share] * len(scales), extras)
+        super().add(self._next, self._next, [1.0] * len(scales), extras)
+        for view in self._flat.frozen(self._next.flat):
+            view.zero_()
+        factor = 1.0
         if self._nesterov:
-            super().add(base, out, [share * scale for scale in scales], extras)
-            base = out
-            self.norm = None  # the norm was measured before beta m was added
-        self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
-
-
-class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): the direction of step t is d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})).
-
-    x_t are the parameters at step t, a is the weight of a new gradient, and g is the gradient with weight decay. Both
-    gradients in the formula are computed on the examples of step t. So a step needs a closure that computes the loss
-    and the gradients on these examples. The step calls it twice, at x_t and at x_{t-1}.
-
-    Noise is added to the result, but not to the d_t that the next step uses. With memory="ef21" the method is
-    EF21-STORM (Fatkhullin et al. 2023).
-    """
-
-    kind = "storm"
-
-    def __init__(self, flat: FlatParameters, a: float, *, spare: bool) -> None:
-        super().__init__(flat, spare=spare)
-        self._keep = 1 - a
-        self._previous = flat.x.clone()
-        self._here = flat.x
-
-    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
-        if closure is None:
-            raise ValueError("Storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
-        loss = super().evaluate(closure, decays)
-        self._here = here = self._flat.x.clone()
-        if self._next is not self._now:
-            self._next.flat.copy_(self._now.flat)
-        # Compute (1 - a) (d_{t-1} - g(x_{t-1})) in `_next`. At the end, restore p.grad to g(x_t), and the parameters to
-        # x_t.
-        if self.started:
-            gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
-            self._flat.x.copy_(self._previous)
-            for p in self._flat.parameters:
-                # Clear the gradients, since a closure that does not clear them would add its gradients to those at x_t.
-                p.grad = None
-            try:
-                super().evaluate(closure, decays)
-                minus = [-1.0] * len(decays)
-                self._add_gradients(self._next, self._next, minus, Extras(decays))
-                self._add_decay(self._next.flat, minus, decays)
-            finally:
-                self._flat.x.copy_(here)
-                for p, gradient in zip(self._flat.parameters, gradients, strict=True):
-                    p.grad = gradient
-            self._next.flat.mul_(self._keep)
-        return loss
-
-    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        ones = [1.0] * len(scales)
-        self._add_gradients(self._next, self._next, ones, extras)
-        self._add_decay(self._next.flat, ones, extras.decays)
-        self._add_next(base, out, scales)
-        self._add_noise(out.flat, scales, extras)
-
-    def first_out_of_range(self) -> str | None:
-        # Search first the gradients, and then the direction d_t, for an invalid value (Inf, NaN or too large).
-        return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
+            super().add(base, out, scales, extras)
+            base, factor = out, self._beta
+        self.norm = None  # the norm was measured before the momentum was added
+        for run in self._flat.ranges:
+            part, alpha = slice(run.start, run.stop), factor * scales[run.group]
+            torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
 
     def close(self, *, apply: bool) -> None:
-        super().close(apply=apply)
         if apply:
-            self._previous.copy_(self._here)
+            self._now, self._next = self._next, self._now
 
-    def vectors(self) -> dict[str, Tensor]:
-        return {**super().vectors(), "storm_previous": self._previous}
+    def reset(self) -> None:
+        self._now.flat.zero_()
+
+    def vectors(self) -> dict[str, Shaped]:
+        return {"momentum": self._now}
 
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale * u, float[d], where u is the direction of the step, by gradient, momentum or
-    STORM.
+    """The update of one step, scale * u, float[d], where u is the direction of the step: its gradient or its momentum.
 
     It is not stored, but computed when it is added to the error memory. Each parameter group has its own scale.
     """
@@ -374,27 +233,3 @@ class GradientUpdate(Update):
 
     def subtract(self, out: Shaped) -> None:
         self.direction.subtract(out, self.scales, self.extras)
-
-
-def make_direction(
-    flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
-) -> Gradient:
-    """Return the object that computes the directions of steps, by gradient, momentum or STORM.
-
-    Args:
-        flat: the parameters.
-        momentum: the coefficient of momentum, 0 for none, or a `Storm`.
-        nesterov: True for Nesterov's form of momentum.
-        memory: the kind of error memory; with "ef21" momentum averages gradients.
-        spare: True to allocate the buffer that is needed to roll back skipped steps.
-
-    Raises ValueError for values that are out of range, and for unsupported combinations.
-    """
-    if isinstance(momentum, Storm):
-        if nesterov:
-            raise ValueError(f"nesterov must be False with {momentum}")
-        return StormGradient(flat, momentum.a, spare=spare)
-    check_momentum(momentum, nesterov)
-    if momentum:
-        return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
-    return Gradient(flat)

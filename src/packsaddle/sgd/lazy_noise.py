@@ -96,14 +96,14 @@ class Perturber:
     Noise can be lazy only under three conditions:
 
     - All workers send the same coordinates, as in an all-reduce with RandomK (see `Compressor.shared_cells`).
-    - `plain` is True: error feedback is without EF21, momentum and STORM.
+    - `momentum` is False: the updates are without momentum.
     - `escape` is False: there is no escape check.
 
     Raises ValueError if `noise.lazy` is True and a condition does not hold.
     """
 
     def __init__(
-        self, noise: Noise, memory: ErrorMemory, aggregator: Aggregator, *, seed: int, escape: bool, plain: bool
+        self, noise: Noise, memory: ErrorMemory, aggregator: Aggregator, *, seed: int, escape: bool, momentum: bool
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # index t of the step of the last draw
@@ -114,8 +114,8 @@ class Perturber:
         # otherwise None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
-        if not plain:
-            problem = "lazy noise needs plain error feedback, without ef21, momentum and storm"
+        if momentum:
+            problem = "lazy noise does not support momentum"
         elif grid is None:
             by = type(aggregator).__name__
             problem = f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by {by}"

@@ -9,8 +9,7 @@ Start with `CompressedSGD.step`, which does these things:
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from numbers import Real
@@ -28,29 +27,31 @@ from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.modules import is_averaged_by_ddp
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
-from packsaddle.errors import suggests
-from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
+from packsaddle.errors import check_momentum, suggests
+from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
-from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
-from packsaddle.numerics.finite import overflow_margin
+from packsaddle.numerics.finite import first_out_of_range, overflow_margin
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
-from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
+from packsaddle.sgd.gradient import Extras, Gradient, GradientUpdate, Momentum
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
-from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # type of the loss, which the user's closure returns
+# Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a second
+# vector instead: both fit a cache, and a rollback is exact.
+_LARGE = 1 << 20
 # Entries that this optimizer adds to each parameter group of a saved state.
-_NUMBERS = ("step", "started", "start_step")
+_NUMBERS = ("step", "start_step")
 # Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
@@ -59,14 +60,13 @@ _DROPPED: dict[str, Any] = {
     "contraction": {"whole": None, "by_tensor": {}, "steps": 0},
     "ledger": [],
     "resets": [],
-    "drifts": [],
 }
 _RULES = [
-    *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum", "storm")),
-    *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate", "storm_previous")),
+    *(Rule(("state", ANY, name), "error") for name in ("error", "momentum")),
+    Rule(("state", ANY, "start"), "shared"),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
-    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
+    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets")),
 ]
 
 
@@ -88,18 +88,16 @@ class FlatTarget:
         `magnitude` is the approximate maximum of the absolute values of g.
         """
         # If the change of every parameter is below a bound, no parameter can overflow, so x need not be checked.
-        bound = self._memory.bound(float(magnitude)) + self._noise.bound
-        if bound <= overflow_margin(self._flat.x.dtype):
+        x = self._flat.x
+        if float(magnitude) + self._noise.bound <= overflow_margin(x.dtype):
             return Applied(rounding=self._move(g))
         # The parameters x may overflow: apply the mean, check x, and restore x if it did overflow.
         self.x_was_large = True
-        moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
+        before, noise = x.clone(), deepcopy(self._noise.outstanding)
         rounding = self._move(g)
-        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
+        if bool((x.isfinite() | ~before.isfinite()).all()):
             return Applied(rounding=rounding)
-        for name, old in before.items():
-            moved[name].copy_(old)
+        x.copy_(before)
         self._noise.outstanding = noise
         return Applied(fits=False)
 
@@ -123,15 +121,15 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
         compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
-            uncompressed, the kind of error memory, and which checks are made. A function of the step is not supported.
+            uncompressed, and which checks are made. A function of the step is not supported.
 
         noise: r, the standard deviation of each coordinate of the noise xi_t, in units of a gradient; a function of the
             step that returns r (see `Ramp`); or a `Noise`. escape: the escape check of Algorithm 1, lines 4-8, or None
-            for no check. momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`);
-            or a `Storm`. nesterov: True for Nesterov's form of the momentum. weight_decay: the multiple of the
-            parameters x that is added to the gradient, before compression. seed: seed of all shared randomness;
-            identical on all workers. process_group: a torch.distributed process group; by default torch's default group
-            if there is one, else this process alone.
+            for no check. momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`).
+            nesterov: True for Nesterov's form of the momentum. weight_decay: the multiple of the parameters x that is
+            added to the gradient, before compression. seed: seed of all shared randomness; identical on all workers.
+            process_group: a torch.distributed process group; by default torch's default group if there is one, else
+            this process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective, and all workers start from rank 0's parameters.
@@ -145,7 +143,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     - `choice`: how messages are averaged, and why
     - `monitor`: the measured contraction
     - `skips`: the records of the skipped steps, which change neither parameters nor memories
-    - `drifts`: the records of the comparisons in which parameters differed between workers
 
     A parameter whose `grad` is None has the gradient zero, so noise and weight decay still change it. A frozen
     parameter does not change, and its error memory and momentum are set to zero.
@@ -173,7 +170,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         *,
         noise: float | Callable[[int], float] | Noise = 0.0,
         escape: Escape | None = None,
-        momentum: float | Storm = 0.0,
+        momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         seed: int = 0,
@@ -187,7 +184,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # True while the user's closure, or the objective of the escape check, runs
         # With this attribute, a GradScaler calls `step` even if a gradient is Inf or NaN, and `step` itself skips the
         # update.
         self._step_supports_amp_scaling = True
@@ -202,9 +198,15 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         # Make the objects of a step: the update, the error memory, the exchange, and the target that applies the mean.
         spare = spec.max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
-        rates = partial(self._each, "lr")
-        self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
+        check_momentum(momentum, nesterov)
+        self._direction = (
+            Momentum(self._flat, momentum, nesterov=nesterov, spare=spare) if momentum else Gradient(self._flat)
+        )
+        # The update of a step without momentum can be computed again, so a large error memory on a CPU subtracts it to
+        # roll back.
+        is_large = self._flat.d >= _LARGE and self._flat.x.device.type == "cpu"
+        in_place = is_large and spare and not momentum
+        self._memory = InPlaceMemory(self._flat) if in_place else ErrorMemory(self._flat, spare=spare)
         self.monitor = Contraction(spec.monitor_every, self._flat)
         self._feedback = ErrorFeedback(
             self._memory,
@@ -218,16 +220,18 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
-            *(Noise.of(noise), self._memory, self.choice.aggregator),
+            Noise.of(noise),
+            self._memory,
+            self.choice.aggregator,
             seed=self.seed,
             escape=escape is not None,
-            plain=spec.memory != "ef21" and not momentum,
+            momentum=momentum != 0,
         )
         self._target = FlatTarget(self._flat, self._memory, self._noise)
 
         # Make the checks that run after a step.
         self._skips = Skips(spec.max_skipped, self.channel.group.rank)
-        self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
+        self._drift = DriftGuard(spec.compare_every, self.channel)
         self._rates = StepRates()
 
         # Check that arguments are equal on all workers, and broadcast rank 0's parameters x.
@@ -240,7 +244,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self.channel.broadcast(self._flat.x, "start")
         self._escape = EscapeCheck(escape, self._flat, self._flat.x, self.channel, self.seed) if escape else None
         self.saved_state = State(
-            *("CompressedSGD", _RULES, self._identity, self._saved_fields),
+            "CompressedSGD",
+            _RULES,
+            self._identity,
+            self._saved_fields,
             head=("param_groups", ANY),
             names=dict(enumerate(self._flat.names)),
         )
@@ -277,21 +284,18 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         loss. They are averaged over workers in the collective that sends the messages, and their means are then in
         `opt.scalars`.
 
-        Raises ValueError if a learning rate or weight decay is negative or not finite. Raises RuntimeError if it is
-        called within a step, for example by the closure.
+        Raises ValueError if a learning rate or weight decay is negative or not finite.
         """
         self._check_rates()
-        with self._busy():
-            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # computes this worker's grad F_i(x_t)
+        with torch.enable_grad():
+            loss = None if closure is None else closure()  # computes this worker's grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9 of Algorithm 1: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # the exchange is applied by all workers, or by none
             v = round.correct(update)  # line 10 of Algorithm 1: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
-            factors = self._factors(v)
-            round.exchange([given, factors])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
-            self.scalars, mean_factors = round.extras
-            self._compare_factors(factors, mean_factors)
+            round.exchange([given])  # line 10 of Algorithm 1: g^(i) = C(v), and its mean over workers
+            (self.scalars,) = round.extras
             # Line 11 of Algorithm 1: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i).
             round.apply(self._target)
         self._finish_step(round)
@@ -313,20 +317,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
                     of = f" of parameter group {i}" if len(self.param_groups) > 1 else ""
                     raise ValueError(f"{name}{of} must be finite and not negative, got {rate:g}")
 
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        """Context manager in which code of the user runs: the closure of a step, or the objective of the escape check.
-
-        Raises RuntimeError on entry if such code is already running, i.e. if it has called `step`.
-        """
-        if self._is_busy:
-            raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
-        self._is_busy = True
-        try:
-            yield
-        finally:
-            self._is_busy = False
-
     def _begin(self) -> int:
         """Validate the parameters and the gradients, and return the index t of the step."""
         if self._step == 0 and is_averaged_by_ddp(self._flat.parameters, self.channel.group):
@@ -344,9 +334,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     def _update(self, t: int) -> GradientUpdate:
         """Return the update of step t, eta u, where u is the direction of the step: gradient + weight_decay x + xi_t,
-        or momentum or STORM of it (line 9 of Algorithm 1).
+        or momentum of it (line 9 of Algorithm 1).
 
-        eta is the learning rate, x are the parameters and xi_t is the noise. With memory="ef21", the update is u.
+        eta is the learning rate, x are the parameters and xi_t is the noise.
         """
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(lrs, t)
@@ -357,36 +347,14 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         # is nonzero if a gradient is Inf or NaN.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
-        scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
         overflowed = found is not None and bool(found)
-        return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
-
-    def _factors(self, like: Tensor) -> Tensor:
-        """Return the factors of this worker's step that must be equal on all workers, so that they can be compared: a
-        float[n] in the dtype of `like` and on its device.
-
-        With memory="ef21", they are the learning rates. With lazy noise, the factor is the standard deviation of the
-        noise. The result is empty in all other cases, and if there is only one worker. On a GPU the standard deviation
-        is left out, since its comparison would make the host wait for the device in every step.
-        """
-        if self.channel.group.size == 1:
-            return like[:0]
-        is_lazy = self._noise.outstanding is not None and like.device.type == "cpu"
-        return like.new_tensor([*self._memory.local_factors(), *([self._noise.grown] if is_lazy else [])])
-
-    def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
-        if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
-            raise RuntimeError(
-                f"workers must have one lr and one noise at every step, but the factors of the update (lr, std of the "
-                f"noise) are {here.tolist()} here and {mean.tolist()} in the mean"
-            )
+        return GradientUpdate(self._direction, lrs, extras, overflowed, self._target.x_was_large)
 
     def _finish_step(self, round: Round) -> None:
         """End a step, as applied or as skipped; collective.
 
-        The state of momentum or STORM is committed, or rolled back, and the step is counted. After an applied step, the
-        workers' parameters are compared if a comparison is due. Raises NonFiniteError after too many consecutive
-        skipped steps.
+        The momentum is committed, or rolled back, and the step is counted. After an applied step, the workers'
+        parameters are compared if a comparison is due. Raises NonFiniteError after too many consecutive skipped steps.
         """
         t = round.step
         self._direction.close(apply=round.absorbed)
@@ -395,7 +363,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             # of consecutive skipped steps.
             report = round.full_report()
             if round.invalid:
-                report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
+                gradients = zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True)
+                report = Report("vector", first_out_of_range(gradients) or THE_SUM)
             text = torch.tensor(list(str(report).encode()), dtype=torch.uint8)
             row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
             parts = {"report": text.to(device), "row": row.to(device)}
@@ -407,30 +376,28 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         # Count the step. Refresh the views in `self.state`, since a step may swap the buffers of the error memory and
         # of the momentum.
         self._step = t + 1
-        for name, views in {self._memory.name: self._memory.views, **self._direction.views()}.items():
+        momentum = {name: kept.views for name, kept in self._direction.vectors().items()}
+        for name, views in {"error": self._memory.views, **momentum}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
         self._skips.reset_streak()
         if self._drift.due(t):
-            shared = {name: v for name, v in self._flat_state().items() if name in ("start", "mean_estimate")}
+            shared = {"": self._flat.x, **({"start of ": self._escape.start} if self._escape else {})}
 
             def named() -> list[tuple[str, Tensor]]:
-                vectors = {"": self._flat.x, **{f"{name} of ": vector for name, vector in shared.items()}}
-                return [(kind + p.name, view) for kind, v in vectors.items() for p, view in self._flat.named(v)]
+                return [(kind + p.name, view) for kind, v in shared.items() for p, view in self._flat.named(v)]
 
-            self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
+            self._drift.compare(t, list(shared.values()), named, self._rates)
 
     def _check_escape(self) -> None:
         """Run the escape check (lines 4-8 of Algorithm 1). No-op without an escape check.
 
         A check that ends a segment of steps rolls the parameters back if the segment did not decrease the loss. If a
-        segment ends, the error memory is cleared. If the parameters are rolled back, the state of momentum or STORM is
-        cleared too.
+        segment ends, the error memory is cleared. If the parameters are rolled back, the momentum is cleared too.
         """
         if self._escape is None:
             return
-        with self._busy():
-            reset, rounding = self._escape.run(self._step, self._outstanding())
+        reset, rounding = self._escape.run(self._step, self._outstanding())
         if reset is not None:
             self._feedback.reset(rounding)
             if not reset.committed:
@@ -445,7 +412,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     @property
     def spare_bytes(self) -> int:
         """The number of bytes of the vectors that exist only to roll back a step. It is 0 with `max_skipped=None`."""
-        return self._memory.spare_bytes + self._direction.spare_bytes
+        kept = self._direction.vectors().values() if self._skips.most is not None else ()
+        return self._memory.spare_bytes + sum(vector.flat.nbytes for vector in kept)
 
     @property
     def mu(self) -> float:
@@ -474,16 +442,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return, for each parameter, the mean number of steps between two consecutive sends of the same coordinate.
         The list is in the order of the parameters in the optimizer.
 
-        Returns None if this number depends on the values of the vector to send (see `Compressor.rates`).
+        Returns None if this number depends on the values of the vector to send (see `Compressor.rate`).
         """
-        rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
-        if rates is None:
-            return None
-        waits, start = torch.ones(self._flat.d, dtype=torch.float64), 0
-        for n, rate in rates:
-            waits[start : start + n] = 1 / rate
-            start += n
-        return [float(view.reshape(-1)[0]) if view.numel() else 1.0 for view in self._flat.views(waits)]
+        rate = self.compressor.rate(self._flat.compressed_d)
+        return None if rate is None else [1.0 if place.dense else 1 / rate for place in self._flat.places]
 
     @torch.no_grad()
     def error(self) -> Tensor:
@@ -514,7 +476,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def _outstanding(self) -> Tensor:
         """Return this worker's unsent update, float[d]: the error memory, and with lazy noise a draw of the noise that
         was not applied yet."""
-        return self._noise.pending(self._memory.pending(), self._step)
+        return self._noise.pending(self._memory.vector, self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -526,11 +488,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the flat vectors of a saved state, float[d] each, by name.
 
         They are the error memory, the start point of the escape check (to which it may roll the parameters back), and
-        the vectors that EF21, momentum and STORM keep between steps.
+        the momentum.
         """
         start = {"start": self._escape.start} if self._escape else {}
-        kept = self._memory.vectors() | self._direction.vectors()
-        return {self._memory.name: self._memory.vector, **start, **kept}
+        momentum = {name: kept.flat for name, kept in self._direction.vectors().items()}
+        return {"error": self._memory.vector, **start, **momentum}
 
     def _publish_state(self) -> None:
         for name, flat in self._flat_state().items():
@@ -541,13 +503,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         """Return the state of this worker as tensors and plain types. The state differs between workers, so each worker
         must save its own.
 
-        The entry of a parameter has views of the flat vectors: "error", the error memory eta e, or with memory="ef21"
-        "estimate" and "mean_estimate". With an escape check it has "start", the point to which the check may roll back.
-        With momentum or STORM it has their vectors.
+        The entry of a parameter has views of the flat vectors: "error", the error memory eta e. With an escape check it
+        has "start", the point to which the check may roll back. With momentum it has "momentum".
 
         The entry of a parameter group has the format, the step t, the start step t' of the escape check, the seed, the
         rank and the number of workers. Further entries of the state are those of the aggregator, the outstanding noise,
-        the skips, the ledger, the resets and the drifts.
+        the skips, the ledger and the resets.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -567,7 +528,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.saved_state.load(state)
-        self._memory.after_load()
         self._publish_state()
         self._rates.clear()
         self._drift.resume(self._step)
@@ -609,7 +569,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
             attribute((*group, "step"), self, "_step", int),
-            attribute((*group, "started"), self._direction, "started", bool),
             attribute((*group, "start_step"), escape, "start_step", int)
             if escape
             else Value((*group, "start_step"), int, lambda: 0, skip),
@@ -619,7 +578,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             *self.monitor.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             attribute(("resets",), self, "resets", list[Reset]),
-            attribute(("drifts",), self._drift, "found", list[Drift]),
         ]
 
     def _identity(self) -> dict[str, int | str]:
@@ -628,7 +586,6 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             "seed": self.seed,
             "rank": self.channel.group.rank,
             "workers": self.channel.group.size,
-            "memory": self._memory.kind,
             "direction": self._direction.kind,
         }
 

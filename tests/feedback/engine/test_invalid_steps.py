@@ -89,7 +89,6 @@ def gives_up(front: str, way: str) -> tuple[str, bool, int, bool]:
         one.end()
     same, skipped = torch.equal(one.x(), x), one.engine.skipped
     one.engine.reset_skip_streak()
-    assert one.engine.drifts == []
     if front == "FSDP":  # a model whose backward pass has raised keeps whole parameters
         return message, same, skipped, True
     for t in range(9 * every, 11 * every):

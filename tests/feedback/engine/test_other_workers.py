@@ -14,7 +14,7 @@ import torch
 from fronts import Training, flat, made, mean, parameters_of
 from torch import Tensor
 
-from packsaddle import QSGD, Identity, OuterSGD, Storm, TopK, load_checkpoint, save_checkpoint
+from packsaddle import QSGD, Identity, OuterSGD, TopK, load_checkpoint, save_checkpoint
 
 COMMON: dict[str, dict[str, Any]] = {
     "TopK": {},
@@ -23,13 +23,12 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 FURTHER: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9},
-    "STORM": {"momentum": Storm(0.3)},
     "QSGD": {"compressor": QSGD()},
     "x at the anchor": {"exchange": "two-way", "keep_unsent": False},
     "AdamW, outer": {"inner": torch.optim.AdamW, "outer": OuterSGD(), "mean_momentum": 0.0},
 }
 WAYS = {
-    "CompressedSGD": COMMON | {name: FURTHER[name] for name in ("momentum", "STORM")},
+    "CompressedSGD": COMMON | {"momentum": FURTHER["momentum"]},
     "DDP by buckets": COMMON,
     "DDP by model": COMMON,
     "local": COMMON | {name: FURTHER[name] for name in ("QSGD", "x at the anchor", "AdamW, outer")},

@@ -85,7 +85,6 @@ def drawn(number: int) -> Case:
         escape=escape if kind == "escape" else None,
         max_skipped=rng.choice((None, 0, 1, 20)),
         compare_every=some(0.2, (1,), 0),
-        on_drift=rng.choice(("stop", "repair")),
         monitor_every=some(0.2, (2,), 0),
         compare_optimizers=some(0.5, (True,), False),
         offload=some(0.2, (True,), False),

@@ -14,8 +14,6 @@ from packsaddle import (
     Noise,
     Ramp,
     RandomK,
-    RatioRamp,
-    Storm,
     TopK,
 )
 
@@ -54,19 +52,14 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "momentum": {"momentum": 0.9, "compare_every": 5},
         "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
         "coordinator": {"exchange": "coordinator", "back": RandomK(0.5)},
-        "ef21": {"memory": "ef21"},
-        "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
-        "ef21, momentum, escape": {"memory": "ef21", "momentum": 0.5, "escape": ESCAPE},
-        "storm": {"momentum": Storm(0.3)},
-        "storm, escape": {"momentum": Storm(0.3), "escape": ESCAPE},
-        "storm, ef21": {"memory": "ef21", "momentum": Storm(0.3)},
+        "momentum, escape": {"momentum": 0.5, "escape": ESCAPE},
     },
     "DDP by model": {
         "RandomK": {"compressor": RandomK(0.05), "noise": 0.01, "start_step": 3, "compare_every": 3, "inner": momentum},
         "TopK": {"compare_every": 2, "monitor_every": 3},
         "warm start": {"compressor": LowRank(1)},
         "coordinator": {"exchange": "coordinator", "back": RandomK(0.5)},
-        "ramp, two-way": {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way", "start_step": 3},
+        "ramp, two-way": {"compressor": lambda t: TopK(0.2 / (1 + t)), "exchange": "two-way", "start_step": 3},
     },
     "FSDP": {"noise": {"noise": 0.01, "start_step": 2, "inner": adamw}},
     "local": {
@@ -85,7 +78,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "three fragments": {"fragments": 3, "delay": 3, "inner": adamw},
         "outer": {"every": 5, "delay": 4, "outer": adam},
         "two-way": {"every": 3, "fragments": 1, "exchange": "two-way"},
-        "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2, values="int2")},
+        "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2)},
         "schedule": {
             "every": 3,
             "fragments": 1,

@@ -128,7 +128,6 @@ def test_errors_name_the_file_and_the_key(tmp_path: Path, extra: str, overrides:
         *compressors(0.1),
         ps.TopK(k=3),
         ps.SharedTopK(0.1, block_size=64),
-        ps.LinearSketch(0.1, sketch="gaussian"),
         ps.LowRank(2),
     ],
     ids=describe,

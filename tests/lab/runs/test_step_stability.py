@@ -61,7 +61,5 @@ def test_waits_are_by_tensor_and_only_where_they_are_known() -> None:
         return CompressedSGD(weights, 0.1, Compression(compressor, dense_below=below)).waits()
 
     assert made(RandomK(0.1, block_size=1), 50) == pytest.approx([10.0, 1.0, 10.0])
-    assert made(RandomK(0.01, per_tensor=True), 50) == pytest.approx([100.0, 1.0, 100.0])
-    assert made(RandomK(0.01, per_tensor=True), 0) == pytest.approx([100.0, 3.0, 100.0])
     assert made(Identity(), 50) == [1.0, 1.0, 1.0]
     assert made(TopK(0.1), 50) is None

@@ -1,15 +1,14 @@
-"""Compiled loops that encode values in at most 4 bits each, and decode them. See `compressors.values`.
+"""Compiled loops that encode values in 2 or 4 bits each, and decode them. See `compressors.values`.
 
-The values are divided into blocks of consecutive values. With at most 3 bits, a value is encoded as its sign and the
-index of a level. A block has 1, 2 or 4 levels, which are means of magnitudes of its values. With 4 bits, a value is
-rounded to a multiple of a seventh of the largest magnitude of its block (the scale).
+The values are divided into blocks of consecutive values. With 2 bits, a value is encoded as its sign and the index of
+one of two levels of its block, which are means of magnitudes. With 4 bits, a value is rounded to a multiple of a
+seventh of the largest magnitude of its block (the scale).
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
 from packsaddle.numerics.kernels.numba_common import (
     Array,
     check_room,
@@ -21,23 +20,17 @@ from packsaddle.numerics.kernels.numba_common import (
 )
 
 
-def pack_levels_of_blocks(values: Tensor, halvings: int, block: int) -> tuple[Tensor, Tensor]:
-    """Encode k values, float[k], in `halvings` + 1 bits each (see `compressors.values`). A block has `block` values, a
-    multiple of 8. Returns the packed codes of the values, uint8[...], and the levels of each block,
-    float64[blocks, 2^halvings]."""
-    k, bits = len(values), halvings + 1
-    packed = torch.empty(-(-k * bits // 8), dtype=torch.uint8)
-    levels = torch.empty(-(-k // block), 1 << halvings, dtype=torch.float64)
+def pack_two_levels(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Encode k values, float[k], in two bits each (see `compressors.values`). A block has `block` values, a multiple of
+    4. Returns the packed codes of the values, uint8[ceil(k / 4)], and the levels of each block, float64[blocks, 2]."""
+    packed = torch.empty(-(-len(values) // 4), dtype=torch.uint8)
+    levels = torch.empty(-(-len(values) // block), 2, dtype=torch.float64)
     v, p, of_blocks = values.numpy(), packed.numpy(), levels.numpy()
 
     def part(start: int, stop: int) -> None:
-        coded = p[start * bits // 8 : -(-stop * bits // 8)]
-        if halvings == 1:
-            _pack_two_levels(v[start:stop], block, coded, of_blocks[start // block :])
-        else:
-            _pack_levels_of_blocks(v[start:stop], halvings, block, coded, of_blocks[start // block :])
+        _pack_two_levels(v[start:stop], block, p[start // 4 :], of_blocks[start // block :])
 
-    in_parts(k, block, part)
+    in_parts(len(v), block, part)
     return packed, levels
 
 
@@ -87,69 +80,13 @@ def _pack_two_bits(x: Array, split: float, packed: Array) -> None:
         packed[len(x) // 4] = byte
 
 
-@compiled_loop
-def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, levels: Array) -> None:
-    magnitudes, codes, means = np.empty(block), np.empty(block, np.uint8), np.empty(1 << halvings)
-    for start in range(0, len(v), block):
-        x = v[start : start + block]
-        m, c = magnitudes[: len(x)], codes[: len(x)]
-        codes[:] = 0
-        for i in range(len(x)):
-            m[i] = abs(np.float64(x[i]))
-        # Split each set of magnitudes at its mean, which adds one bit to each code.
-        for halving in range(halvings):
-            for code in range(1 << halving):
-                means[code] = _mean_of(m, c, code)
-            for i in range(len(x)):
-                c[i] = np.uint8(2 * c[i] + np.uint8(m[i] > means[c[i]]))
-        for code in range(1 << halvings):
-            levels[start // block, code] = _mean_of(m, c, code)
-        for i in range(len(x)):
-            c[i] |= np.uint8(np.uint8(x[i] < 0) << halvings)
-        pack_codes(codes[: -(-len(x) // 8) * 8], halvings + 1, packed[start * (halvings + 1) // 8 :])
-
-
-@compiled_sum
-def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
-    """Return the mean of the magnitudes with the code `code`, or 0 if there are none. `codes` contains the code of each
-    magnitude."""
-    s, n = 0.0, 0.0
-    for i in range(len(magnitudes)):
-        is_member = codes[i] == code
-        s += magnitudes[i] if is_member else 0.0
-        n += np.float64(is_member)
-    return s / max(n, 1.0)
-
-
-def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
-    """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in place. `levels` must have
-    the dtype of out."""
-    bits = halvings + 1
-    check_room("codes", packed, -(-len(out) * bits // 8))
-    check_room("levels", levels, -(-len(out) // block) << halvings)
-    p, of_blocks, o = packed.numpy(), levels.view(-1, 1 << halvings).numpy(), out.numpy()
-
-    def part(start: int, stop: int) -> None:
-        codes, mine = p[start * bits // 8 :], of_blocks[start // block :]
-        if halvings == 1:
-            _add_two_levels(codes, block, mine, o[start:stop])
-        else:
-            _add_levels_of_blocks(codes, halvings, block, mine, o[start:stop])
-
-    in_parts(len(o), block, part)
-
-
-@compiled_loop
-def _add_levels_of_blocks(packed: Array, halvings: int, block: int, levels: Array, out: Array) -> None:
-    codes, signed = np.empty(block, np.uint8), np.empty(2 << halvings, out.dtype)
-    for start in range(0, len(out), block):
-        x = out[start : start + block]
-        unpack_codes(packed[start * (halvings + 1) // 8 :], halvings + 1, codes[: -(-len(x) // 8) * 8])
-        for code in range(1 << halvings):
-            signed[code] = levels[start // block, code]
-            signed[(1 << halvings) + code] = -levels[start // block, code]
-        for i in range(len(x)):
-            x[i] += signed[codes[i]]
+def add_two_levels(packed: Tensor, block: int, levels: Tensor, out: Tensor) -> None:
+    """Decode the output of `pack_two_levels`, and add the values to out, float[k], in place. `levels` must have the
+    dtype of out."""
+    check_room("codes", packed, -(-len(out) // 4))
+    check_room("levels", levels, 2 * -(-len(out) // block))
+    p, of_blocks, o = packed.numpy(), levels.view(-1, 2).numpy(), out.numpy()
+    in_parts(len(o), block, lambda a, b: _add_two_levels(p[a // 4 :], block, of_blocks[a // block :], o[a:b]))
 
 
 @compiled_loop
