@@ -347,8 +347,6 @@ class FixedWorkers:
 
     # Numbers of workers and steps, and the saved state.
 
-    lost = waiting = 0.0
-
     @property
     def workers(self) -> int:
         return self.channel.group.size

@@ -185,16 +185,6 @@ class Fragment(Slice):
         starts_then = [start if name in p.frozen else before for name, start, before in starts]
         return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
-    def unapplied_after(self) -> Tensor:
-        """Return the updates of this worker that the anchor, on which all workers last agreed, will still not include
-        once the current round is committed, float[n]. Call after the round is exchanged; collective over the processes
-        of this worker."""
-        r = self.current
-        assert r is not None
-        assert r.exchanged is not None
-        is_applied = not self.shards.any(not r.exchanged.verdict.read(), r.invalid.device)
-        return r.exchanged.v if is_applied and r.share else self.unapplied()
-
     def shared_fields(self, path: Path) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))

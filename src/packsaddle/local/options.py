@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -151,9 +150,6 @@ class Elastic(Option):
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`). In a site it must also
             have init_sync=False, so the script must set equal initial parameters in all sites.
-        memory_file: a file, different for each worker and for each process of a site, that stores the worker's unsent
-            updates (its error memory) while it is absent, and is loaded when it joins. It is written on joining, in
-            every round and on leaving, and locked by MEMORY_FILE.lock. By default no file is written.
         weight: the worker's weight in the mean. By default it is 1, or 0 if the worker has not stepped since the last
             round that included its update. With "steps" it is the number of the worker's inner steps since that round.
             With a function that returns a running total, such as the worker's number of tokens, it is the increase of
@@ -165,11 +161,11 @@ class Elastic(Option):
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
             `grace` are numbers, or text such as "90s" or "2min".
-        leave_on_sigterm: on SIGTERM save the error memory and end the process. The current inner step, or the wait for
-            other workers, then raises SystemExit. If the memory cannot be saved to a file, the worker sends it,
-            uncompressed, in one more round. The exit code is 0. It is 1 if updates are lost because that round was not
-            committed. The processes of a site leave together, after an inner step or a round; while they wait for other
-            workers, they save their memories, and wait for the round or the end of `grace`.
+        leave_on_sigterm: on SIGTERM send all unsent updates (the error memory and the local update), uncompressed, in
+            one more round, and end the process. The current inner step, or the wait for other workers, then raises
+            SystemExit. The exit code is 0. It is 1 if updates are lost because that round was not committed. The
+            processes of a site leave together, after an inner step or a round; while they wait for other workers, they
+            wait for the round or the end of `grace`.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which the round that sends the worker's unsent
             updates must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the median norm of the workers' updates in the
@@ -184,12 +180,11 @@ class Elastic(Option):
 
     >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
     >>> from packsaddle.comm import connect  # doctest: +SKIP
-    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), memory_file="worker-3.memory")  # doctest: +SKIP
+    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), weight="steps")  # doctest: +SKIP
     >>> local = LocalUpdates(optimizer, workers=elastic)  # doctest: +SKIP
     """
 
     manager: Any = own(None)
-    memory_file: str | Path | None = own(None)
     weight: Literal["steps"] | Callable[[], float] | None = own(None)
     share_optimizer_state: bool = own(True)
     patience: float | str = own(3600.0)
@@ -214,8 +209,6 @@ class Elastic(Option):
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
             raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
         _check_options(self)
-        if self.memory_file is not None:
-            object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
             seconds = duration(getattr(self, name), name)
             if not seconds > 0:

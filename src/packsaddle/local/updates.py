@@ -317,8 +317,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         workers join and leave (see `Elastic`).
 
         Without this call the worker joins at its first step, and discards the gradients of this step, which were
-        computed at other parameters. A worker that returns loads its error memory from its file. Raises RuntimeError
-        for a fixed set of workers.
+        computed at other parameters. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("join()")
         self._set_anchor_before_first_step()
@@ -327,12 +326,11 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's pending updates, and leave the run. Call it before the process ends, if workers
-        join and leave (see `Elastic`) and the other workers continue.
+        """Send this worker's pending updates, uncompressed, in one more round, and leave the run. Call it before the
+        process ends, if workers join and leave (see `Elastic`) and the other workers continue.
 
-        The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns True if the updates are saved or sent. If both fail, the updates are lost; the method
-        then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
+        Returns True if the updates are sent. If the round is not committed within `Elastic.grace` seconds, the updates
+        are lost; the method then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("leave()")
         return self._workers.leave()

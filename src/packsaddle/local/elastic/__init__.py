@@ -2,7 +2,7 @@
 
 - `quorum` and `greeting`: the start of a round, in which workers are found and compared
 - `roster` and `membership`: the records of all workers, and a worker's own counts
-- `pending` and `memory_file`: a worker's unsent updates, and the file that stores them while the worker is absent
+- `pending`: a worker's unsent updates, and exchanges whose outcome it does not know
 - `recovery`: the state that is sent to a worker that misses committed rounds
 - `site`: the processes that together are one worker
 - `sigterm`: leaving the run on SIGTERM

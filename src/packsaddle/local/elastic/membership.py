@@ -50,17 +50,7 @@ class Membership:
     @property
     def workers(self) -> int:
         """The number of workers in the last round."""
-        return sum(member.here for member in self.roster.members.values())
-
-    @property
-    def lost(self) -> float:
-        """The sum of the norms of lost error memories, including those that absent workers have not saved in files."""
-        return self.roster.gone + self.roster.absent(keeps=False)
-
-    @property
-    def waiting(self) -> float:
-        """The sum of the norms of error memories that absent workers saved in files."""
-        return self.roster.absent(keeps=True)
+        return len(self.roster.present)
 
     def weight(self) -> float:
         """Return the weight that this worker's update would have in a round now; collective over the processes of this

@@ -108,9 +108,9 @@ class Recovery:
         # Commit the exchanges in doubt if the other workers have committed this worker's last attempt at a round.
         # Otherwise roll these exchanges back.
         included = state["roster"]["included"].get(own.worker, 0)
-        sent, taken = set[Fragment](), False
+        sent, applied = set[Fragment](), False
         if self._pending.in_doubt and included == account.attempts:
-            sent, taken = set(self._pending.in_doubt), self._pending.close_exchanges()
+            sent, applied = set(self._pending.in_doubt), self._pending.close_exchanges()
             account.included = account.attempts
         else:
             self._pending.roll_back()
@@ -121,11 +121,11 @@ class Recovery:
         self._state.load(state)
         for part, before in was:
             part.current = None
-            if (part in sent and taken) or is_stale or is_new:
+            if (part in sent and applied) or is_stale or is_new:
                 part.anchor.move_to_start()
             else:
                 part.anchor.move(before)
-        if taken:
+        if applied:
             account.start_count(own.weight())
         if is_new:
             self._begin_at(state)
@@ -133,7 +133,7 @@ class Recovery:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ConfigError, with nothing changed, if the received state does not match this worker's arguments, or if
         this worker would lose rounds by loading it. Rounds would be lost if the state is from another run, or has fewer
-        rounds of this run. If rounds would be lost, the pending updates are first saved to the memory file.
+        rounds of this run.
 
         A state of another run may arrive because torchft lets new workers begin a run of their own if the existing
         workers do not answer in time.
@@ -147,12 +147,11 @@ class Recovery:
         # This worker may have committed one round that the other workers have rolled back. If that round was
         # uncompressed, it counts as one exchange for each fragment.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
-            self._pending.save()
             raise ConfigError(
                 f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
-                f"(rounds: {mine}, run: {own_run:x}), which keeps its state, and has saved its pending updates to its "
-                f"memory file, if any. Restart the workers of the run that must end, and set the lighthouse's "
-                f"--join_timeout_ms above connect(timeout=). With a checkpoint, load manager.state_dict() too"
+                f"(rounds: {mine}, run: {own_run:x}), which keeps its state. Restart the workers of the run that must "
+                f"end, and set the lighthouse's --join_timeout_ms above connect(timeout=). With a checkpoint, load "
+                f"manager.state_dict() too"
             )
 
     def _compare_attempts(self, included: int) -> bool:
@@ -162,22 +161,17 @@ class Recovery:
 
         Returns True if `included` is later, as after a restore from a checkpoint. The updates in this worker's error
         memory were then sent before, so the memory is cleared. Returns False otherwise. If `included` is earlier, the
-        updates that this worker has sent since `included` are recorded as lost.
+        updates that this worker has sent since `included` are lost.
         """
         own, account = self._own, self._own.account
         if included > account.included:
-            account.found_lost += account.norm
-            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", own.worker, account.norm)
+            _log.warning("worker %x has restored an error memory that it has sent since, and clears it", own.worker)
             for part in own.fragments:
                 part.feedback.reset()
             account.start_count(own.weight())
             return True
         if included < account.included:
-            account.found_lost += account.sent
-            _log.warning(
-                "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
-                *(own.worker, account.sent),
-            )
+            _log.warning("worker %x was in a round that the others do not have: its update is lost", own.worker)
         return False
 
     def _begin_at(self, state: Mapping[str, Any]) -> None:
