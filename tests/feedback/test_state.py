@@ -39,8 +39,8 @@ shared: aggregator, aggregator.compressor, aggregator.state, format, identity.ex
 LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*, fragments.*.shift.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, own_steps, pacing,
-    schedule, share, skips.consecutive, skips.total
+    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, pacing, schedule,
+    share, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
 shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,

@@ -122,19 +122,18 @@ class LocalRound:
             r.norm = norm_of(r._of_worker(exchanged.v), part.shards.total)
         return r
 
-    def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
+    def exchange(self, step: int, norms: Tensor | None = None) -> None:
         """Exchange v, multiplied by this worker's weight `share` and compressed, and set the error memory to the
         residual; collective. A worker with `share` 0 sends zeros, and its error memory does not change.
 
-        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`
-        is given, v is clipped (see `factors_of`). Then `norms`, float32[W], has the norm of each worker's v, and
-        `standings`, int64[W], has each worker's `Standing`.
+        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`,
+        float32[W], is given, v is clipped (see `factors_of`). Then `norms` has the norm of each worker's v, by rank.
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None
         part.feedback.channel.step = step
-        if norms is not None and standings is not None and (limit := options.workers.clip) is not None:
-            self.factors = factors_of(norms, standings, limit)
+        if norms is not None and (limit := options.workers.clip) is not None:
+            self.factors = factors_of(norms, limit)
         measure = self._squares if self._is_lengthened else None
         g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:

@@ -37,7 +37,7 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
-        *(Rule((name,), "own") for name in ("pacing", "own_steps", "schedule")),
+        *(Rule((name,), "own") for name in ("pacing", "schedule")),
         Rule(("steps",), "own" if by_steps else "shared"),
         *(Rule((name,), "shared") for name in ("format", "identity", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),

@@ -43,7 +43,6 @@ from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.after import Reactions
-from packsaddle.local.clipping import Standing
 from packsaddle.local.elastic.greeting import Greeting
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.elastic.pending import PendingUpdates
@@ -162,11 +161,8 @@ class ElasticWorkers(Membership):
         self.account.ahead = self.account.since
         _log.info("worker %x joins at round %d, with %d others", self.worker, self.rounds, self.workers - 1)
 
-    def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
-        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
-
-        Always returns False. The result tells torch's `Join` if collectives ran, and elastic workers do not use `Join`.
-        """
+    def after_step(self, steps: int, parameters: Iterable[Tensor]) -> None:
+        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
         self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
@@ -174,7 +170,6 @@ class ElasticWorkers(Membership):
             self._exit()
         if self.account.ahead >= self.paces[0]:
             self.round(uncompressed=False)
-        return False
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
         """Run an uncompressed round of all present workers, in which all pending updates are sent. Returns True if all
@@ -299,15 +294,14 @@ class ElasticWorkers(Membership):
     def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
         """Exchange the messages of the round `r` of one fragment with the other workers, and gather the reports of
         invalid values. `hellos` and `weights` have one entry per worker, by rank."""
-        norms = standings = None
+        norms = None
         # Gather the norms of the workers' updates v, for clipping. The Hello messages cannot contain them, since v is
         # computed after the Hello messages.
         if r.norm is not None:
             norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
             norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-            parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
-            standings = torch.tensor(parts_in, device=norms.device)
-        r.exchange(self.channel.step, norms, standings)
+            norms[torch.tensor(weights) == 0] = torch.nan
+        r.exchange(self.channel.step, norms)
         r.gather_reports()
 
     def _commit(self, attempt: Attempt) -> bool:
