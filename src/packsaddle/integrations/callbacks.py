@@ -331,22 +331,18 @@ def _resharded(
     `collectives` exchanges the parts of the states between the workers. Raises ValueError, on every worker, if the
     files are of different steps or cannot be converted.
     """
-    mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
-    states = {i: _read(_path(folder, name, i))["state"] for i in mine}
+    ranks = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
+    states = {i: _read(_path(folder, name, i))["state"] for i in ranks}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
     # Convert the parts of the state to the current number of workers. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
-
-    def content(state: dict[str, Any]) -> dict[str, Any]:
-        return {"parts": state.get("parts", {"hook": state}), "extra": {}}
-
     first = collectives.send(states.get(0), holders[0])
-    check_names(parts, content(first)["parts"])
-    held = [content(state) for state in states.values()]
-    converted = resharded(parts, content(first), held, len(holders), collectives)["parts"]
+    template, *mine = [state.get("parts", {"hook": state}) for state in (first, *states.values())]
+    check_names(parts, template)
+    converted = resharded(parts, template, mine, len(holders), collectives)
     return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 
