@@ -41,8 +41,7 @@ error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*, fr
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
     fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, pacing, schedule,
     share, skips.consecutive, skips.total
-constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
-    reset.reloaded
+constant: fragments.*.exchange.invalid, identity.rank, identity.workers
 shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,

@@ -153,7 +153,7 @@ class Reactions:
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
         drifts = attribute(("drifts",), self.drift, "found", list[Drift])
-        return [*check, *self.outcomes.fields(), resets, drifts]
+        return [*check, *self.outcomes.skips.fields(), resets, drifts]
 
     def _load_resets(self, saved: list[Reset]) -> None:
         self.resets[:] = saved

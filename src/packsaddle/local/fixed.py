@@ -210,7 +210,6 @@ class FixedWorkers:
         is_timed = self._is_paced and not flush and tick % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
         r = LocalRound.begin(part, tick + delay, self._weights, later=delay > 0, flush=flush)
-        self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None

@@ -72,7 +72,6 @@ class Fragment(Slice):
         self.rounds = 0  # t, the number of applied exchanges
         self.current: LocalRound | None = None
         self.was_rejected = False  # True if the last round was rejected; identical on all workers
-        self.was_invalid = False  # True if this worker's last local update was invalid
 
     @property
     def frozen_next(self) -> list[str]:
@@ -206,7 +205,6 @@ class Fragment(Slice):
             *self.contraction.fields((*path, "contraction")),
             attribute((*path, "clipped"), self.clips, "count", int),
             attribute((*path, "rejected"), self, "was_rejected", bool),
-            attribute((*path, "invalid"), self, "was_invalid", bool),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "shift", ANY), shapes, lambda: self._named(self.anchor.shift()), skip, optional=True),

@@ -129,7 +129,7 @@ class LocalUpdates(LocalRecords, Exchanging):
 
     A round in which a worker's update is not finite is rejected on all workers, and recorded in `skips`. That worker
     continues from the last round, with the non-finite entries of its optimizers' states cleared. NonFiniteError is
-    raised after more than `max_skipped` consecutive rejected rounds, or if an optimizer cannot be reset.
+    raised after more than `max_skipped` consecutive rejected rounds.
 
     Steps raise RuntimeError if workers make different calls, or exchange after unequal numbers of steps. The first step
     raises RuntimeError if gradients are identical on all workers, which shows that they were exchanged already. Rank 0
@@ -268,7 +268,6 @@ class LocalUpdates(LocalRecords, Exchanging):
         self._has_begun = True
         self._enter()
         self.steps += 1
-        self._reactions.outcomes.check_step()
         # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
         # fail too.
         self._watches.unsent.clear()

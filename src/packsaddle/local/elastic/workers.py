@@ -280,7 +280,6 @@ class ElasticWorkers(Membership):
             flush = Identity() if dense else None
             r = LocalRound.begin(part, self.steps, weights, flush=flush)
             r.agrees = len({hello.frozen for hello in hellos}) == 1
-            self._reactions.outcomes.register(r)
             with self.site.fails_together():
                 self._exchange(r, hellos, weights)
         # Confirm: the gather below completes only if all workers have exchanged their updates. From here on, other
