@@ -63,20 +63,6 @@ def loaded(folder: Path, parts: Any) -> packsaddle.Checkpoint:
     return found
 
 
-def test_a_refusal_of_one_worker_is_all_workers(tmp_path: Path) -> None:
-    """One that cannot save must not leave the others waiting."""
-
-    def worker(rank: int) -> str:
-        extra = {"f": saved_by} if rank == 1 else {}
-        with pytest.raises(CheckpointError) as caught:
-            save_checkpoint(tmp_path, Small().parts, step=1, extra=extra)
-        return str(caught.value)
-
-    (message,) = set(simulate(worker, 2))
-    assert message.startswith("worker 1: extra['f'] is a function")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("each", [False, True], ids=["one folder", "a folder each"])
 def test_workers_save_the_same_step_or_nothing(each: bool, tmp_path: Path) -> None:
     """Files of different steps would rotate the last whole checkpoint away."""
@@ -429,25 +415,6 @@ def test_a_full_disk_of_one_worker_is_all_workers(full: str, each: bool, gloo: G
             for step in (10, 20)
         ]
         assert (names, loaded) == (["step-00000005", "step-00000010"], 10)
-
-
-def test_an_old_step_that_one_worker_cannot_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = packsaddle.checkpoint.save_load.rotate
-
-    def rotate(folder: Path, keep: int) -> None:
-        if folder.name == "1":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        real(folder, keep)
-
-    monkeypatch.setattr("packsaddle.checkpoint.save_load.rotate", rotate)
-
-    def work(rank: int) -> int:
-        model = torch.nn.Linear(4, 4)
-        with pytest.raises(CheckpointError, match=r"worker 1: .*/1/step-00000001 cannot be written: Permission denied"):
-            save_checkpoint(tmp_path / str(rank), {"model": model}, step=1)
-        return loaded(tmp_path / str(rank), {"model": model}).step
-
-    assert simulate(work, 2) == [1, 1]
 
 
 def test_what_cannot_be_set_aside_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

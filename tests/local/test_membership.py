@@ -20,12 +20,11 @@ from elastic_fakes import (
 )
 from torch import Tensor
 
-import packsaddle
 from packsaddle import Compression, Compressor, Elastic, Identity, LocalUpdates, RandomK, Sign, TopK, simulate
 from packsaddle.comm import PeerLostError, Solo, connect, resolve
 from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.local.weights import share_of
+from packsaddle.local.round import share_of
 
 
 @pytest.fixture
@@ -231,10 +230,10 @@ def test_a_newcomer_enters_the_bytes_of_its_first_round_at_the_step_of_the_other
     assert simulate(run, 2)[1] == [(2, 2)]
 
 
-@pytest.mark.parametrize("inner", [True, False])
-def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others(inner: bool) -> None:
-    """The inner optimizer's state too, unless it is not wanted."""
-    options: dict[str, Any] = {"inner": adamw, "outer": nesterov, "settings": {"share_optimizer_state": inner}}
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others(compare: bool) -> None:
+    """With the inner optimizer's state too, unless optimizers may differ."""
+    options: dict[str, Any] = {"inner": adamw, "outer": nesterov, "settings": {"compare_optimizers": compare}}
     other = joined(**options)
     other.train(7)
     newcomer = of_state(other.manager.save, joins=False, **options)
@@ -246,7 +245,7 @@ def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_
     states = [w.local.outer.state_dict()["state"] for w in (other, newcomer)]  # type: ignore[union-attr]
     assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in (0, 1))
     theirs, mine = (w.optimizer.state_dict()["state"] for w in (other, newcomer))
-    assert mine.keys() == (theirs.keys() if inner else set())
+    assert mine.keys() == (theirs.keys() if compare else set())
     assert all(torch.equal(mine[i]["exp_avg_sq"], theirs[i]["exp_avg_sq"]) for i in mine)
 
 
@@ -584,15 +583,6 @@ def test_two_workers_with_one_checkpoint_are_refused(has_joined: bool) -> None:
     found = simulate(run, 2)
     assert found[1].startswith(line)
     assert found[0].startswith("no round was completed" if has_joined else line)
-
-
-def test_an_identity_says_version_size_and_round() -> None:
-    worker = joined()
-    worker.train(6)
-    lines = membership(worker)._greeting._message().split("\n")
-    assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
-    assert lines[1].startswith("compressor=TopK(")
-    assert lines[2:] == ["d=30", "round=2"]
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,10 @@ from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Workers
 from packsaddle.local.pace import Pacing, StepClock
-from packsaddle.local.round import LocalRound
+from packsaddle.local.round import LocalRound, share_of
 from packsaddle.local.schedule import Schedule
 from packsaddle.local.start import check_first_step, share_start
-from packsaddle.local.weights import gather_weights, share_of
-from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.devices import to_device, wide
 
 _log = logging.getLogger("packsaddle")
 # Advice for the error that an argument differs between workers, by the first characters of the argument's name.
@@ -137,7 +136,9 @@ class FixedWorkers:
             check_agreement(self.channel, same, self._device, _HINTS)
             weight = self._settings.weight
             if not (weight is None or weight == "steps"):
-                self._given_weights = gather_weights(self.channel, weight, self._device)
+                mine = {"weight": torch.tensor([weight], dtype=wide(self._device), device=self._device)}
+                gathered = self.channel.gather(mine, fixed_size=True, purpose="start")
+                self._given_weights = [float(parts["weight"][0]) for parts in gathered]
             share_start(self.channel, tensors, self._device)
 
     def enter(self) -> bool:

@@ -2,7 +2,7 @@
 mean update is applied."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, Protocol
@@ -92,8 +92,8 @@ class Workers(Option):
             `LocalUpdates.paces` returns the paces. Training should end after a number of rounds
             (`LocalUpdates.rounds`), not of steps, since numbers of steps differ between workers.
         steps: fixed paces for weight="steps", i.e. the number of inner steps in a round of each worker, by rank, such
-            as {0: 12, 1: 4} or [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None,
-            the paces follow from measured times.
+            as [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None, the paces follow
+            from measured times.
         clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
             the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
             error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
@@ -117,20 +117,17 @@ class Workers(Option):
     weight: float | Literal["steps"] | None = own(None)
     clip: float | None = None
     compare_optimizers: bool = True
-    steps: Sequence[int] | Mapping[int, int] | None = None
+    steps: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         weight, steps = self.weight, self.steps
         if not (weight is None or weight == "steps") and not (_is_number(weight) and 0 < weight < math.inf):
             raise ValueError(f'weight must be finite and above 0, "steps" or None, got {weight!r}')
         if steps is not None:
-            if weight != "steps" or not isinstance(steps, Mapping | Sequence):
+            if weight != "steps" or not isinstance(steps, Sequence):
                 raise ValueError(f'steps must be numbers by rank with weight="steps", else None, got {steps!r}')
-            ranks = dict(sorted(steps.items())) if isinstance(steps, Mapping) else dict(enumerate(steps))
-            if list(ranks) != list(range(len(ranks))):
-                raise ValueError(f"steps must have the ranks 0, 1, ... as keys, got {steps!r}")
-            check_integers(1, **{f"steps[{rank}]": n for rank, n in ranks.items()})
-            object.__setattr__(self, "steps", tuple(ranks.values()))
+            check_integers(1, **{f"steps[{rank}]": n for rank, n in enumerate(steps)})
+            object.__setattr__(self, "steps", tuple(steps))
         _check_options(self)
 
 
@@ -157,8 +154,6 @@ class Elastic(Option):
             makes fewer inner steps in a round and a faster one makes more, so that all W workers end the round
             together. The sum of their steps is W times the number of steps between two rounds, which is `every` divided
             by the number of fragments (see `Overlap`).
-        share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
-            with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
             `grace` are numbers, or text such as "90s" or "2min".
         leave_on_sigterm: on SIGTERM send all unsent updates (the error memory and the local update), uncompressed, in
@@ -171,8 +166,8 @@ class Elastic(Option):
         clip: limit on the norm of a worker's update, as a multiple of the median norm of the workers' updates in the
             round (see `Workers.clip`). By default there is no limit.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from those of the
-            other workers in class or in a default setting. If the optimizers should differ, set it to False on all
-            workers.
+            other workers in class or in a default setting, and start them at another worker's state. If the optimizers
+            should differ, set it to False on all workers; a new worker's optimizers then start without a state.
         group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
@@ -186,7 +181,6 @@ class Elastic(Option):
 
     manager: Any = own(None)
     weight: Literal["steps"] | Callable[[], float] | None = own(None)
-    share_optimizer_state: bool = own(True)
     patience: float | str = own(3600.0)
     leave_on_sigterm: bool = own(True)
     grace: float | str = own(25.0)

@@ -23,11 +23,19 @@ from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
 from packsaddle.local.lockstep import PendingCall
-from packsaddle.local.weights import share_of
 from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
     from packsaddle.local.fragment import Fragment
+
+
+def share_of(weights: Sequence[float], rank: int) -> float:
+    """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers. The plain
+    mean of updates that are scaled by these factors is the weighted mean of the updates, that of federated averaging
+    (McMahan et al. 2017, Algorithm 1)."""
+    if len(set(weights)) == 1:
+        return 1.0
+    return len(weights) * weights[rank] / sum(weights)
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,11 @@ class Recovery:
 
     def _shared(self) -> dict[str, Any]:
         """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
-        the records of all workers (`Roster`), the number of steps, the state of the outer optimizer and, with
-        `Elastic.share_optimizer_state`, the states of the inner optimizers."""
-        own = self._own
-        inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
-        return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
+        the records of all workers (`Roster`), the number of steps, and the states of the outer optimizer and, with
+        `Elastic.compare_optimizers`, the inner optimizers."""
+        inner = [local_state(o) for o in self._inner] if self._own.settings.compare_optimizers else []
+        fragments = [{} for _ in self._own.fragments]
+        return self._state.save({"fragments": fragments, "steps": self._own.steps, "inner": inner})
 
     def _fields(self) -> list[Vector | Value]:
         found = [field for i, part in enumerate(self._own.fragments) for field in part.shared_fields(("fragments", i))]
@@ -176,11 +176,11 @@ class Recovery:
 
     def _begin_at(self, state: Mapping[str, Any]) -> None:
         """Set a new worker's number of steps to that in `state`, the received state, and load the states of the
-        sender's inner optimizers, if `state` contains them."""
+        sender's inner optimizers, unless workers may have different optimizers."""
         self._own.steps = state["steps"]
         # Load the optimizers' states, since the first steps with the empty moments of a new optimizer would be too
         # large.
-        if state["inner"] is not None and self._own.settings.share_optimizer_state:
+        if self._own.settings.compare_optimizers:
             try:
                 load_states(self._inner, state["inner"])
             except ValueError as error:
