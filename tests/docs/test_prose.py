@@ -34,8 +34,6 @@ HOMES = {
     r"16-byte\s+fingerprint": "docs/guards.md",
     r"\b2\.68\b(?! \|)": "docs/guards.md",
     r"step-STEP\.unusable": "docs/checkpoints.md",
-    r"59\s+MB\s+instead\s+of\s+135": "docs/checkpoints.md",
-    r"`\.lock`": "docs/checkpoints.md",
     r"8\s+d\s+\(W\s+-\s+1\)\s+/\s+W\s+bytes": "docs/slow-links.md",
     r"too\s+small\s+to\s+forecast": "docs/slow-links.md",
     r"model\.join\(\)": "docs/ddp.md",

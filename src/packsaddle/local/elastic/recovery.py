@@ -55,9 +55,9 @@ class Recovery:
         """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
         the records of all workers (`Roster`), the number of steps, and the states of the outer optimizer and, with
         `Elastic.compare_optimizers`, the inner optimizers."""
-        inner = [local_state(o) for o in self._inner] if self._own.settings.compare_optimizers else []
-        fragments = [{} for _ in self._own.fragments]
-        return self._state.save({"fragments": fragments, "steps": self._own.steps, "inner": inner})
+        own = self._own
+        inner = [local_state(o) for o in self._inner] if own.settings.compare_optimizers else []
+        return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
 
     def _fields(self) -> list[Vector | Value]:
         found = [field for i, part in enumerate(self._own.fragments) for field in part.shared_fields(("fragments", i))]
