@@ -11,7 +11,6 @@ from packsaddle.comm.communicator import Communicator, as_text, hash_of
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates
 from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
 from packsaddle.local.elastic.roster import Hello, most
 
@@ -24,14 +23,13 @@ class Greeting:
 
     Args:
         own: this worker's membership.
-        pending: this worker's pending updates.
         quorum: forms the set of workers. A worker whose anchor differs from the anchor of most workers receives another
             worker's state at the next quorum.
         channel: the communicator of the workers.
     """
 
-    def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
-        self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
+    def __init__(self, own: Membership, quorum: Quorum, channel: Communicator) -> None:
+        self._own, self._quorum, self._channel = own, quorum, channel
         # The device of small messages, such as `Hello`: the CPU if the group copies all messages to the CPU anyway, and
         # otherwise the device of the anchor.
         device = own.fragments[0].anchor.flat.device
@@ -68,7 +66,7 @@ class Greeting:
         idle_weight = account.last_weight if own.has_joined and account.counted else 0.0
         checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in own.fragments]).sum()) if compared else 0
         anchor, nanoseconds, pending = own.site.totals(
-            *(checksum, round(1e9 * seconds), not weight and self._pending.exist())
+            *(checksum, round(1e9 * seconds), not weight and own.has_pending())
         )
         return Hello(
             worker=own.worker,

@@ -12,7 +12,6 @@ from packsaddle.errors import ConfigError
 from packsaddle.feedback.optimizers import load_states, local_state
 from packsaddle.feedback.state import Rule, State, Value, Vector
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates
 from packsaddle.local.elastic.quorum import Quorum
 from packsaddle.local.elastic.sigterm import Sigterm
 from packsaddle.local.fragment import Fragment
@@ -27,7 +26,6 @@ class Recovery:
 
     Args:
         own: this worker's membership.
-        pending: this worker's pending updates, which are kept when a state is loaded.
         quorum: the quorum. If a received state is discarded, the worker receives a state again at the next quorum.
         sigterm: the handler of SIGTERM, which must not interrupt the loading of a state.
         inner: the inner optimizers, i.e. those of the parameters.
@@ -37,14 +35,12 @@ class Recovery:
     def __init__(
         self,
         own: Membership,
-        pending: PendingUpdates,
         quorum: Quorum,
         sigterm: Sigterm,
         inner: Sequence[Optimizer],
         outer: OuterOptimizer | None,
     ) -> None:
-        self._own, self._pending, self._quorum, self._sigterm = own, pending, quorum, sigterm
-        self._inner, self._outer = inner, outer
+        self._own, self._quorum, self._sigterm, self._inner, self._outer = own, quorum, sigterm, inner, outer
         # The state that was received from another worker and is not loaded yet; None: there is none.
         self._received: Mapping[str, Any] | None = None
         same = {"fragments": len(own.fragments), "outer": outer is not None}
@@ -109,11 +105,11 @@ class Recovery:
         # Otherwise roll these exchanges back.
         included = state["roster"]["included"].get(own.worker, 0)
         sent, applied = set[Fragment](), False
-        if self._pending.in_doubt and included == account.attempts:
-            sent, applied = set(self._pending.in_doubt), self._pending.close_exchanges()
+        if own.in_doubt and included == account.attempts:
+            sent, applied = set(own.in_doubt), own.close_exchanges()
             account.included = account.attempts
         else:
-            self._pending.roll_back()
+            own.roll_back()
         is_stale = self._compare_attempts(included)
         # Move the parameters x with the anchor: x <- start + (x - before), where `before` is the start point before the
         # state is loaded, and `start` the one after that. If the new anchor includes the local update of this worker,

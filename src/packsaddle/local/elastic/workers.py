@@ -45,7 +45,6 @@ from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.after import Reactions
 from packsaddle.local.elastic.greeting import Greeting
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates
 from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
 from packsaddle.local.elastic.recovery import Recovery
 from packsaddle.local.elastic.roster import Hello
@@ -111,11 +110,10 @@ class ElasticWorkers(Membership):
         self._sends_all = False
 
         # The objects that run parts of a round.
-        self._pending = PendingUpdates(self)
         self._sigterm = Sigterm(self._may_leave, float(settings.grace))
         self._quorum = Quorum(group, self.site, self._sigterm)
-        self._recovery = Recovery(self, self._pending, self._quorum, self._sigterm, inner, outer)
-        self._greeting = Greeting(self, self._pending, self._quorum, channel)
+        self._recovery = Recovery(self, self._quorum, self._sigterm, inner, outer)
+        self._greeting = Greeting(self, self._quorum, channel)
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
@@ -203,15 +201,15 @@ class ElasticWorkers(Membership):
                 # over. The other processes of the site may not be in this wait, and a collective with them would hang.
                 # So end this process without a collective.
                 if self.site.size > 1:
-                    end_process(int(self._pending.exist()))
+                    end_process(int(self.has_pending()))
                 self._exit()
             except RoundFailedError as error:
                 reason = " ".join(str(error).split())[:200]
             except BaseException:
-                self._pending.roll_back()
+                self.roll_back()
                 raise
             if self.site.any(time.monotonic() - arrived > until):
-                self._pending.roll_back()
+                self.roll_back()
                 raise PeerLostError(f"no round was completed in {until:g} s{f': {reason}' if reason else ''}")
             if self.site.any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
@@ -239,7 +237,7 @@ class ElasticWorkers(Membership):
             self._recovery.load_received()
             # Roll back an exchange in doubt, unless `load_received` has committed it because the other workers had
             # committed it.
-            self._pending.roll_back()
+            self.roll_back()
             attempt = self._try(dense, seconds)
         except (ConfigError, PeerLostError):
             self._quorum.abort()
@@ -254,8 +252,8 @@ class ElasticWorkers(Membership):
         try:
             self._quorum.vote(reason if attempt is None else None)
         except RoundFailedError:
-            if not self._pending.in_doubt:
-                self._pending.roll_back()
+            if not self.in_doubt:
+                self.roll_back()
             raise
         assert attempt is not None
         return self._commit(attempt)
@@ -284,7 +282,7 @@ class ElasticWorkers(Membership):
                 self._exchange(r, hellos, weights)
         # Confirm: the gather below completes only if all workers have exchanged their updates. From here on, other
         # workers may commit the round.
-        self._pending.in_doubt = parts
+        self.in_doubt = parts
         confirmation = torch.ones(1, device=self._greeting.device)
         with self.site.fails_together():
             self.channel.gather({"confirmed": confirmation}, fixed_size=True, purpose="members")
@@ -306,7 +304,7 @@ class ElasticWorkers(Membership):
     def _commit(self, attempt: Attempt) -> bool:
         """Commit the round after the vote, and apply its means to the anchor. Returns True if all of its exchanges are
         applied, and False if one is rejected."""
-        is_applied = self._pending.close_exchanges()
+        is_applied = self.close_exchanges()
         before = self.roster.present
         self.roster.commit(attempt.hellos, attempt.weights, applied=is_applied)
         if self._group.rank == 0 and self._group.leads:
@@ -371,7 +369,7 @@ class ElasticWorkers(Membership):
         leave together."""
         if self.site.size > 1:
             return False
-        self._sends_all = self._pending.exist()
+        self._sends_all = self.has_pending()
         return not self._sends_all
 
     def leave(self) -> bool:
@@ -383,17 +381,17 @@ class ElasticWorkers(Membership):
         """
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "the grace period is over"
-        while self.site.any(self._pending.exist()) and not self.site.any((left := until - time.monotonic()) <= 0):
+        while self.site.any(self.has_pending()) and not self.site.any((left := until - time.monotonic()) <= 0):
             try:
                 if not self.round(uncompressed=True, patience=left):
                     reason = "the last round was rejected"
             except (PeerLostError, ConfigError, GuardError) as error:
                 reason = str(error)
                 break
-        is_sent = not self._pending.exist()
+        is_sent = not self.has_pending()
         if not is_sent:
             _log.error("worker %x leaves, and its unsent updates are lost: %s", self.worker, reason)
-        self._pending.roll_back()
+        self.roll_back()
         self.settings.manager.shutdown(wait=False)
         return is_sent
 
