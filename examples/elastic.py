@@ -4,9 +4,8 @@
     torchft_lighthouse --min_replicas 1 --join_timeout_ms 5000        # on one machine, once
     python examples/elastic.py --lighthouse http://HOST:29510         # as often as there are workers, on any machine
 
-A worker that is told to stop (SIGTERM, Ctrl-C's kin of spot machines) leaves its error memory in --memory-file FILE,
-and goes on with it when it is started again with the same file. The model, the data and the loss are
-local_updates.py's.
+A worker that is told to stop (SIGTERM, Ctrl-C's kin of spot machines) sends its unsent updates in one more round. The
+model, the data and the loss are local_updates.py's.
 Exit code 2 with one line if something is missing.
 """
 
@@ -14,7 +13,6 @@ import argparse
 import os
 import sys
 import zlib
-from pathlib import Path
 
 import torch
 from common import report
@@ -28,7 +26,6 @@ from packsaddle.errors import ConfigError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lighthouse", help="http://HOST:PORT; by default the variable TORCHFT_LIGHTHOUSE")
-    parser.add_argument("--memory-file", type=Path, help="a file of this worker's own")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--min-workers", type=int, default=1)
     parser.add_argument("--weigh", action="store_true", help="workers differ in speed: weigh them by their steps")
@@ -52,9 +49,7 @@ def train(arguments: argparse.Namespace) -> None:
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     manager = connect(arguments.lighthouse, min_workers=arguments.min_workers)
-    elastic = packsaddle.Elastic(
-        manager, memory_file=arguments.memory_file, weight="steps" if arguments.weigh else None
-    )
+    elastic = packsaddle.Elastic(manager, weight="steps" if arguments.weigh else None)
     local = packsaddle.LocalUpdates(optimizer, every=8, workers=elastic)
 
     # Wait for the others, and have their anchor, outer state, step and position. Each worker has data of its own.

@@ -71,7 +71,7 @@ def main() -> None:
         list(DataLoader(test, batch_size=90)),
         epsilon=2.0,
         search=packsaddle.Search(max_hvps=20),
-        every_n_epochs=4,
+        every_n_steps=88,
     )
     trainer = Trainer(
         strategy="ddp",

@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true", help="shard the model over the processes of a site")
     parser.add_argument("--lighthouse", help="http://HOST:PORT, for sites that come and go; this command starts one")
     parser.add_argument("--site", type=int, default=0, help="number of the site that this command starts, for its data")
-    parser.add_argument("--memory-file", help="of that site; each process adds its rank")
     arguments = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
@@ -52,7 +51,7 @@ def main() -> None:
     sites = dist.get_world_size() // processes
     mesh = init_device_mesh(device.type, (sites, processes), mesh_dim_names=("sites", "site"))
     (site, process), network = mesh.get_coordinate(), Transformer().to(device)
-    workers = elastic(arguments) if is_elastic else mesh
+    workers = packsaddle.comm.connect(arguments.lighthouse, site=True) if is_elastic else mesh
     if arguments.fsdp:
         model = fully_shard(network, mesh=mesh["site"])
     else:
@@ -79,13 +78,6 @@ def main() -> None:
     if is_elastic:
         os._exit(0)  # torchft's threads need not be waited for
     dist.destroy_process_group()
-
-
-def elastic(arguments: argparse.Namespace) -> packsaddle.Elastic:
-    """Return the settings of this site, whose processes have a Manager and a memory file each."""
-    manager = packsaddle.comm.connect(arguments.lighthouse, site=True)
-    file = arguments.memory_file and f"{arguments.memory_file}.{dist.get_rank()}"
-    return packsaddle.Elastic(manager, memory_file=file)
 
 
 if __name__ == "__main__":

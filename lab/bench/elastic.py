@@ -51,7 +51,6 @@ class Spec:
     position: int | None  # number of committed inner steps of all workers together after which the worker ends
     step: float  # duration of an inner step, seconds
     seed: int
-    memory: str | None = None
     life: int = 0
     until: str | None = None  # path of a file; the worker ends once the file exists
     grace: float = 25.0  # maximum duration of leaving, seconds
@@ -161,15 +160,7 @@ class Worker:
         self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
         times = {"timeout": TIMEOUT, "quorum_timeout": 60.0, "connect_timeout": 20.0}
         manager = connect(spec.lighthouse, name=spec.name, site=bool(spec.inside), **times)
-        file = spec.memory and Path(spec.memory)
-        if file and spec.inside:  # each process of a site has its own memory file
-            file = file.with_suffix(f".{spec.process}")
-        elastic = packsaddle.Elastic(
-            manager,
-            memory_file=file,
-            patience=90.0,
-            grace=spec.grace,
-        )
+        elastic = packsaddle.Elastic(manager, patience=90.0, grace=spec.grace)
         self.local = packsaddle.LocalUpdates(self.optimizer, compression(), every=spec.every, workers=elastic)
         if spec.fault:
             self._break(spec.fault)
@@ -185,8 +176,8 @@ class Worker:
 
         def gathered(parts: Any, **how: Any) -> Any:
             found = gather(parts, **how)
-            seen[0] += "norm" in parts
-            if "norm" in parts and seen[0] == number:
+            seen[0] += "confirmed" in parts
+            if "confirmed" in parts and seen[0] == number:
                 raise RuntimeError("broken by the benchmark")
             return found
 
@@ -261,7 +252,7 @@ class Worker:
             process=self.spec.process,
             included=membership.account.included,
             worker=membership.worker,
-            here=sorted(w for w, m in membership.roster.members.items() if m.here),
+            here=sorted(membership.roster.present),
             sends=membership.account.included == membership.account.attempts,
             weight=membership.account.last_weight,
             hash=digest(anchor),
@@ -271,8 +262,6 @@ class Worker:
             workers=membership.workers,
             position=local.position,
             steps=local.steps,
-            lost=local.lost,
-            waiting=membership.waiting,
         )
 
 

@@ -37,7 +37,7 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
         "data": "data_dir download",
         "simulation": "serial batched fused",
         "checkpoint": "resume checkpoint_every",
-        "worker": "timeout elastic memory_file",
+        "worker": "timeout elastic",
         "tracking": "track",
     }
 )
@@ -57,7 +57,6 @@ def run(
     timeout: Seconds | None = None,
     track: tuple[TrackerName, ...] = (),
     elastic: str | None = None,
-    memory_file: Path | None = None,
 ) -> None:
     """Train from a TOML configuration, in one process or several.
 
@@ -69,7 +68,7 @@ def run(
         python -m lab run config.toml --serial --workers 10 --out runs/a
         python -m lab run --resume runs/a
         torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m lab run config.toml --resume runs/b
-        python -m lab run local.toml --elastic http://10.0.0.1:29510 --memory-file worker.memory
+        python -m lab run local.toml --elastic http://10.0.0.1:29510
 
     Args:
         config: TOML file; python -m lab init writes one with every key.
@@ -89,7 +88,6 @@ def run(
             gloo.
         track: Trackers that also record the metrics, into the run folder; wandb records offline.
         elastic: URL of a torchft_lighthouse. Run as one worker that may join and leave; needs [local] in the file.
-        memory_file: With --elastic, a file that stores this worker's unsent updates while it is disconnected.
     """
     from lab.runs.job import Job, train_under_launcher
     from lab.runs.run_checkpoints import CheckpointPolicy
@@ -103,8 +101,6 @@ def run(
     if timeout is not None and not _LEAST_TIMEOUT <= timeout <= _MOST_TIMEOUT:
         limits = f"from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds"
         raise ConfigError(f"--timeout must be {limits}, got {timeout:g}")
-    if elastic is None and memory_file is not None:
-        raise ConfigError("--memory-file needs --elastic")
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
 
@@ -130,7 +126,6 @@ def run(
         resume=resume is not None,
         timeout=None if timeout is None else timedelta(seconds=timeout),
         lighthouse=elastic,
-        memory_file=memory_file,
     )
 
     # Under torchrun this process is a worker; otherwise it starts the workers.

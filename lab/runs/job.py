@@ -75,7 +75,6 @@ class Job:
     resume: bool = False
     timeout: timedelta | None = None  # timeout of a collective of worker processes; None: torch's default
     lighthouse: str | None = None  # address of the torchft lighthouse, for one elastic worker; None: not elastic
-    memory_file: Path | None = None  # file of the elastic worker's error memory
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for anything that would make a worker fail at its start. Call before launching workers."""
@@ -192,7 +191,7 @@ class Job:
         from lab.runs.elastic_run import ElasticTrainer
 
         seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
-        elastic = Elastic(connect(self.lighthouse, timeout=seconds), memory_file=self.memory_file, weight="steps")
+        elastic = Elastic(connect(self.lighthouse, timeout=seconds), weight="steps")
         return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:

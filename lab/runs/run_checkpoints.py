@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lab.runs.config import Config, first_difference
-from lab.runs.folder_lock import LOCK
 from lab.runs.run_folder import RunFolder
 from packsaddle.checkpoint.atomic_files import PARTIAL
 from packsaddle.checkpoint.files import CheckpointError, remove_all, steps_in
@@ -195,9 +194,7 @@ def state_of(path: Path) -> State:
                 f"start would overwrite its results; put summary.json back, or train in another folder"
             )
         return "begun"
-    others = (
-        [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
-    )
+    others = [p.name for p in path.iterdir() if not p.name.endswith(PARTIAL)] if path.is_dir() else []
     if others or (path.exists() and not path.is_dir()):
         raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and is not empty")
     return "new"

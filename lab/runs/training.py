@@ -304,7 +304,7 @@ class LocalTraining(Training):
             "exchange": choice.name,
             "exchange_reason": choice.reason,
             "local": plain(self._local),
-            **({"elastic": {"workers": self.front.workers, "lost": self.front.lost}} if self._is_elastic else {}),
+            **({"elastic": {"workers": self.front.workers}} if self._is_elastic else {}),
         }
 
     @property

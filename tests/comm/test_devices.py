@@ -86,7 +86,7 @@ def offloaded() -> tuple[bool, str, list[float]]:
             model(torch.randn(2, 40, generator=rng)).square().sum().backward()
             optimizer.step()
         local.flush()
-    group = local.join_process_group
+    group = local._workers.channel.group.process_group  # type: ignore[attr-defined]
     return group is world, real(group), model.weight[0].tolist()
 
 

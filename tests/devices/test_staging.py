@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from device_trainings import EVERY, STEPS, Training, batch, local, network, step
 from pretended_device import FAULTS, Device, Kind, start
-from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle as ps
@@ -106,21 +105,3 @@ def test_the_hook_hides_an_exchange_over_gloo(
     in_child: Callable[..., list[Any]], library: Path, tmp_path: Path
 ) -> None:
     assert in_child(_hooked, tmp_path, library, workers=2) == [(True, []), (True, [])]
-
-
-def _joined(folder: Path, library: Path) -> list[str]:
-    """Train within torch's Join over NCCL, one worker longer than the other; return the faults."""
-    where, device = _on_cuda("nccl", folder, library)
-    rank = dist.get_rank()
-    training = local()(network(where))
-    assert training.local is not None
-    with device.record() as log:
-        with Join([training.local]):
-            for i in range(STEPS + 3 * rank):
-                step(training, *batch(i, rank, where))
-        training.local.flush()
-    return log.lines(*FAULTS)
-
-
-def test_join_frees_nothing_too_early(in_child: Callable[..., list[Any]], library: Path, tmp_path: Path) -> None:
-    assert in_child(_joined, tmp_path, library, workers=2) == [[], []]

@@ -60,28 +60,6 @@ def test_sixteen_bits_and_integers() -> None:
     assert simulate(body, 2) == [([1.0, 1.5], 5)] * 2
 
 
-def test_the_average_of_the_anchor_and_its_state_dict_need_no_exchange() -> None:
-    def body(worker: int) -> tuple[Tensor, Tensor]:
-        run = Run(worker)
-        for _ in range(10):
-            run.step()
-            if run.local.exchanging:
-                with run.local.at_anchor():
-                    run.ema.update_parameters(run.net)
-        sent, own = run.local.ledger.total.sent, floats(run.net)
-        saved = run.local.state_dict_of(run.net)
-        assert torch.equal(own, floats(run.net))
-        assert run.local.ledger.total.sent == sent
-        trained = [name for name, _ in run.net.named_parameters()]
-        for name, a in zip(trained, run.local.anchor().values(), strict=True):
-            assert torch.equal(saved[name], a)
-        averages = nn.utils.parameters_to_vector(run.ema.parameters()).detach()
-        return averages, torch.cat([saved[name].view(-1) for name in trained])
-
-    one, two = simulate(body, 2)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, two, strict=True))
-
-
 @pytest.mark.parametrize(
     ("mine", "theirs", "message"),
     [

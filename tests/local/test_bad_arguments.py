@@ -178,8 +178,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "not what SharedSupportAllReduce needs": lambda: later(Compression(SketchTopK(0.1))),
     'steps must be numbers by rank with weight="steps", else None, got [8, 3]': lambda: made(steps=[8, 3]),
     'steps must be numbers by rank with weight="steps", else None, got 8': lambda: made(weight="steps", steps=8),
-    "steps must have the ranks 0, 1, ... as keys, got {0: 8, 2: 3}": lambda: made(weight="steps", steps={0: 8, 2: 3}),
-    "steps[1] must be an integer of at least 1, got 0": lambda: made(weight="steps", steps={1: 0, 0: 8}),
+    "steps[1] must be an integer of at least 1, got 0": lambda: made(weight="steps", steps=[8, 0]),
     "steps must have a number for each of the 1 workers, got 2 numbers": lambda: made(weight="steps", steps=[8, 3]),
     "clip must be finite and at least 1, or None, got 0.5": lambda: made(clip=0.5),
     "clip must be finite and at least 1, or None, got inf": lambda: made(clip=float("inf")),
@@ -257,7 +256,7 @@ UNLIKE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"weight": 2.0}, "worker 0 has weight=False and worker 1 has weight=True"),
     ({"weight": "steps"}, {"weight": 2.0}, "worker 0 has weight='steps' and worker 1 has weight=True"),
     (
-        {"weight": "steps", "steps": {0: 3, 1: 1}},
+        {"weight": "steps", "steps": [3, 1]},
         {"weight": "steps", "steps": [3, 2]},
         "worker 0 has workers.steps=(3, 1) and worker 1 has workers.steps=(3, 2)",
     ),

@@ -60,7 +60,7 @@ def rounds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @needs_torchft
 def test_one_is_killed_and_one_comes(tmp_path: Path) -> None:
-    """Rounds go on with two; the newcomer has the others' anchor, step and position, and what is lost is counted."""
+    """Rounds go on with two; the newcomer has the others' anchor, step and position."""
     with crew(tmp_path, 3) as (benchmark, workers):
         for log in range(3):
             reached(benchmark, workers, log, 1)
@@ -79,55 +79,14 @@ def test_one_is_killed_and_one_comes(tmp_path: Path) -> None:
     }
     assert join["steps"] >= 8
     assert not any(join["pending"])
-    assert rounds(logs[0])[-1]["lost"] > 0
-
-
-@needs_torchft
-def test_one_is_told_to_leave_and_comes_back(tmp_path: Path) -> None:
-    """On SIGTERM it ends at once with its memory on disk, and goes on with it to the last bit."""
-    with crew(tmp_path, 3, step=0.05) as (benchmark, workers):
-        workers.processes["w2"].kill()
-        workers.start("w2", memory=str(tmp_path / "memory"))
-        reached(benchmark, workers, 3, 2)
-        workers.signal("w2", signal.SIGTERM)
-        workers.processes["w2"].join(20)
-        assert workers.processes["w2"].exitcode == 0
-        workers.start("w2", memory=str(tmp_path / "memory"))
-        reached(benchmark, workers, 4, 2)
-        logs = ended(benchmark, workers)
-    leave, left = logs[3][-2:]
-    assert (leave["event"], left["event"]) == ("leave", "left")
-    back = logs[4][0]
-    assert back["worker"] == leave["worker"]
-    assert back["pending"] == leave["pending"]
-    assert any(back["pending"])
-
-
-@needs_torchft
-def test_one_leaves_while_it_waits_for_others(tmp_path: Path) -> None:
-    """At once, not when the others come to their round: the grace of spot machines is short."""
-    with crew(tmp_path, 1, memory=str(tmp_path / "memory")) as (benchmark, workers):
-        workers.start("w1", step=4.0, memory=str(tmp_path / "other"))
-        reached(benchmark, workers, 0, 1)
-        time.sleep(2.0)  # in which it has done its steps, and the other not its first
-        start = time.monotonic()
-        workers.signal("w0", signal.SIGTERM)
-        workers.processes["w0"].join(60)
-        assert workers.processes["w0"].exitcode == 0
-        assert time.monotonic() - start < 10
-    assert (tmp_path / "memory").exists()
 
 
 @needs_torchft
 @pytest.mark.parametrize(("grace", "code"), [(60.0, 0), (0.5, 1)])
-def test_one_leaves_whose_file_cannot_be_written(grace: float, code: int, tmp_path: Path) -> None:
-    """While it waits for others. Their next round has its memory, or it is lost where the grace is over sooner."""
-    disk = tmp_path / "disk"
-    with crew(tmp_path, 1, memory=str(disk / "memory"), grace=grace) as (benchmark, workers):
-        workers.start("w1", step=0.7, memory=None)
-        reached(benchmark, workers, 0, 1)
-        disk.rename(tmp_path / "gone")
-        disk.touch()
+def test_one_is_told_to_leave_while_it_waits_for_others(grace: float, code: int, tmp_path: Path) -> None:
+    """Their next round has all that it has not sent, or it is lost where the grace is over sooner."""
+    with crew(tmp_path, 1, grace=grace) as (benchmark, workers):
+        workers.start("w1", step=0.7)
         reached(benchmark, workers, 0, 4)
         time.sleep(1.0)  # in which it has done its steps, and the other not
         workers.signal("w0", signal.SIGTERM)
@@ -136,29 +95,6 @@ def test_one_leaves_whose_file_cannot_be_written(grace: float, code: int, tmp_pa
         reached(benchmark, workers, 1, 1 + code)
         logs = ended(benchmark, workers)
     assert (logs[0][-1]["event"], logs[0][-1]["code"]) == ("left", code)
-    assert rounds(logs[1])[-1]["waiting"] == 0
-    assert (rounds(logs[1])[-1]["lost"] > 0) == bool(code)
-
-
-@needs_torchft
-def test_a_second_worker_with_one_file(tmp_path: Path) -> None:
-    """It is refused as long as the first lives, and goes on with the memory once the first is killed."""
-    memory = str(tmp_path / "memory")
-    with crew(tmp_path, 1, memory=memory) as (benchmark, workers):
-        workers.start("w1", memory=None)
-        reached(benchmark, workers, 0, 1)
-        workers.start("w2")
-        workers.processes["w2"].join(60)
-        (line,) = workers.read()[2]
-        assert f"the memory in {memory} is in use by process {workers.processes['w0'].pid} on" in line["error"]
-        reached(benchmark, workers, 0, 2)
-        workers.signal("w0", signal.SIGKILL)
-        workers.processes["w0"].join(20)
-        workers.start("w3")
-        reached(benchmark, workers, 3, 2)
-        first, _, _, third = workers.read()
-    assert third[0]["worker"] == first[0]["worker"]
-    assert any(third[0]["pending"])
 
 
 @needs_torchft

@@ -115,27 +115,6 @@ def test_schedules_and_accumulation() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.0001])
 
 
-@pytest.mark.parametrize(("dtype", "delay"), [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float16, 0)])
-def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int) -> None:
-    """Steps of a unit in the last place, of one worker of four: their mean is a quarter of it, and must add up."""
-
-    def body(worker: int) -> tuple[float, float]:
-        x = nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
-        optimizer = torch.optim.SGD([x], lr=1.0)
-        local = LocalUpdates(optimizer, every=2, compressor=WHOLE, overlap=delay)
-        ulp = torch.finfo(dtype).eps
-        for n in range(1, 42):
-            x.grad = torch.full_like(x, -ulp if worker == n % 4 and n % 2 else 0.0)
-            if n == 1:
-                x.grad += 0.0 if worker else ulp  # gradients that are not equal on all, at the first step
-            optimizer.step()
-        return float(local.anchor()["parameter 0"][0, 0]), ulp
-
-    for anchor, ulp in simulate(body, 4):
-        steps = sum(-1.0 for n in range(1, 41) if n % 2) / 4 + 1 / 4
-        assert anchor == pytest.approx(1.0 - steps * ulp, abs=0.3 * ulp)
-
-
 def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options: Any) -> list[float]:
     """Train; return by how much y = a - error() is off where training began plus the mean of all inner changes of x.
 
@@ -217,29 +196,6 @@ def test_mixed_precisions_tied_and_frozen_parameters() -> None:
     torch.testing.assert_close(one["a.weight"].mean(), torch.tensor(-0.5), atol=0.15, rtol=0)
     assert bool((one["b.bias"] == 0.25).all())
     assert bool((one["c.bias"] == 0.25).all())
-
-
-def test_a_scaler_that_skips_on_one_worker_keeps_workers_in_step() -> None:
-    """Rounds are counted in attempts: a step that a GradScaler leaves out on one worker counts there too."""
-
-    def body(worker: int) -> tuple[int, int, Tensor, float]:
-        x = nn.Parameter(torch.full((3, 3), 2.0))
-        optimizer = torch.optim.SGD([x], lr=0.125)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        local = LocalUpdates(optimizer, every=4, compressor=WHOLE, scaler=scaler)
-        for n in range(8):
-            optimizer.zero_grad()
-            loss = (x * (worker + 1)).sum() * (float("inf") if worker == 1 and n == 2 else 1.0)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        return local.steps, local.rounds, x.detach().clone(), scaler.get_scale()
-
-    (steps, rounds, x, _), (steps2, rounds2, x2, scale2) = simulate(body, 2)
-    assert (steps, rounds, steps2, rounds2) == (8, 2, 8, 2)
-    assert scale2 == 2.0  # it has left a step out
-    assert torch.equal(x, x2)
-    assert float(x[0, 0]) == 2.0 - 0.125 * (8 * 1 + 7 * 2) / 2
 
 
 def test_rounds_in_autocast_lose_no_update() -> None:

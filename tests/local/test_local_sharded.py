@@ -97,33 +97,6 @@ def test_tensor_parallel_shards_stay_one_model(gloo: Gloo) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))  # shards of one replica
 
 
-def bad_shard() -> tuple[list[str], bool, int, bool]:
-    """A NaN in one shard of one replica: all four reject the round, and apply the next two."""
-    from torch.distributed.fsdp import fully_shard
-
-    grid, model = mesh(), network()
-    fully_shard(model, mesh=grid["shard"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    local = LocalUpdates(optimizer, every=1, compressor=WHOLE, workers=grid["replicate"].get_group())
-    before, rng = local.anchor(), torch.Generator().manual_seed(dist.get_rank())
-    for step in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(4, 6, generator=rng)).square().mean().backward()
-        if dist.get_rank() == 3 and step == 0:
-            next(model.parameters()).grad.to_local()[0] = float("nan")  # type: ignore[union-attr]
-        optimizer.step()
-        if step == 0:
-            unmoved = all(torch.equal(a, before[name]) for name, a in local.anchor().items())
-    is_finite = all(bool(p.isfinite().all()) for p in whole(model))
-    return [str(skip) for skip in local.skips], unmoved, local.rounds, is_finite
-
-
-def test_a_bad_shard_is_known_to_all(gloo: Gloo) -> None:
-    for (skip,), *others in gloo(bad_shard, 4):
-        assert "on worker 1" in skip
-        assert others == [True, 2, True]
-
-
 def behind_ddp(switched_off: bool) -> list[Tensor]:
     model = nn.parallel.DistributedDataParallel(network())
     if switched_off:

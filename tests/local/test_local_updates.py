@@ -163,24 +163,6 @@ def test_weights_loaded_after_construction() -> None:
         simulate(lambda worker: body(worker, 1.0), 2)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("skips", [(0, 1), (1,)], ids=["by all", "by one"])
-def test_weights_loaded_before_a_first_step_that_a_scaler_skips(keep: bool, skips: tuple[int, ...]) -> None:
-    def body(worker: int) -> tuple[float, float]:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-        x, optimizer, local = made(QUARTER, lr=0.0, every=2, keep_unsent=keep, scaler=scaler)
-        x.data.fill_(5.0)
-        for n in range(4):
-            x.grad = torch.full_like(x, float(scaler.scale(torch.ones(()))) * (1.0 + worker))
-            if n == 0 and worker in skips:
-                x.grad[0, 0] = torch.inf
-            scaler.step(optimizer)
-            scaler.update()
-        return float(x.detach().mean()), float(local.anchor()["parameter 0"].mean())
-
-    assert simulate(body, 2) == [(5.0, 5.0)] * 2
-
-
 def test_weights_loaded_before_a_worker_reads_the_anchor() -> None:
     def body(worker: int) -> list[float]:
         x = torch.nn.Parameter(torch.zeros(4, 4))

@@ -1,6 +1,7 @@
 """Workers that make different calls, or after unequal numbers of steps: all of them are told, in real processes."""
 
 import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_python import environment, python
 from specs import local_options
 
 from packsaddle import (
@@ -153,13 +155,55 @@ def test_a_call_on_one_worker_before_the_first_step(call: str, tmp_path: Path) -
         assert f"worker 0 {call} after step 0, and worker 1 checks its first step after step 1: all workers" in found
 
 
-def test_a_header_is_40_bytes() -> None:
+def test_a_header_is_32_bytes() -> None:
     def body(worker: int) -> int:
         x, optimizer, local = made(4)
         train(12, x, optimizer, worker)
         return local.ledger.by_purpose["guard"].sent
 
-    assert simulate(body, 3) == [2 * 40 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
+    assert simulate(body, 3) == [2 * 32 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
+
+
+EXITS = """
+import sys
+import torch
+import torch.distributed as dist
+from packsaddle import LocalUpdates
+
+rank, alone = int(sys.argv[1]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+x = torch.nn.Parameter(torch.zeros(40, 50))
+optimizer = torch.optim.SGD([x], lr=0.1)
+if rank or alone != "LocalUpdates":
+    local = LocalUpdates(optimizer, every=4)
+rng = torch.Generator().manual_seed(rank)
+for _ in range(10 + 3 * rank):
+    x.grad = torch.randn(x.shape, generator=rng)
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("alone", ["exchanges a round", "LocalUpdates"])
+def test_a_worker_that_has_exited(alone: str, tmp_path: Path) -> None:
+    """Worker 1 makes more steps, or the LocalUpdates alone: it names the other, its own step, and remedies."""
+    found = [
+        subprocess.Popen(
+            [python(), "-c", EXITS, str(rank), str(tmp_path / "store"), alone],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in found]
+    assert [process.returncode for process in found] == [0, 1]
+    last = said[1].strip().splitlines()[-1]
+    assert "PeerLostError: rank 1 of 2 lost rank 0" in last
+    if alone == "LocalUpdates":
+        assert last.endswith("It waited in LocalUpdates(...), which every worker must call")
+        return
+    assert "It was when worker 1 exchanges a round after step 12. If worker 1 alone made this call" in last
+    assert "if the others ended after fewer steps, make the data equally long" in last
 
 
 # ---- functions of the round that return a compressor

@@ -2,13 +2,11 @@
 Whole runs are compared with the twin in tests/feedback/engine/test_random_local_updates.py."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from elastic_fakes import joined
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -160,28 +158,6 @@ def counted() -> list[float]:
 
 def test_each_process_of_two_meshes_counts_once(gloo: Gloo) -> None:
     assert gloo(counted, 4) == [[1.0] * 4] * 4
-
-
-def test_elastic_workers_step_along_the_anchors_change_after_a_round() -> None:
-    """But not after a flush, which may exchange little."""
-
-    def work(rank: int) -> None:
-        worker = joined(inner=partial(AdamW, lr=0.1), every=2, compressor=WHOLE, mean_momentum=1.0)
-        p, found = worker.parameters[0], list[Tensor]()
-        state = worker.optimizer.state[p]
-        for n in range(1, 6):
-            before = worker.local.anchor()["parameter 0"]
-            worker.train(1)
-            direction = state["exp_avg"] / state["exp_avg_sq"].sqrt()
-            change = before - worker.local.anchor()["parameter 0"]
-            if n % 2 == 0:
-                assert cosine(direction, change) == pytest.approx(1)
-                assert cosine(found[-1], change) < 0.99
-            found.append(direction)
-        worker.local.flush()
-        assert torch.equal(state["exp_avg"] / state["exp_avg_sq"].sqrt(), found[-1])
-
-    simulate(work, 2)
 
 
 USUAL: dict[str, tuple[list[str], Any, float]] = {

@@ -218,32 +218,6 @@ def test_a_state_that_torch_saves_between_two_steps() -> None:
     assert (local.steps, local.rounds) == (3, 1)
 
 
-def test_a_newcomer_gets_the_state_of_each() -> None:
-    def worker() -> tuple[nn.Sequential, tuple[Optimizer, Optimizer], LocalUpdates, FakeManager]:
-        net, manager = network(), FakeManager(Solo())
-        pair = muon_and_adamw(net)
-        elastic = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False)
-        return net, pair, LocalUpdates(pair, every=3, compressor=WHOLE, workers=elastic, model=net), manager
-
-    net, pair, local, manager = worker()
-    local.join()
-    for n in range(1, 8):
-        set_gradients(net, 0, n)
-        for optimizer in pair:
-            optimizer.step()
-    new, new_pair, newcomer, new_manager = worker()
-    new_manager.before_quorum = lambda: new_manager.load(manager.save())
-    set_gradients(new, 1, 1)
-    for optimizer in new_pair:  # the first joins, and both gradients are dropped
-        optimizer.step()
-    assert newcomer.steps == 8
-    assert all(torch.equal(p, local.anchor()[name]) for name, p in new.named_parameters())
-    for theirs, mine in zip(pair, new_pair, strict=True):
-        expected, found = theirs.state_dict()["state"], mine.state_dict()["state"]
-        assert expected.keys() == found.keys() != set()
-        assert all(torch.equal(found[i][k], v) for i, held in expected.items() for k, v in held.items())
-
-
 # ---- misuses
 
 

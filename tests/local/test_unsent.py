@@ -4,40 +4,31 @@ import gc
 import logging
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from forked_python import environment, python
 from nightly import nightly
 
-from packsaddle import Compression, Identity, LocalUpdates, Overlap, Sign, Workers, simulate
+from packsaddle import LocalUpdates, simulate
 from packsaddle.comm import resolve
 
 Gloo = Callable[..., list[Any]]
 STEPS = 10
 
 
-def trained(
-    steps: int = STEPS, every: int = 4, *, invalid: bool = False, weighted: bool = False, **options: Any
-) -> tuple[torch.nn.Module, LocalUpdates]:
-    """Train. `invalid`: worker 1's last update is, so the last round is rejected. `weighted`: weights are unequal."""
+def trained(steps: int = STEPS) -> tuple[torch.nn.Module, LocalUpdates]:
     rank = resolve(None).rank
-    if weighted:
-        options["workers"] = Workers(weight=1.0 + rank)
     model = torch.nn.Linear(40, 50)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    local = LocalUpdates(optimizer, every=every, **options)
+    local = LocalUpdates(optimizer, every=4)
     rng = torch.Generator().manual_seed(rank)
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(8, 40, generator=rng) * (1 + 10 * rank)).square().mean().backward()
-        if invalid and rank == 1 and step == steps - 1:
-            model.weight.grad = torch.full_like(model.weight, torch.nan)
+        model(torch.randn(8, 40, generator=rng)).square().mean().backward()
         optimizer.step()
     return model, local
 
@@ -93,44 +84,6 @@ def test_each_way_to_end(gloo: Gloo) -> None:
     for name, said in found.items():
         assert [line[: len(expected)] for line in said] == [expected] * (name in ("nothing", "error")), name
     assert not any(others.values())
-
-
-# Options of a training whose last step is followed by a round, and if it makes the workers' models equal.
-ROUNDS: dict[str, tuple[dict[str, Any], bool]] = {
-    "signs": ({}, False),
-    "signs, nothing kept": ({"keep_unsent": False}, True),
-    "signs of nothing": ({"compressor": Compression(Sign(), dense_below=10**6)}, True),
-    "all": ({"compressor": Identity()}, True),
-    "all, rejected": ({"compressor": Identity(), "invalid": True}, False),
-    "all, later": ({"compressor": Identity(), "overlap": 1}, False),
-    "all, in two parts": ({"compressor": Identity(), "overlap": Overlap(fragments=2)}, False),
-    "all, weighted": ({"compressor": Identity(), "weighted": True}, False),
-    "signs, weighted, nothing kept": ({"keep_unsent": False, "weighted": True}, True),
-    "all, clipped": ({"compressor": Identity(), "workers": Workers(clip=1.0)}, False),
-}
-
-
-def last_rounds() -> dict[str, tuple[bool, bool]]:
-    """Return by name if a warning was logged, and if the workers' models were equal."""
-    found = {}
-    for name, (options, _) in ROUNDS.items():
-        model = torch.nn.Linear(40, 50)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where nothing is compressed
-            said = heard(lambda m=model, o=options: m.load_state_dict(trained(8, **o)[0].state_dict()))
-        vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        both = [torch.empty_like(vector) for _ in range(2)]
-        dist.all_gather(both, vector)
-        found[name] = any("0 of them since its last round" in line for line in said), torch.equal(*both)
-    return found
-
-
-def test_a_last_round_that_makes_the_models_equal(gloo: Gloo) -> None:
-    found, others = gloo(last_rounds, 2)
-    # The clipped update is worker 1's, so worker 0, which would warn and is the one to be saved, is at the anchor.
-    assert found.pop("all, clipped") == (False, False)
-    assert found == {name: (not equal, equal) for name, (_, equal) in ROUNDS.items() if name in found}
-    assert not any(warned for warned, _ in others.values())
 
 
 def test_one_worker_and_a_simulation_are_silent() -> None:

@@ -1,6 +1,5 @@
 """Runs of simulated elastic workers with faults, joins and leaves. Their results are read from public attributes."""
 
-import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -29,7 +28,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "join, Nesterov outside": {"together": 7, "outer": OuterSGD(), "inner": adamw},
     "leave": {"leaves": (10, 12)},
     "leave, fragments": {"leaves": (3, 4), "fragments": 2, "every": 2, "outer": OuterSGD()},
-    "leave with a file": {"leaves": (10, 10), "file": True},
     "confirmation lost, not committed": {"broken": {0: {CONFIRM}, 1: {CONFIRM}}},
     "confirmation lost, committed by the other": {"broken": {1: {CONFIRM}}},
     "confirmation lost, committed, Nesterov outside": {"broken": {1: {CONFIRM}}, "outer": OuterSGD(), "inner": adamw},
@@ -48,17 +46,14 @@ def run(
     broken: Mapping[int, set[int]] | None = None,
     bad: int = -1,
     *,
-    file: bool = False,
     flush: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Do a run, and return each worker's final results: x, anchor, pending updates, ledger and counts."""
     managers: list[FakeManager] = []
 
-    def begin(rank: int, folder: str) -> Worker:
-        group = resolve(None)
-        settings = {"memory_file": f"{folder}/memory"} if file else {}
-        worker = Worker(group, broken=(broken or {}).get(rank, ()), settings=settings, **options)
+    def begin(rank: int) -> Worker:
+        worker = Worker(resolve(None), broken=(broken or {}).get(rank, ()), **options)
         if together and rank == 0:
             worker.manager.group = Solo()
         managers.append(worker.manager)
@@ -66,27 +61,26 @@ def run(
         return worker
 
     def work(rank: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            worker, group = begin(rank, folder), resolve(None)
-            worker.local.join()
-            steps = 0
-            while worker.local.rounds < ROUNDS:
-                # Set the group of workers that are present from this step on.
-                if steps == together and together:
-                    worker.manager.group = group
-                if leaves and rank == 1 and steps == leaves[0]:
-                    worker.local.leave()
-                    break
-                if leaves and rank == 0 and steps == leaves[1]:
-                    worker.manager.group = Solo()
-                # Do an inner step, and the round if it is due.
-                if steps == bad and rank == 0:
-                    worker.parameters[0].data[0, 0] = torch.nan
-                worker.train(1)
-                steps += 1
-            if flush:
-                worker.local.flush()
-            return results(worker)
+        worker, group = begin(rank), resolve(None)
+        worker.local.join()
+        steps = 0
+        while worker.local.rounds < ROUNDS:
+            # Set the group of workers that are present from this step on.
+            if steps == together and together:
+                worker.manager.group = group
+            if leaves and rank == 1 and steps == leaves[0]:
+                worker.local.leave()
+                break
+            if leaves and rank == 0 and steps == leaves[1]:
+                worker.manager.group = Solo()
+            # Do an inner step, and the round if it is due.
+            if steps == bad and rank == 0:
+                worker.parameters[0].data[0, 0] = torch.nan
+            worker.train(1)
+            steps += 1
+        if flush:
+            worker.local.flush()
+        return results(worker)
 
     return simulate(work, workers)
 
@@ -102,11 +96,11 @@ def catch_up(manager: FakeManager, managers: list[FakeManager]) -> None:
 def results(worker: Worker) -> dict[str, Any]:
     local = worker.local
     assert local._workers is not None
-    counts = [local.steps, local.rounds, local.position, local.lost, local.skipped, local.workers]
+    counts = [local.steps, local.rounds, local.position, local.skipped, local.workers]
     skips = [(skip.step, skip.workers) for skip in local.skips]
     return {
         "x": [worker.x(), worker.anchor()],
         "e": local.pending(),
         "ledger": local.ledger,
-        "counts": [counts, local.waiting, skips],
+        "counts": [counts, skips],
     }

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
 from packsaddle.comm import Group
-from packsaddle.local.elastic.memory_file import OwnFile
 from packsaddle.local.elastic.workers import ElasticWorkers
 
 PROCESSES = 2
@@ -191,11 +189,8 @@ class Process:
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.1)
         manager = Manager(run.hub, life, process)
         life.managers.append(manager)
-        file = run.folder / f"{life.name}.{process}" if run.files else None
-        workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False, memory_file=file)
+        workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False)
         self.local = LocalUpdates(self.optimizer, run.compression, every=2, workers=workers)
-        assert isinstance(self.local._workers, ElasticWorkers)
-        run.files_of[life.number, process] = self.local._workers._pending.file
         self.moved = torch.zeros(30, dtype=torch.float64)
         self.before = self.moved.clone()
         self.steps = 0
@@ -222,7 +217,6 @@ class Process:
             p.grad = torch.randn(p.shape, generator=rng, dtype=p.dtype) + p.detach()
         grads = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
         self.moved += 0.1 * grads
-        self.run.tried[self.life.name, self.process] = self.before + self.moved  # what a round sends, and what it keeps
         self.steps += 1
         self.optimizer.step()
 
@@ -232,14 +226,8 @@ class Process:
         anchor = torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
         line = {"event": event, "process": self.process, "round": self.local.rounds, "pending": pending.clone()}
         line |= {"history": membership.roster.history, "past": list(membership.roster.past)[-2:-1], "weight": 1.0}
-        line |= {"here": [w for w, m in membership.roster.members.items() if m.here], "worker": membership.worker}
-        line |= {"sends": membership.account.included == membership.account.attempts, "lost": self.local.lost}
-        line |= {
-            "life": self.life.number,
-            "included": membership.account.included,
-            "hash": str(anchor.tolist()),
-            "name": self.life.name,
-        }
+        line |= {"here": membership.roster.present, "worker": membership.worker, "hash": str(anchor.tolist())}
+        line |= {"sends": membership.account.included == membership.account.attempts}
         line |= {"anchor": anchor[::7].tolist()[:4], "sent": None if sent is None else sent[::7].tolist()[:4]}
         self.log.append(line)
         self.before = pending
@@ -249,22 +237,11 @@ class Process:
 class Run:
     """A run of sites, disturbed as `seed` draws it; `logs` are the lines of all processes of all lives."""
 
-    def __init__(
-        self, folder: Path, seed: int, *, sharded: bool, files: bool, rounds: int = 12, exchange: Any = "direct"
-    ) -> None:
-        self.rng, self.folder, self.sharded, self.files, self.rounds = (
-            random.Random(seed),
-            folder,
-            sharded,
-            files,
-            rounds,
-        )
+    def __init__(self, seed: int, *, sharded: bool, rounds: int = 12, exchange: Any = "direct") -> None:
+        self.rng, self.sharded, self.rounds = random.Random(seed), sharded, rounds
         self.compression = Compression(TopK(0.25), exchange, dense_below=0, compare_every=1)
         self.hub, self.logs, self.errors = Lighthouse(), [], []  # type: ignore[var-annotated]
         self.running = self.killed = 0
-        self.tried: dict[tuple[str, int], Tensor] = {}  # by site and process: all that is pending
-        self.at_death: dict[int, dict[tuple[str, int], Tensor]] = {}  # by the number of the next life: `tried`
-        self.files_of: dict[tuple[int, int], OwnFile | None] = {}  # by life and process
 
     def is_last(self) -> bool:
         return self.running == 1
@@ -279,23 +256,6 @@ class Run:
             thread.join(2 * SECONDS)
         for error in self.errors:
             raise error
-
-    def unlogged(self, name: str, process: int, join: dict[str, Any], v: Tensor) -> list[float] | None:
-        """Return what a site that was killed after a round, before it could log it, must have kept: `v` less what the
-        anchor's move says that it sent. None if another one has not logged that round."""
-        lane = [
-            line for lines in self.logs for line in lines if line["process"] == process and line["event"] != "leave"
-        ]
-        own = {line["history"] for line in lane if line["name"] == name}
-        lost = [line for line in lane if join["worker"] in line["here"] and line["history"] not in own]
-        others = {line["worker"]: line for line in lost if line["sent"] is not None}
-        before = [line["anchor"] for line in lane if [line["history"]] in [other["past"] for other in lost]]
-        if len({line["history"] for line in lost}) != 1 or len(others) + 1 < len(lost[0]["here"]) or not before:
-            return None
-        senders = [line["sent"] for line in others.values() if line["sends"]]
-        moved = [(len(senders) + 1) * (a - b) for a, b in zip(before[0], lost[0]["anchor"], strict=True)]
-        sent = [m - sum(s[i] for s in senders) for i, m in enumerate(moved)]
-        return [float(a) - b for a, b in zip(v[::7][:4], sent, strict=True)]
 
     def _life(self, name: str) -> Life:
         rng, processes = self.rng, range(PROCESSES)
@@ -323,7 +283,6 @@ class Run:
             if not life.is_dead or self.errors:
                 break
             life = self._life(name)
-            self.at_death[life.number] = dict(self.tried)
         self.running -= 1
         self.hub.end(life)
 
@@ -337,5 +296,3 @@ class Run:
             except BaseException as error:
                 self.errors.append(error)
                 self.hub.end(life)
-            if (file := self.files_of.pop((life.number, process), None)) is not None:
-                file.close()

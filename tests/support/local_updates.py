@@ -316,21 +316,20 @@ class Twin:
                 pending[:, part.at] += part.current.mean
         return pending
 
-    def train(self, i: int, ends: tuple[int, ...] | None) -> None:
-        """Do the next inner step of worker i, unless it has ended."""
+    def train(self, i: int) -> None:
+        """Do the next inner step of worker i."""
         before = self.x[i].clone()
         self.made[i] += 1
         self.done[i] += 1
         n = self.made[i]
-        if ends is None or n <= ends[i]:
-            self.trainings[i].step(n, i)
+        self.trainings[i].step(n, i)
         for name in self.places:
             trained = not self.case.is_frozen(name, i, n)
             self.seen[i][name] = trained or (self.seen[i][name] and not self.is_sent[i][name])
             self.is_sent[i][name] = False
         self.u[i] += before - self.x[i]
 
-    def step(self, n: int, ends: tuple[int, ...] | None = None) -> None:
+    def step(self, n: int) -> None:
         """Do the inner steps up to tick n, and the exchanges that end or begin at it."""
         case, part = self.case, (n - 1) % self.case.every + 1
         if part == 1:
@@ -338,7 +337,7 @@ class Twin:
             self.traces[0].paces.append(list(self.paces))
         for i, pace in enumerate(self.paces if case.is_due(part) else ()):
             while self.done[i] * case.every < part * pace:
-                self.train(i, ends)
+                self.train(i)
                 if self.done[i] * case.every // pace < part:
                     self.note(i)
                 else:
@@ -352,7 +351,7 @@ class Twin:
         # Further steps at this tick.
         for i, pace in enumerate(self.paces):
             while self.done[i] < case.last_step(part, pace):
-                self.train(i, ends)
+                self.train(i)
                 self.note(i)
         if part == case.every:
             self.paces = self.following
@@ -593,13 +592,13 @@ class Twin:
         rest = r.rest[:, None] if r.flush and r.rest is not None else torch.tensor(False)
         self.x.copy_(torch.where(rest, self.a, self.s()))
 
-    def run(self, ends: tuple[int, ...] | None = None) -> list["Trace"]:
+    def run(self) -> list["Trace"]:
         """Do all steps; return what there was, by worker."""
         case, traces = self.case, self.traces
         for n in range(1, case.steps + 1):
             here = self.paces
             try:
-                self.step(n, ends)
+                self.step(n)
                 if n in case.flushes and case.is_quiet(n, here):
                     try:
                         self.flush(n, case.flushes[n])

@@ -83,9 +83,7 @@ def straight_and_resumed(folder: str, options: dict[str, Any], stop: int, end: i
     one = Small(**options)
     for first, last in ((0, 2), (2, stop)):
         one.train(first, last)
-        packsaddle.save_checkpoint(
-            folder, one.parts, step=last, extra={"seen": [last], "mean": torch.ones(2) * one.rank}
-        )
+        packsaddle.save_checkpoint(folder, one.parts, step=last, extra={"seen": [last]})
     one.train(stop, end)
     two = Small(**options)
     found = packsaddle.load_checkpoint(folder, two.parts)
@@ -131,7 +129,7 @@ def begun(folder: str, options: dict[str, Any], stop: int) -> Tensor:
     """Train to step `stop` and save; return the summary: x and the mean pending update."""
     one = Small(**options)
     one.train(0, stop)
-    packsaddle.save_checkpoint(folder, one.parts, step=stop, extra={"mean": torch.ones(2) * one.rank})
+    packsaddle.save_checkpoint(folder, one.parts, step=stop)
     return summary(one)
 
 
@@ -165,7 +163,7 @@ def carried_over(folder: str, options: dict[str, Any], end: int) -> Any:
     buffers = {n: b.clone() for n, b in one.parts["model"].named_buffers()}
     one.train(found.step, end)
     ended = {n: p.detach().clone() for n, p in one.parts["model"].named_parameters()}
-    return loaded, buffers, found.extra["mean"], found.notes, ended
+    return loaded, buffers, found.notes, ended
 
 
 def in_turn(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:

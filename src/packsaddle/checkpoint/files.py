@@ -1,6 +1,6 @@
 """The two files that a worker writes for each step: its tensors, and a manifest to detect damage.
 
-    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), without tensors equal to worker 0's
+    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save)
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file
 
 The manifest is written last, so the tensor file is complete if there is a manifest. Loading never executes code from a
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.errors import ConfigError
 
-FORMAT = 3  # version of the file format
+FORMAT = 4  # version of the file format
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks an incomplete or damaged step
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
@@ -50,7 +50,6 @@ class Manifest:
     workers: int
     bytes: int
     sha256: str
-    common_sha256: str  # sha256 of this worker's tensors that only worker 0's file contains; "": no such tensors
     shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by module name and tensor name
     packsaddle: str
     torch: str

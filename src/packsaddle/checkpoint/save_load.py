@@ -11,7 +11,6 @@ from typing import Any
 from packsaddle.checkpoint.files import (
     CheckpointError,
     DamagedError,
-    Manifest,
     plain,
     ranks_in,
     read_content,
@@ -37,7 +36,7 @@ from packsaddle.checkpoint.parts import (
     run_on_all,
     shapes,
 )
-from packsaddle.checkpoint.reshard import filled, paths_in_common, resharded, without
+from packsaddle.checkpoint.reshard import resharded
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, ProcessGroup, resolve
@@ -70,8 +69,7 @@ def save_checkpoint(
     """Write this worker's files of a step to FOLDER/step-STEP/, and remove all but the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Workers may use one shared folder or a folder each.
-    Tensors that are equal to worker 0's are written by worker 0 alone. Earlier steps are removed only after all workers
-    have written this one. Returns the step's folder.
+    Earlier steps are removed only after all workers have written this one. Returns the step's folder.
 
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, which
     consists of tensors and plain types. `process_group` is the group of the workers; by default it is torch's default
@@ -98,18 +96,15 @@ def save_checkpoint(
     collectives = ObjectCollectives(group, device_of(parts))
     run_on_all(collectives, partial(_check_numbers, step, keep))
     _check_same_step(step, collectives)
-    content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step))
+    # Check if the step's folder exists before the next collective: after it, another worker may create the folder.
     target = step_folder(folder, step)
     is_new = not target.exists()
-
-    # Do not store tensors that are equal to worker 0's: worker 0's file has them.
-    common, common_sha256 = paths_in_common(content, collectives)
-    content = {**without(content, common), "common": common}
-    identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
-    module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
+    content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step))
 
     # Remove the step if a worker could not write it. If all workers could, remove earlier steps.
-    write = partial(write_files, folder, content, **identity, common_sha256=common_sha256, shapes=module_shapes)
+    identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
+    module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
+    write = partial(write_files, folder, content, **identity, shapes=module_shapes)
     try:
         run_on_all(collectives, partial(_write, target, write))
     except CheckpointError:
@@ -231,8 +226,10 @@ class _Restoring:
             workers, problem, unfinished = saved_by(surveys)
             if not problem:
                 holders = holders_of(workers, surveys)
+                mine = [i for i, holder in enumerate(holders) if holder == self._rank]
+                read = partial(_read_files, self._folder, step, mine, self._parts)
                 try:
-                    contents = self._read(step, holders, [survey.get("0") == workers for survey in surveys])
+                    contents = run_on_all(self._collectives, read)
                 except DamagedError as error:
                     problem = str(error)
                 else:
@@ -249,24 +246,6 @@ class _Restoring:
         run_on_all(self._collectives, lambda: set_aside_after(self._folder, -1))
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
-    def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
-        """Read the files of a step that this worker must read, and return their contents in a dict by the rank that
-        wrote the file.
-
-        The file of rank i is read by the worker of rank `holders[i]`. Tensors stored only in worker 0's file are
-        inserted. `has_first` has an entry for each worker: True if the worker can read worker 0's file. Raises
-        DamagedError on all workers if a file is damaged.
-        """
-        mine = [i for i, holder in enumerate(holders) if holder == self._rank]
-        wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
-        found = run_on_all(self._collectives, partial(_read_files, self._folder, step, wanted, self._parts))
-        first = found[0][1] if 0 in found else None
-        if not all(has_first):
-            sent = self._collectives.send(first, holders[0])
-            first = sent if first is None else first
-        files = {i: found[i] for i in mine}
-        return run_on_all(self._collectives, partial(_complete, self._folder, files, first))
-
     def _load(
         self, step: int, contents: dict[int, Content], holders: list[int], problems: Mapping[int, str]
     ) -> Checkpoint:
@@ -281,9 +260,10 @@ class _Restoring:
                         contents[i] = sent
             content = contents[self._rank]
         else:
-            template = self._collectives.send(contents.get(0), holders[0])
-            run_on_all(self._collectives, lambda: check_names(self._parts, template["parts"]))
-            content = resharded(self._parts, template, list(contents.values()), workers, self._collectives)
+            content = self._collectives.send(contents.get(0), holders[0])
+            run_on_all(self._collectives, lambda: check_names(self._parts, content["parts"]))
+            mine = [of_worker["parts"] for of_worker in contents.values()]
+            content["parts"] = resharded(self._parts, content["parts"], mine, workers, self._collectives)
             notes += (
                 f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
                 f"{self._size}: each loads the mean of parameters, optimizer states and error memories",
@@ -355,7 +335,7 @@ def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
     return found
 
 
-def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict[int, tuple[Manifest, Content]]:
+def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict[int, Content]:
     found = {}
     for rank in ranks:
         manifest = read_manifest(folder, step, rank)
@@ -363,25 +343,7 @@ def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict
             if name in manifest.shapes:
                 check_shapes(name, manifest.shapes[name], shapes(parts[name].state_dict()))
         content = read_content(folder, manifest)
-        if content.keys() != {"parts", "extra", "common"}:
+        if content.keys() != {"parts", "extra"}:
             raise DamagedError(f"{step_folder(folder, step)}/worker-{rank}.pt was not made by save_checkpoint")
-        found[rank] = manifest, content
+        found[rank] = content
     return found
-
-
-def _complete(folder: Path, found: Mapping[int, tuple[Manifest, Content]], first: Any) -> dict[int, Content]:
-    """Return the content of each file in `found`, with the tensors that are stored only in worker 0's file, whose
-    content is `first`. Raises DamagedError if the fingerprint of these tensors does not match the manifest."""
-    complete: dict[int, Content] = {}
-    for rank, (manifest, content) in found.items():
-        common = content.pop("common")
-        try:
-            complete[rank], fingerprint = filled(content, common, first)
-        except (LookupError, TypeError):
-            fingerprint = "none"
-        if fingerprint != manifest.common_sha256:
-            raise DamagedError(
-                f"{step_folder(folder, manifest.step)}/worker-{rank}.pt needs tensors of worker 0 that worker-0.pt "
-                f"does not have: the two are not of the same moment"
-            )
-    return complete

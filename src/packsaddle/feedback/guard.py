@@ -41,8 +41,7 @@ class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
     The skipped steps changed neither error memories nor parameters. In one case parameters may have changed: a hook
-    without a protected optimizer cannot prevent the optimizer from applying NaN gradients. Local updates also raise
-    this error if the inner optimizer of a worker cannot be reset.
+    without a protected optimizer cannot prevent the optimizer from applying NaN gradients.
     """
 
 

@@ -1,5 +1,5 @@
-"""A worker's report on an exchange. It is valid, or it names a problem: the worker's own vector, a message that the
-worker received, or an optimizer that could not be reset.
+"""A worker's report on an exchange. It is valid, or it names a problem: the worker's own vector, or a message that the
+worker received.
 """
 
 import json
@@ -8,23 +8,22 @@ from typing import Literal
 
 from packsaddle.errors import MessageError
 
-Kind = Literal["valid", "vector", "message", "reset"]
+Kind = Literal["valid", "vector", "message"]
 
 
 @dataclass(frozen=True)
 class Report:
     """One worker's report on an exchange, in which it sends a vector and receives messages from other workers.
 
-    There are four kinds of reports:
+    There are three kinds of reports:
 
     - "valid": the worker's vector is valid, and so are all messages that it received.
     - "vector": the worker's vector is invalid.
     - "message": the worker received an invalid message.
-    - "reset": the worker's vector is invalid although its optimizer was reset.
     """
 
     kind: Kind = "valid"
-    name: str = ""  # first invalid parameter (kinds "vector" and "reset") or error (kind "message"); "" if valid
+    name: str = ""  # first invalid parameter (kind "vector") or error (kind "message"); "" if valid
     worker: int = -1  # rank of the sender for kind "message"; -1: another kind, or the sender is unknown
 
     @classmethod

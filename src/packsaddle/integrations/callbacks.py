@@ -234,25 +234,25 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     return found if exchange.contraction is None else found | {"mu": exchange.contraction}
 
 
-def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
-    """Save the state of `exchange`, a hook or local updates, to the file NAME-RANK.pt in `folder`, atomically.
+def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path) -> None:
+    """Save the state of `exchange`, a hook or local updates, to the file packsaddle-RANK.pt in `folder`, atomically.
 
     RANK is this worker's global rank. Call on every worker: states differ between workers, and each state is as large
-    as the model, so they are not gathered on one worker. The call is collective only if an exchange is in progress.
-    NAME is `name`. If several hooks or local updates are saved to one folder, such as those of two models, give each of
-    them a different `name`. No-op if `exchange` is None, which is the result of `attach` with one worker.
+    as the model, so they are not gathered on one worker. The call is collective only if an exchange is in progress. If
+    there are several hooks or local updates, such as those of two models, save each to a folder of its own. No-op if
+    `exchange` is None, which is the result of `attach` with one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
-        write_whole(_path(folder, name), partial(torch.save, content))
+        write_whole(_path(folder), partial(torch.save, content))
 
 
-def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
+def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path) -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    `name` must be the one that was passed to `save_state`. Returns True if `exchange` was restored. Returns False, with
-    a warning and nothing changed, if no worker has a file. If `exchange` is None, which is the result of `attach` with
-    one worker, the function returns False, and warns if there are files.
+    Returns True if `exchange` was restored. Returns False, with a warning and nothing changed, if no worker has a file.
+    If `exchange` is None, which is the result of `attach` with one worker, the function returns False, and warns if
+    there are files.
 
     If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
     workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
@@ -260,7 +260,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     does not fit `exchange`, for example because it was saved with another seed.
     """
     if exchange is None:
-        if saved := _survey(folder, name):
+        if saved := _survey(folder):
             warnings.warn(
                 f"{folder} has the error memories of {len(saved)} workers' hook, which one worker does not use",
                 stacklevel=2,
@@ -269,10 +269,10 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     # If the number of workers has changed since the files were saved, convert the saved states to the current number.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
-    surveys = collectives.gather(_survey(folder, name))
+    surveys = collectives.gather(_survey(folder))
     workers, *_ = saved_by(surveys)
     if workers not in (0, resolve(None).size):
-        exchange.load_state_dict(_resharded(exchange, folder, name, holders_of(workers, surveys), collectives))
+        exchange.load_state_dict(_resharded(exchange, folder, holders_of(workers, surveys), collectives))
         if collectives.group.rank == 0:
             warnings.warn(
                 f"the state in {folder} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
@@ -282,7 +282,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         return True
 
     # If the number of workers has not changed since the files were saved, read this worker's own file.
-    path = _path(folder, name)
+    path = _path(folder)
     state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
     whose = "hook: its error memory starts at zero"
@@ -294,8 +294,9 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         check_agreement(exchange.channel, found, exchange.device)
     except ValueError as error:
         raise ValueError(
-            f"{path.parent} has no {name}-RANK.pt of one step for each of {exchange.channel.group.size} workers (were "
-            f"there as many when it was saved?). Without these files there is no state of packsaddle's {whose}. {error}"
+            f"{path.parent} has no packsaddle-RANK.pt of one step for each of {exchange.channel.group.size} workers "
+            f"(were there as many when it was saved?). Without these files there is no state of packsaddle's {whose}. "
+            f"{error}"
         ) from error
     if state is None:
         warnings.warn(f"{folder} has no state of packsaddle's {whose}", stacklevel=2)
@@ -304,10 +305,10 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     return True
 
 
-def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
+def _path(folder: str | Path, rank: int | None = None) -> Path:
     """Return the path of the file in which `save_state` saves the state of the worker with the global rank `rank`, by
     default this worker's own rank."""
-    return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
+    return Path(folder) / f"packsaddle-{resolve(None).rank if rank is None else rank}.pt"
 
 
 def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -315,15 +316,15 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return found
 
 
-def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Read the files NAME-RANK.pt in a folder. Return a dict that maps the RANK of each file to the number of workers
-    of the run that saved the file."""
-    files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
+def _survey(folder: str | Path) -> dict[int, int]:
+    """Read the files packsaddle-RANK.pt in a folder. Return a dict that maps the RANK of each file to the number of
+    workers of the run that saved the file."""
+    files = {path.stem.removeprefix("packsaddle-"): path for path in Path(folder).glob("packsaddle-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
 
 def _resharded(
-    exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
+    exchange: DDPHook | WorkerState, folder: str | Path, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
     """Return this worker's state, converted from the files of a run with another number of workers; collective.
 
@@ -331,22 +332,18 @@ def _resharded(
     `collectives` exchanges the parts of the states between the workers. Raises ValueError, on every worker, if the
     files are of different steps or cannot be converted.
     """
-    mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
-    states = {i: _read(_path(folder, name, i))["state"] for i in mine}
+    ranks = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
+    states = {i: _read(_path(folder, i))["state"] for i in ranks}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
     if len(steps) > 1:
-        raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
+        raise ValueError(f"{folder} has packsaddle-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
     # Convert the parts of the state to the current number of workers. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
-
-    def content(state: dict[str, Any]) -> dict[str, Any]:
-        return {"parts": state.get("parts", {"hook": state}), "extra": {}}
-
     first = collectives.send(states.get(0), holders[0])
-    check_names(parts, content(first)["parts"])
-    held = [content(state) for state in states.values()]
-    converted = resharded(parts, content(first), held, len(holders), collectives)["parts"]
+    template, *mine = [state.get("parts", {"hook": state}) for state in (first, *states.values())]
+    check_names(parts, template)
+    converted = resharded(parts, template, mine, len(holders), collectives)
     return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 

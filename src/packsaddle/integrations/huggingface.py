@@ -45,12 +45,10 @@ class _Attached(Attached, TrainerCallback):
         self,
         trainer: Trainer,
         compressor: AnyCompression = Rounded("int4"),  # noqa: B008 -- immutable
-        *,
-        resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(compressor, options)
-        self._trainer, self._resume_from = trainer, resume_from
+        self._trainer = trainer
         # The path of the checkpoint that was passed to `train` as resume_from_checkpoint; None: no path was passed.
         self._resumed: Path | None = None
         self._attached: Any = None  # the wrapped model to which `exchange` is attached
@@ -86,7 +84,7 @@ class _Attached(Attached, TrainerCallback):
             self.exchange = self._make(self._attached, trainer.model, [trainer.optimizer], scaler, every)
         if state.global_step:
             newest = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            load_state(self.exchange, self._resume_from or self._resumed or newest)
+            load_state(self.exchange, self._resumed or newest)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -105,9 +103,8 @@ class PacksaddleCallback(_Attached):
     If `compressor` is a `Compression`, it sets the interval instead.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
-    (`train(resume_from_checkpoint=...)`) restores this state from the folder `resume_from` if it is given, and
-    otherwise from the checkpoint. With one worker nothing is attached, and a warning is issued. `hook` is the DDPHook;
-    further calls of `train` use the same DDPHook.
+    (`train(resume_from_checkpoint=...)`) restores this state from the checkpoint. With one worker nothing is attached,
+    and a warning is issued. `hook` is the DDPHook; further calls of `train` use the same DDPHook.
     """
 
 
@@ -140,10 +137,9 @@ class LocalUpdatesCallback(_Attached):
         trainer: Trainer,
         *,
         compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
-        resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(trainer, compressor, resume_from=resume_from, **options)
+        super().__init__(trainer, compressor, **options)
         # True during training, when evaluation and saving use the anchor, on which all workers last agreed.
         self._at_anchor = False
         self._ended_at_best = False

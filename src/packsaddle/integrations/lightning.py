@@ -250,16 +250,14 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Computes a `Certificate`, which bounds the Hessian's smallest eigenvalue, every `every_n_epochs` epochs or every
-    `every_n_steps` steps. The callback logs the certificate's numbers, and prints its verdict, for example that the
-    model is at a saddle point.
+    """Computes a `Certificate`, which bounds the Hessian's smallest eigenvalue, every `every_n_steps` steps. The
+    callback logs the certificate's numbers, and prints its verdict, for example that the model is at a saddle point.
 
     The numbers are logged as certificate/grad_norm and so on. `certificate` is the last certificate, or None before the
     first. `loss_fn(pl_module, batch)` returns the mean loss of a batch, and must not call `log`. `batches` is an
     iterable of this worker's batches, which must be identical in every pass. `options` are further arguments of
     `packsaddle.certify`. With a LocalUpdatesCallback in the trainer the anchor, i.e. the parameters on which all
-    workers last agreed, is certified. Raises ValueError unless exactly one of `every_n_epochs` and `every_n_steps` is
-    given.
+    workers last agreed, is certified. Raises ValueError if `every_n_steps` is below 1.
     """
 
     def __init__(
@@ -267,17 +265,14 @@ class CertificateCallback(Callback):
         loss_fn: LossFn,
         batches: Iterable[Any],
         *,
-        every_n_epochs: int | None = None,
-        every_n_steps: int | None = None,
+        every_n_steps: int,
         **options: Any,
     ) -> None:
-        if (every_n_epochs is None) == (every_n_steps is None) or (every_n_epochs or every_n_steps or 0) < 1:
-            raise ValueError(
-                f"give one of every_n_epochs and every_n_steps, at least 1, got {every_n_epochs} and {every_n_steps}"
-            )
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.certificate: Certificate | None = None
         self._loss_fn, self._batches, self._options = loss_fn, batches, options
-        self._epochs, self._steps = every_n_epochs, every_n_steps
+        self._every = every_n_steps
         self._seen = 0  # `trainer.global_step` after the last batch, or at the start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -286,14 +281,10 @@ class CertificateCallback(Callback):
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        before, self._seen = self._seen, trainer.global_step
         # With several optimizers, global_step may grow by more than 1 in a batch, and so skip a multiple of
         # `every_n_steps`.
-        if self._steps is not None and self._seen // self._steps > before // self._steps:
-            self._certify(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._epochs is not None and (trainer.current_epoch + 1) % self._epochs == 0:
+        before, self._seen = self._seen, trainer.global_step
+        if self._seen // self._every > before // self._every:
             self._certify(trainer, pl_module)
 
     def _certify(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -141,7 +141,7 @@ class Reactions:
         the escape check, and the records of the times that the escape check fired."""
         check = () if self.escape is None else self.escape.check.fields()
         resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
-        return [*check, *self.outcomes.fields(), resets]
+        return [*check, *self.outcomes.skips.fields(), resets]
 
     def _load_resets(self, saved: list[Reset]) -> None:
         self.resets[:] = saved

@@ -5,10 +5,8 @@ stays in the worker's error memory, so no update is lost.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -62,15 +60,6 @@ class Clips:
                 )
 
 
-class Standing(IntEnum):
-    """The part that a worker's update has in the clipping of a round: whether it is limited, and whether its norm is
-    counted in the median from which the limit is computed."""
-
-    ABSENT = 0  # the worker is not in the round
-    LIMITED = 1  # the worker's update is limited, but its norm is not counted in the median
-    COUNTED = 2  # the worker's update is limited, and its norm is counted in the median
-
-
 def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the norm of a worker's update, float32[1]. `v`, float[n], is this process's part of the update, and
     `total` sums a tensor over the processes of the worker."""
@@ -78,15 +67,14 @@ def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     return total(norm.square_()).sqrt_().float()
 
 
-def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
+def factors_of(norms: Tensor, most: float) -> Tensor:
     """Return the factor by which each worker's update is scaled, float64[W]. It is min(1, most m / norm).
 
-    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have one entry per worker, by rank. `most` is the
-    limit on a norm as a multiple of m, the median of the norms that are counted (`Standing.COUNTED`). For an even
-    number of norms, m is the lower of the two middle norms, so that half of the workers cannot raise it. The factor of
-    an absent worker is 1.
+    `norms`, float32[W], has the norm of each worker's update, by rank, and NaN for a worker without an update, whose
+    factor is 1. `most` is the limit on a norm as a multiple of m, the median of the norms. For an even number of norms,
+    m is the lower of the two middle norms, so that half of the workers cannot raise it.
     """
     norms = widened(norms)
-    limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()
-    factors: Tensor = torch.where((norms > limit) & (standings != Standing.ABSENT), limit / norms, 1.0)
+    limit = most * norms.nanmedian()
+    factors: Tensor = torch.where(norms > limit, limit / norms, 1.0)
     return factors

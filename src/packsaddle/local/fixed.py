@@ -1,7 +1,7 @@
 """Local updates of a fixed set of workers, all of which run the same collectives at the same points of a schedule."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -22,16 +22,14 @@ from packsaddle.compressors import Compressor, describe
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.state import Value, attribute, skip
 from packsaddle.local.after import Reactions
-from packsaddle.local.clipping import Standing
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Workers
 from packsaddle.local.pace import Pacing, StepClock
-from packsaddle.local.round import LocalRound
+from packsaddle.local.round import LocalRound, share_of
 from packsaddle.local.schedule import Schedule
 from packsaddle.local.start import check_first_step, share_start
-from packsaddle.local.weights import gather_weights, share_of
-from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.devices import to_device, wide
 
 _log = logging.getLogger("packsaddle")
 # Advice for the error that an argument differs between workers, by the first characters of the argument's name.
@@ -88,8 +86,6 @@ class FixedWorkers:
         fragments: the parts of the model, each of which is exchanged separately.
         schedule: the steps after which each fragment is exchanged.
         outer: the outer optimizer of the anchor, or None.
-        announce: a function to call before collectives. Within torch's `Join` it signals to the workers whose data has
-            ended that they must join the collectives.
     """
 
     steps = 0  # the number of inner steps of this worker
@@ -103,13 +99,10 @@ class FixedWorkers:
         fragments: Sequence[Fragment],
         schedule: Schedule,
         outer: Optimizer | None,
-        announce: Callable[[], None],
     ) -> None:
         settings = options.workers
         assert isinstance(settings, Workers)
-        self._settings, self._fragments, self._schedule = settings, fragments, schedule
-        self._outer, self._announce = outer, announce
-        self._has_ended = False  # True within torch's Join if this worker has no more data
+        self._settings, self._fragments, self._schedule, self._outer = settings, fragments, schedule, outer
         self.channel, self._device = to.channel, device
         group = self.channel.group
         has_norms, paced = settings.clip is not None, settings.weight == "steps"
@@ -143,37 +136,28 @@ class FixedWorkers:
             check_agreement(self.channel, same, self._device, _HINTS)
             weight = self._settings.weight
             if not (weight is None or weight == "steps"):
-                self._given_weights = gather_weights(self.channel, weight, self._device)
+                mine = {"weight": torch.tensor([weight], dtype=wide(self._device), device=self._device)}
+                gathered = self.channel.gather(mine, fixed_size=True, purpose="start")
+                self._given_weights = [float(parts["weight"][0]) for parts in gathered]
             share_start(self.channel, tensors, self._device)
 
     def enter(self) -> bool:
         """No-op: the workers of a fixed set join at construction. Returns False, since no parameters were loaded."""
         return False
 
-    def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
+    def after_step(self, steps: int, parameters: Iterable[Tensor]) -> None:
         """Run the collectives that are due after inner step number `steps`: the check of the first step, and exchanges
-        that begin or end. Returns True if at least one collective ran.
-
-        `has_ended` is True if this worker's data has ended, so that it joins the exchanges without training. After the
-        first step, `parameters` must have the gradients of that step.
-        """
-        has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        # A worker whose data has ended no longer uses its own number of steps per round. In each step it advances by
-        # one tick, the schedule's unit of time, of which a round has `every`.
-        if has_changed and self._is_paced:
-            self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
+        that begin or end. After the first step, `parameters` must have the gradients of that step."""
+        self.steps = steps
         self._clock.steps += 1
-        events, ran = self._schedule.after(steps), steps == 1
-        if not events and not ran:
-            return False
+        events = self._schedule.after(steps)
+        if not events and steps > 1:
+            return
         with self._clock.paused():
-            if ran:
-                if not has_ended:
-                    self._announce()
+            if steps == 1:
                 self._check_start("checks its first step", steps, parameters)
             for tick, due in groupby(events, lambda event: event.tick):
-                ran |= self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
-        return ran
+                self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
 
     def _check_start(self, call: Call, steps: int, parameters: Iterable[Tensor], *hint: str) -> None:
         """Check that all workers have started at the same parameters (see `check_first_step`); collective."""
@@ -181,37 +165,25 @@ class FixedWorkers:
         run = partial(self.lockstep.run, call, steps)
         check_first_step(self.channel, anchors, parameters, run, self._fragments[0].shards.digest, *hint)
 
-    def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
+    def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> None:
         """Begin or end the exchanges that are due at one `tick`, the schedule's unit of time, of which a round has
-        `every`. Returns True if at least one exchange began or ended. `due` has pairs of a fragment (parameters
-        exchanged together) and a bool, which is True if the exchange of the fragment begins and False if the exchange
-        ends."""
-        # With a delay, a flush may have applied an exchange before its end was due. Do not end such an exchange again.
-        due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # If all workers make equal numbers of steps, the call of `_announce` in `after_step` at the first step was also
-        # for the exchanges of that step. So do not announce them twice.
-        if due and not self._has_ended and (self.steps > 1 or self._is_paced):
-            self._announce()
+        `every`. `due` has pairs of a fragment (parameters exchanged together) and a bool, which is True if the exchange
+        of the fragment begins and False if the exchange ends."""
         for part, begins in due:
             if begins:
                 self._begin(part, tick)
-            elif part.current is not None:
+            elif part.current is not None:  # with a delay, a flush may have applied the exchange already
                 self._end(part)
         if tick % self._schedule.every == 0 and self._pacing.steps != self._pacing.following:
             self._pacing.steps = self._pacing.following
             self._set_pace(self.steps)
             if self.channel.group.rank == 0:
                 _log.info("after step %d workers make %s inner steps in a round", self.steps, self.paces)
-        return bool(due)
 
-    def _set_pace(self, step: int, idle: int = 0) -> None:
+    def _set_pace(self, step: int) -> None:
         """Apply the current paces, i.e. the numbers of inner steps that the workers make in a round, to this worker's
-        schedule for the inner steps after number `step`.
-
-        In the first `idle` steps after number `step`, the schedule does not advance.
-        """
-        pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
-        self._schedule = self._schedule.paced(pace, step, idle=idle)
+        schedule for the inner steps after number `step`."""
+        self._schedule = self._schedule.paced(self.paces[self.channel.group.rank], step)
 
     @property
     def _weights(self) -> list[float]:
@@ -227,7 +199,7 @@ class FixedWorkers:
         several processes have shards of the worker's model (`part` has their groups), the times of these processes are
         summed, so that all of them return the same number. Returns 0 if the time is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
-        return 0 if self._has_ended else int(part.shards.total(mine))
+        return int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
         """Begin a round of one fragment (parameters exchanged together) at `tick`, the current time of the schedule. If
@@ -239,20 +211,16 @@ class FixedWorkers:
         is_timed = self._is_paced and not flush and tick % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
         r = LocalRound.begin(part, tick + delay, self._weights, later=delay > 0, flush=flush)
-        self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
         exchange = partial(r.exchange, tick - 1)
-        # A worker whose data has ended has no new local update, so the norm of its update does not count in the median
-        # from which the clipping limit is computed.
-        standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         # If messages have variable sizes, the host reads the sizes before the exchange, and would hang if the workers'
         # calls did not match. So these calls must be compared before the exchange.
         sent = part.feedback.compressor
         may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
         r.call = self.lockstep.start(
-            *(call, tick, exchange, result, r.norm, compressor, r.frozen, standing),
+            *(call, tick, exchange, result, r.norm, compressor, r.frozen),
             may_be_late=may_be_late,
             nanoseconds=nanoseconds,
         )
@@ -266,7 +234,6 @@ class FixedWorkers:
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
         """Apply the running exchanges, then exchange all pending updates (see `LocalUpdates.flush`); collective.
         Returns True if all of these exchanges were applied, and False if at least one was rejected."""
-        self._announce()
         if steps == 0:
             self._check_start("calls flush()", 0, (), "LocalUpdates has counted no step; call the optimizer's step()")
         steps = self._schedule.tick(steps)
@@ -300,7 +267,6 @@ class FixedWorkers:
         """Replace each vector with its mean over workers, weighted by `Workers.weight`, in place, and return the
         vectors; collective. Call after inner step number `steps`."""
         steps = self._schedule.tick(steps)
-        self._announce()
         for vector in vectors:
             vector.mul_(self._share())
             self.lockstep.run("calls error()", steps, partial(self.channel.mean, vector, "inspection"))
@@ -325,7 +291,6 @@ class FixedWorkers:
                 if not part.is_floating_point():
                     self.channel.broadcast(part, "average")
 
-        self._announce()
         self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
@@ -347,8 +312,6 @@ class FixedWorkers:
 
     # Numbers of workers and steps, and the saved state.
 
-    lost = waiting = 0.0
-
     @property
     def workers(self) -> int:
         return self.channel.group.size
@@ -369,21 +332,21 @@ class FixedWorkers:
         return {"rank": group.rank, "workers": group.size, "weight_by_steps": self._is_paced}
 
     def fields(self) -> list[Value]:
-        own = attribute(("pacing",), self, "_pacing", Pacing), attribute(("own_steps",), self, "steps", int)
+        share = Value(("share",), float, self._share, skip)
         schedule = Value(("schedule",), Schedule, lambda: self._schedule, self._load_schedule)
-        return [Value(("share",), float, self._share, skip), *own, schedule]
+        return [share, attribute(("pacing",), self, "_pacing", Pacing), schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
         """Restore the saved schedule of exchanges. If the number of workers has changed since the schedule was saved,
         restart with new paces, i.e. numbers of inner steps of the workers in a round. Call after the saved paces are
         loaded."""
-        self._schedule, self._has_ended = saved, False
+        self._schedule = saved
         fresh = Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh
         elif self._settings.steps is not None:
             self._pacing.following = fresh.steps
-        # The saved pace is another worker's, or `every` if this worker's data had ended (see `after_step`).
+        # If the number of workers has changed, the saved pace is another worker's.
         if saved.pace != self.paces[self.channel.group.rank]:
             self._set_pace(self.steps)
 

@@ -72,7 +72,6 @@ class Fragment(Slice):
         self.rounds = 0  # t, the number of applied exchanges
         self.current: LocalRound | None = None
         self.was_rejected = False  # True if the last round was rejected; identical on all workers
-        self.was_invalid = False  # True if this worker's last local update was invalid
 
     @property
     def frozen_next(self) -> list[str]:
@@ -185,16 +184,6 @@ class Fragment(Slice):
         starts_then = [start if name in p.frozen else before for name, start, before in starts]
         return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
-    def unapplied_after(self) -> Tensor:
-        """Return the updates of this worker that the anchor, on which all workers last agreed, will still not include
-        once the current round is committed, float[n]. Call after the round is exchanged; collective over the processes
-        of this worker."""
-        r = self.current
-        assert r is not None
-        assert r.exchanged is not None
-        is_applied = not self.shards.any(not r.exchanged.verdict.read(), r.invalid.device)
-        return r.exchanged.v if is_applied and r.share else self.unapplied()
-
     def shared_fields(self, path: Path) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))
@@ -216,7 +205,6 @@ class Fragment(Slice):
             *self.contraction.fields((*path, "contraction")),
             attribute((*path, "clipped"), self.clips, "count", int),
             attribute((*path, "rejected"), self, "was_rejected", bool),
-            attribute((*path, "invalid"), self, "was_invalid", bool),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "shift", ANY), shapes, lambda: self._named(self.anchor.shift()), skip, optional=True),

@@ -18,7 +18,6 @@ from packsaddle.comm.communicator import Communicator, as_text, hash_of
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
-from packsaddle.local.clipping import Standing
 from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import Readback
 
@@ -35,7 +34,7 @@ Call = Literal[
     "loads a checkpoint",
 ]
 _CALLS = get_args(Call)
-_ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
+_ADVICE = "make the data equally long (drop_last=True, DistributedSampler)"
 _LOST = (
     "If worker {rank} alone made this call (`if rank == 0:`), or alone made LocalUpdates, do it on every worker; "
     "if the others ended after fewer steps, {advice}"
@@ -50,7 +49,6 @@ class Header:
     steps: int  # number of inner steps; with `Workers(weight="steps")` of ticks (see `Schedule`)
     compressor: int  # hash of the compressor; 0: the compressors are not compared
     frozen: int  # hash of the names of the frozen parameters
-    standing: int = Standing.ABSENT
     nanoseconds: int = 0  # time of an inner step, sent only with `Workers(weight="steps")`; 0: unknown
 
     def packed(self, device: torch.device, size: int) -> Tensor:
@@ -58,7 +56,6 @@ class Header:
 
 
 _SIZE = len(fields(Header)) - 1  # number of integers in a header, not counting the time
-_STANDING = [each.name for each in fields(Header)].index("standing")
 HEADER = 8 * _SIZE  # bytes of a header, not counting the time
 
 
@@ -112,7 +109,6 @@ class Lockstep:
         norm: Tensor | None = None,
         compressor: Compressor | None = None,
         frozen: Sequence[str] = (),
-        standing: Standing = Standing.ABSENT,
         *,
         may_be_late: bool = False,
         nanoseconds: int = 0,
@@ -126,7 +122,7 @@ class Lockstep:
         given, the calls are always compared before `work`.
 
         `norm`, float32[1], the norm of this worker's update, is gathered together with the workers' calls. Then `work`
-        is called with all workers' norms, float32[W], and standings, int64[W] (see `Standing`).
+        is called with all workers' norms, float32[W].
         """
         is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
@@ -134,11 +130,11 @@ class Lockstep:
 
         def checked() -> None:
             if self._channel.group.size == 1:
-                work(*([] if norm is None else [norm, to_device(torch.tensor([standing]), norm.device)]))
+                work(*([] if norm is None else [norm]))
                 return
             hashed = 0 if compressor is None else hash_of(as_text(identify(compressor)))
             same = hash_of(as_text({"frozen": frozen}))
-            mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
+            mine = Header(_CALLS.index(call), steps, hashed, same, nanoseconds)
             headers, norms = self._gather(mine, norm)
             # If the headers are compared after `work`, start to copy them to the host before it, so that the copy
             # completes even if the workers' calls do not match and `work` hangs.
@@ -168,8 +164,8 @@ class Lockstep:
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather the workers' headers, i.e. their calls and numbers of steps (see `Header`); collective. Returns the
-        headers, int64[W, 5], or int64[W, 6] if they include the time of a step, and a list. The list has the workers'
-        norms, float32[W], and standings, int64[W] (see `Standing`), or is empty if `norm` is None."""
+        headers, int64[W, 4], or int64[W, 5] if they include the time of a step, and a list. The list has the workers'
+        norms, float32[W], or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -182,8 +178,7 @@ class Lockstep:
             advice = _LOST.format(rank=rank, advice=_ADVICE)
             raise PeerLostError(f"{error}. It was when worker {rank} {call} after step {steps}. {advice}") from error
         headers = torch.stack([parts["header"] for parts in gathered])
-        standings = headers[:, _STANDING]
-        return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
+        return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
         """Compare the workers' `headers`, i.e. their calls and numbers of steps (see `Header`), and append each

@@ -2,10 +2,9 @@
 mean update is applied."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -93,8 +92,8 @@ class Workers(Option):
             `LocalUpdates.paces` returns the paces. Training should end after a number of rounds
             (`LocalUpdates.rounds`), not of steps, since numbers of steps differ between workers.
         steps: fixed paces for weight="steps", i.e. the number of inner steps in a round of each worker, by rank, such
-            as {0: 12, 1: 4} or [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None,
-            the paces follow from measured times.
+            as [12, 4]. A run with fixed paces measures no times, and is bitwise reproducible. If None, the paces follow
+            from measured times.
         clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
             the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
             error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
@@ -118,20 +117,17 @@ class Workers(Option):
     weight: float | Literal["steps"] | None = own(None)
     clip: float | None = None
     compare_optimizers: bool = True
-    steps: Sequence[int] | Mapping[int, int] | None = None
+    steps: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         weight, steps = self.weight, self.steps
         if not (weight is None or weight == "steps") and not (_is_number(weight) and 0 < weight < math.inf):
             raise ValueError(f'weight must be finite and above 0, "steps" or None, got {weight!r}')
         if steps is not None:
-            if weight != "steps" or not isinstance(steps, Mapping | Sequence):
+            if weight != "steps" or not isinstance(steps, Sequence):
                 raise ValueError(f'steps must be numbers by rank with weight="steps", else None, got {steps!r}')
-            ranks = dict(sorted(steps.items())) if isinstance(steps, Mapping) else dict(enumerate(steps))
-            if list(ranks) != list(range(len(ranks))):
-                raise ValueError(f"steps must have the ranks 0, 1, ... as keys, got {steps!r}")
-            check_integers(1, **{f"steps[{rank}]": n for rank, n in ranks.items()})
-            object.__setattr__(self, "steps", tuple(ranks.values()))
+            check_integers(1, **{f"steps[{rank}]": n for rank, n in enumerate(steps)})
+            object.__setattr__(self, "steps", tuple(steps))
         _check_options(self)
 
 
@@ -151,9 +147,6 @@ class Elastic(Option):
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`). In a site it must also
             have init_sync=False, so the script must set equal initial parameters in all sites.
-        memory_file: a file, different for each worker and for each process of a site, that stores the worker's unsent
-            updates (its error memory) while it is absent, and is loaded when it joins. It is written on joining, in
-            every round and on leaving, and locked by MEMORY_FILE.lock. By default no file is written.
         weight: the worker's weight in the mean. By default it is 1, or 0 if the worker has not stepped since the last
             round that included its update. With "steps" it is the number of the worker's inner steps since that round.
             With a function that returns a running total, such as the worker's number of tokens, it is the increase of
@@ -161,22 +154,20 @@ class Elastic(Option):
             makes fewer inner steps in a round and a faster one makes more, so that all W workers end the round
             together. The sum of their steps is W times the number of steps between two rounds, which is `every` divided
             by the number of fragments (see `Overlap`).
-        share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
-            with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
             `grace` are numbers, or text such as "90s" or "2min".
-        leave_on_sigterm: on SIGTERM save the error memory and end the process. The current inner step, or the wait for
-            other workers, then raises SystemExit. If the memory cannot be saved to a file, the worker sends it,
-            uncompressed, in one more round. The exit code is 0. It is 1 if updates are lost because that round was not
-            committed. The processes of a site leave together, after an inner step or a round; while they wait for other
-            workers, they save their memories, and wait for the round or the end of `grace`.
+        leave_on_sigterm: on SIGTERM send all unsent updates (the error memory and the local update), uncompressed, in
+            one more round, and end the process. The current inner step, or the wait for other workers, then raises
+            SystemExit. The exit code is 0. It is 1 if updates are lost because that round was not committed. The
+            processes of a site leave together, after an inner step or a round; while they wait for other workers, they
+            wait for the round or the end of `grace`.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which the round that sends the worker's unsent
             updates must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the median norm of the workers' updates in the
             round (see `Workers.clip`). By default there is no limit.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from those of the
-            other workers in class or in a default setting. If the optimizers should differ, set it to False on all
-            workers.
+            other workers in class or in a default setting, and start them at another worker's state. If the optimizers
+            should differ, set it to False on all workers; a new worker's optimizers then start without a state.
         group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
@@ -184,14 +175,12 @@ class Elastic(Option):
 
     >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
     >>> from packsaddle.comm import connect  # doctest: +SKIP
-    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), memory_file="worker-3.memory")  # doctest: +SKIP
+    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), weight="steps")  # doctest: +SKIP
     >>> local = LocalUpdates(optimizer, workers=elastic)  # doctest: +SKIP
     """
 
     manager: Any = own(None)
-    memory_file: str | Path | None = own(None)
     weight: Literal["steps"] | Callable[[], float] | None = own(None)
-    share_optimizer_state: bool = own(True)
     patience: float | str = own(3600.0)
     leave_on_sigterm: bool = own(True)
     grace: float | str = own(25.0)
@@ -214,8 +203,6 @@ class Elastic(Option):
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
             raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
         _check_options(self)
-        if self.memory_file is not None:
-            object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
             seconds = duration(getattr(self, name), name)
             if not seconds > 0:

@@ -110,18 +110,6 @@ class LocalRecords(Records):
         return list(self._workers.paces)
 
     @property
-    def lost(self) -> float:
-        """The sum of the norms of the lost error memories (unsent updates). An error memory is lost, for example, if
-        its worker ends without saving it. The sum is 0 with a fixed set of workers."""
-        return self._workers.lost
-
-    @property
-    def waiting(self) -> float:
-        """The sum of the norms of the error memories (unsent updates) that absent workers have saved in files, to send
-        them when they return. The sum is 0 with a fixed set of workers."""
-        return self._workers.waiting
-
-    @property
     def position(self) -> int:
         """The number of inner steps of all workers whose updates are included in the anchor, i.e. in the parameters on
         which all workers last agreed. Workers that have left count too."""

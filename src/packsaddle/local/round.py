@@ -23,11 +23,19 @@ from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
 from packsaddle.local.lockstep import PendingCall
-from packsaddle.local.weights import share_of
 from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
     from packsaddle.local.fragment import Fragment
+
+
+def share_of(weights: Sequence[float], rank: int) -> float:
+    """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers. The plain
+    mean of updates that are scaled by these factors is the weighted mean of the updates, that of federated averaging
+    (McMahan et al. 2017, Algorithm 1)."""
+    if len(set(weights)) == 1:
+        return 1.0
+    return len(weights) * weights[rank] / sum(weights)
 
 
 @dataclass(frozen=True)
@@ -122,19 +130,18 @@ class LocalRound:
             r.norm = norm_of(r._of_worker(exchanged.v), part.shards.total)
         return r
 
-    def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
+    def exchange(self, step: int, norms: Tensor | None = None) -> None:
         """Exchange v, multiplied by this worker's weight `share` and compressed, and set the error memory to the
         residual; collective. A worker with `share` 0 sends zeros, and its error memory does not change.
 
-        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`
-        is given, v is clipped (see `factors_of`). Then `norms`, float32[W], has the norm of each worker's v, and
-        `standings`, int64[W], has each worker's `Standing`.
+        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`,
+        float32[W], is given, v is clipped (see `factors_of`). Then `norms` has the norm of each worker's v, by rank.
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None
         part.feedback.channel.step = step
-        if norms is not None and standings is not None and (limit := options.workers.clip) is not None:
-            self.factors = factors_of(norms, standings, limit)
+        if norms is not None and (limit := options.workers.clip) is not None:
+            self.factors = factors_of(norms, limit)
         measure = self._squares if self._is_lengthened else None
         g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:

@@ -28,16 +28,14 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         Rule((*part, "owed", ANY), "error", like=error),
         Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
-        # With another number of workers these flags become False, since the next round checks the parameters again.
+        # With another number of workers this flag becomes False, since the next round checks the parameters again.
         Rule((*part, "exchange", "invalid"), "constant", value=False),
-        Rule((*part, "invalid"), "constant", value=False),
-        Rule(("reset",), "constant", value=False),
         *(Rule((*part, name), "own") for name in ("shift", "owed", "aggregator")),
         *(Rule((*part, name), "own") for name in ("contraction", "clipped", "trained")),
         *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
-        *(Rule((name,), "own") for name in ("pacing", "own_steps", "schedule")),
+        *(Rule((name,), "own") for name in ("pacing", "schedule")),
         Rule(("steps",), "own" if by_steps else "shared"),
         *(Rule((name,), "shared") for name in ("format", "identity", "outer", "escape")),
         Rule(("resets",), "shared"),

@@ -37,10 +37,10 @@ class Schedule:
         """Return the time after this worker's inner step number `step`, in ticks, of which a round has `every`."""
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
-    def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
+    def paced(self, pace: int, step: int) -> "Schedule":
         """Return a copy of this schedule in which this worker makes `pace` inner steps in a round after inner step
-        number `step`. In the first `idle` steps after that, the copy does not advance."""
-        return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
+        number `step`."""
+        return replace(self, pace=pace, since=step, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
         """Return the beginnings and ends of exchanges that are due after this worker's inner step number `step`, in the

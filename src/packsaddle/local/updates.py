@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.devices import check_not_capturing
-from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.sharding import is_split, local_part
 from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
@@ -60,7 +59,7 @@ from packsaddle.local.whole import WholeAnchor
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
+class LocalUpdates(LocalRecords, Exchanging):
     """Local training with any torch optimizers: each worker steps separately, and every few steps the workers'
     parameter changes are compressed and averaged.
 
@@ -130,12 +129,12 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     A round in which a worker's update is not finite is rejected on all workers, and recorded in `skips`. That worker
     continues from the last round, with the non-finite entries of its optimizers' states cleared. NonFiniteError is
-    raised after more than `max_skipped` consecutive rejected rounds, or if an optimizer cannot be reset.
+    raised after more than `max_skipped` consecutive rejected rounds.
 
     Steps raise RuntimeError if workers make different calls, or exchange after unequal numbers of steps. The first step
-    raises RuntimeError if gradients are identical on all workers, which shows that they were exchanged already. Within
-    torch's `Join([local])` a worker that has ended joins the others' rounds. Rank 0 logs a warning if training ends
-    with steps after the last round that were followed by no call of `flush` or `state_dict` and no use of the anchor.
+    raises RuntimeError if gradients are identical on all workers, which shows that they were exchanged already. Rank 0
+    logs a warning if training ends with steps after the last round that were followed by no call of `flush` or
+    `state_dict` and no use of the anchor.
     """
 
     @suggests(
@@ -195,7 +194,6 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
         is_elastic = isinstance(options.workers, Elastic)
         to = Connection.of(options, device, is_split=any(map(is_split, parameters.values())))
-        super().__init__(to.group, device, elastic=is_elastic, equal=options.workers.weight != "steps")
         agree = Shards(parameters.values(), to.within)
         with torch.no_grad():
             self._fragments, schedule = partition(parameters, options, to.channel, device, agree)
@@ -209,9 +207,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
                 *(options, to.channel, to.within, self._fragments, schedule, self.optimizers, made),
             )
         else:
-            self._workers = FixedWorkers(
-                *(options, to, device, self._fragments, schedule, self.outer, self._announce),
-            )
+            self._workers = FixedWorkers(options, to, device, self._fragments, schedule, self.outer)
         self._reactions = Reactions.of(
             *(options, self.optimizers, self._fragments, to.channel, self._workers.lockstep, self.outer, agree),
         )
@@ -230,7 +226,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Register hooks that count the optimizers' steps, and objects that detect mistakes in the training script.
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = to.group.size > 1 or is_elastic
-        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and self.join_process_group
+        has_processes = getattr(to.group, "process_group", None) is not None
+        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and has_processes
         names, checks = names_of(self.optimizers), model is None and is_shared
         others = OtherOptimizers(list(parameters.values()), names, to.group, checks=checks, is_alone=not is_shared)
         self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
@@ -261,12 +258,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
                 each.parameter.grad = None
 
     @torch.no_grad()
-    def _attempted(self, *, has_ended: bool = False) -> bool:
-        """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
-
-        Returns True if collectives were run; always False if workers join and leave. `has_ended` is True if this worker
-        no longer trains.
-        """
+    def _attempted(self) -> None:
+        """Count an inner step, applied or skipped by a scaler; then run the rounds that are due."""
         # Run the checks of `_before_step` here too, since `_before_step` is not called for a step that a scaler skips.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
@@ -275,14 +268,12 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._has_begun = True
         self._enter()
         self.steps += 1
-        self._reactions.outcomes.check_step()
         # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
         # fail too.
         self._watches.unsent.clear()
         with self._whole.without_autocast():
-            ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
+            self._workers.after_step(self.steps, self._whole.parameters)
         self._watches.unsent.record(self.steps, exchanged=self.exchanging)
-        return ran
 
     def _enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case, its
@@ -317,8 +308,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         workers join and leave (see `Elastic`).
 
         Without this call the worker joins at its first step, and discards the gradients of this step, which were
-        computed at other parameters. A worker that returns loads its error memory from its file. Raises RuntimeError
-        for a fixed set of workers.
+        computed at other parameters. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("join()")
         self._set_anchor_before_first_step()
@@ -327,12 +317,11 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's pending updates, and leave the run. Call it before the process ends, if workers
-        join and leave (see `Elastic`) and the other workers continue.
+        """Send this worker's pending updates, uncompressed, in one more round, and leave the run. Call it before the
+        process ends, if workers join and leave (see `Elastic`) and the other workers continue.
 
-        The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns True if the updates are saved or sent. If both fail, the updates are lost; the method
-        then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
+        Returns True if the updates are sent. If the round is not committed within `Elastic.grace` seconds, the updates
+        are lost; the method then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
         """
         self._whole.check_closed("leave()")
         return self._workers.leave()
@@ -505,13 +494,13 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self.saved_state.validate(state)
         for part in self._fragments:
             part.abandon()
+        self._workers.steps = state["steps"]
         self.saved_state.load(state)
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)
         self._watches.unsent.clear()
-        self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
         """Raise RuntimeError on all workers unless all of them are about to make this `call`, such as "saves a

@@ -58,7 +58,7 @@ def drawn(number: int) -> Case:
     escape = (rng.randint(1, 4), rng.choice((0.1, 1.0, 9.0)), rng.choice("xy"), rng.randint(1, 2))
     fragments = 1 if kind == "escape" else rng.choice([n for n in MODELS[model][1] if n <= every])
     freezes = "" if kind == "escape" else some(0.3, ("all", "each", "each", "others"), "")
-    # In two rounds, one after the other. A second NaN could be frozen, and be found by a step as in test_inner_reset.
+    # In two rounds, one after the other. A second NaN could be in a parameter that is frozen by then.
     first, times = rng.randint(1, steps), 1 if freezes else 2
     bad = {first + every * i: rng.randrange(workers) for i in range(times)}
     flushes, clip = dict[int, Compressor | None](), some(0.25, (1.0, 2.0), None)

@@ -11,7 +11,6 @@ from packsaddle.comm.communicator import Communicator, as_text, hash_of
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates
 from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
 from packsaddle.local.elastic.roster import Hello, most
 
@@ -24,14 +23,13 @@ class Greeting:
 
     Args:
         own: this worker's membership.
-        pending: this worker's pending updates.
         quorum: forms the set of workers. A worker whose anchor differs from the anchor of most workers receives another
             worker's state at the next quorum.
         channel: the communicator of the workers.
     """
 
-    def __init__(self, own: Membership, pending: PendingUpdates, quorum: Quorum, channel: Communicator) -> None:
-        self._own, self._pending, self._quorum, self._channel = own, pending, quorum, channel
+    def __init__(self, own: Membership, quorum: Quorum, channel: Communicator) -> None:
+        self._own, self._quorum, self._channel = own, quorum, channel
         # The device of small messages, such as `Hello`: the CPU if the group copies all messages to the CPU anyway, and
         # otherwise the device of the anchor.
         device = own.fragments[0].anchor.flat.device
@@ -64,12 +62,12 @@ class Greeting:
         # last round has weight 0 too, although it may have an error memory, or unsent updates of fragments that were
         # not in that round. In a round that sends all pending updates, such a worker has its last weight instead
         # (`idle_weight`), also if it has no pending updates and sends zeros.
-        has_more = len(own.fragments) > 1 and not account.since and self._pending.exist()
+        weight = own.weight() if own.has_joined else 0.0
+        idle_weight = account.last_weight if own.has_joined and account.counted else 0.0
         checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in own.fragments]).sum()) if compared else 0
-        anchor, nanoseconds, memories, more, missing = own.site.totals(
-            *(checksum, round(1e9 * seconds), account.norm > 0, has_more, not self._pending.are_kept)
+        anchor, nanoseconds, pending = own.site.totals(
+            *(checksum, round(1e9 * seconds), not weight and own.has_pending())
         )
-        idle_weight = account.last_weight if own.has_joined and (account.counted or memories) else 0.0
         return Hello(
             worker=own.worker,
             arguments=self._arguments_hash,
@@ -80,13 +78,11 @@ class Greeting:
             attempt=account.attempts,
             steps=account.since,
             dense=int(dense),
-            keeps=int(not missing),
-            has_pending=int(bool(memories or more)),
+            has_pending=int(pending > 0),
             frozen=hash_of(as_text({"frozen": [part.frozen_next for part in own.fragments]})),
-            weight=own.weight() if own.has_joined else 0.0,
+            weight=weight,
             idle_weight=idle_weight,
             seconds=nanoseconds / 1e9,
-            lost=account.found_lost,
         )
 
     def _message(self) -> str:

@@ -1,5 +1,11 @@
-"""One worker's membership in a run whose workers join and leave: the worker's name, its counts of steps and rounds, and
-the records of all workers."""
+"""One worker's membership in a run whose workers join and leave: the worker's name, its counts of steps and rounds, its
+exchanges in doubt, and the records of all workers.
+
+An exchange is in doubt while another worker may have committed it and this worker cannot determine that. A round ends
+with a confirmation, i.e. an all-gather after the exchange, and a vote of the workers (see `workers`). The exchange is
+in doubt from the start of this worker's confirmation until the vote or, if the confirmation fails, until the next
+quorum, i.e. until the workers of the next round are determined.
+"""
 
 import os
 from collections.abc import Sequence
@@ -35,6 +41,7 @@ class Membership:
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
         self.roster = Roster()  # records of all workers, identical on all workers after a round
+        self.in_doubt: Sequence[Fragment] = ()  # fragments whose exchanges are in doubt; empty: none
 
     @property
     def rounds(self) -> int:
@@ -50,23 +57,38 @@ class Membership:
     @property
     def workers(self) -> int:
         """The number of workers in the last round."""
-        return sum(member.here for member in self.roster.members.values())
-
-    @property
-    def lost(self) -> float:
-        """The sum of the norms of lost error memories, including those that absent workers have not saved in files."""
-        return self.roster.gone + self.roster.absent(keeps=False)
-
-    @property
-    def waiting(self) -> float:
-        """The sum of the norms of error memories that absent workers saved in files."""
-        return self.roster.absent(keeps=True)
+        return len(self.roster.present)
 
     def weight(self) -> float:
         """Return the weight that this worker's update would have in a round now; collective over the processes of this
         worker. If `Elastic.weight` is a function, the values that it returns on these processes are summed."""
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self.site.gather(float(rule())))) if callable(rule) else rule)
+
+    def close_exchanges(self) -> bool:
+        """Commit the exchanges in doubt; return True if all of them are applied, and False if one is rejected."""
+        parts, self.in_doubt = self.in_doubt, ()
+        # Close every exchange before calling `all`, since `all` with a generator would stop at the first rejected
+        # exchange.
+        applied = [part.current.close() for part in parts if part.current is not None]
+        return all(applied)
+
+    def roll_back(self) -> None:
+        """Roll back the exchanges of the round in progress, if there is one. No exchange is in doubt then."""
+        self.in_doubt = ()
+        for part in self.fragments:
+            part.roll_back()
+
+    def has_pending(self) -> bool:
+        """Return True if this worker has joined, and has updates that a round would send. Updates of frozen parameters
+        are not sent, so they do not count."""
+        if not self.has_joined:
+            return False
+        for part in self.fragments:
+            frozen, pending = part.frozen_next, part.by_name(part.unapplied())
+            if any(name not in frozen and bool(view.any()) for name, view in pending.items()):
+                return True
+        return False
 
     def fields(self) -> list[Value]:
         """Return the fields of the saved state that belong to membership: this worker's name and its counts

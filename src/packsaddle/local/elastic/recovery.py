@@ -12,7 +12,6 @@ from packsaddle.errors import ConfigError
 from packsaddle.feedback.optimizers import load_states, local_state
 from packsaddle.feedback.state import Rule, State, Value, Vector
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates
 from packsaddle.local.elastic.quorum import Quorum
 from packsaddle.local.elastic.sigterm import Sigterm
 from packsaddle.local.fragment import Fragment
@@ -27,7 +26,6 @@ class Recovery:
 
     Args:
         own: this worker's membership.
-        pending: this worker's pending updates, which are kept when a state is loaded.
         quorum: the quorum. If a received state is discarded, the worker receives a state again at the next quorum.
         sigterm: the handler of SIGTERM, which must not interrupt the loading of a state.
         inner: the inner optimizers, i.e. those of the parameters.
@@ -37,14 +35,12 @@ class Recovery:
     def __init__(
         self,
         own: Membership,
-        pending: PendingUpdates,
         quorum: Quorum,
         sigterm: Sigterm,
         inner: Sequence[Optimizer],
         outer: OuterOptimizer | None,
     ) -> None:
-        self._own, self._pending, self._quorum, self._sigterm = own, pending, quorum, sigterm
-        self._inner, self._outer = inner, outer
+        self._own, self._quorum, self._sigterm, self._inner, self._outer = own, quorum, sigterm, inner, outer
         # The state that was received from another worker and is not loaded yet; None: there is none.
         self._received: Mapping[str, Any] | None = None
         same = {"fragments": len(own.fragments), "outer": outer is not None}
@@ -53,10 +49,10 @@ class Recovery:
 
     def _shared(self) -> dict[str, Any]:
         """Return the state for a worker that is behind: the anchor (the parameters on which all workers last agreed),
-        the records of all workers (`Roster`), the number of steps, the state of the outer optimizer and, with
-        `Elastic.share_optimizer_state`, the states of the inner optimizers."""
+        the records of all workers (`Roster`), the number of steps, and the states of the outer optimizer and, with
+        `Elastic.compare_optimizers`, the inner optimizers."""
         own = self._own
-        inner = [local_state(o) for o in self._inner] if own.settings.share_optimizer_state else None
+        inner = [local_state(o) for o in self._inner] if own.settings.compare_optimizers else []
         return self._state.save({"fragments": [{} for _ in own.fragments], "steps": own.steps, "inner": inner})
 
     def _fields(self) -> list[Vector | Value]:
@@ -108,12 +104,12 @@ class Recovery:
         # Commit the exchanges in doubt if the other workers have committed this worker's last attempt at a round.
         # Otherwise roll these exchanges back.
         included = state["roster"]["included"].get(own.worker, 0)
-        sent, taken = set[Fragment](), False
-        if self._pending.in_doubt and included == account.attempts:
-            sent, taken = set(self._pending.in_doubt), self._pending.close_exchanges()
+        sent, applied = set[Fragment](), False
+        if own.in_doubt and included == account.attempts:
+            sent, applied = set(own.in_doubt), own.close_exchanges()
             account.included = account.attempts
         else:
-            self._pending.roll_back()
+            own.roll_back()
         is_stale = self._compare_attempts(included)
         # Move the parameters x with the anchor: x <- start + (x - before), where `before` is the start point before the
         # state is loaded, and `start` the one after that. If the new anchor includes the local update of this worker,
@@ -121,11 +117,11 @@ class Recovery:
         self._state.load(state)
         for part, before in was:
             part.current = None
-            if (part in sent and taken) or is_stale or is_new:
+            if (part in sent and applied) or is_stale or is_new:
                 part.anchor.move_to_start()
             else:
                 part.anchor.move(before)
-        if taken:
+        if applied:
             account.start_count(own.weight())
         if is_new:
             self._begin_at(state)
@@ -133,7 +129,7 @@ class Recovery:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ConfigError, with nothing changed, if the received state does not match this worker's arguments, or if
         this worker would lose rounds by loading it. Rounds would be lost if the state is from another run, or has fewer
-        rounds of this run. If rounds would be lost, the pending updates are first saved to the memory file.
+        rounds of this run.
 
         A state of another run may arrive because torchft lets new workers begin a run of their own if the existing
         workers do not answer in time.
@@ -147,12 +143,11 @@ class Recovery:
         # This worker may have committed one round that the other workers have rolled back. If that round was
         # uncompressed, it counts as one exchange for each fragment.
         if mine and (run != own_run or theirs < mine - len(self._own.fragments)):
-            self._pending.save()
             raise ConfigError(
                 f"the state of the other workers (rounds: {theirs}, run: {run:x}) would replace that of this worker "
-                f"(rounds: {mine}, run: {own_run:x}), which keeps its state, and has saved its pending updates to its "
-                f"memory file, if any. Restart the workers of the run that must end, and set the lighthouse's "
-                f"--join_timeout_ms above connect(timeout=). With a checkpoint, load manager.state_dict() too"
+                f"(rounds: {mine}, run: {own_run:x}), which keeps its state. Restart the workers of the run that must "
+                f"end, and set the lighthouse's --join_timeout_ms above connect(timeout=). With a checkpoint, load "
+                f"manager.state_dict() too"
             )
 
     def _compare_attempts(self, included: int) -> bool:
@@ -162,31 +157,26 @@ class Recovery:
 
         Returns True if `included` is later, as after a restore from a checkpoint. The updates in this worker's error
         memory were then sent before, so the memory is cleared. Returns False otherwise. If `included` is earlier, the
-        updates that this worker has sent since `included` are recorded as lost.
+        updates that this worker has sent since `included` are lost.
         """
         own, account = self._own, self._own.account
         if included > account.included:
-            account.found_lost += account.norm
-            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", own.worker, account.norm)
+            _log.warning("worker %x has restored an error memory that it has sent since, and clears it", own.worker)
             for part in own.fragments:
                 part.feedback.reset()
             account.start_count(own.weight())
             return True
         if included < account.included:
-            account.found_lost += account.sent
-            _log.warning(
-                "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
-                *(own.worker, account.sent),
-            )
+            _log.warning("worker %x was in a round that the others do not have: its update is lost", own.worker)
         return False
 
     def _begin_at(self, state: Mapping[str, Any]) -> None:
         """Set a new worker's number of steps to that in `state`, the received state, and load the states of the
-        sender's inner optimizers, if `state` contains them."""
+        sender's inner optimizers, unless workers may have different optimizers."""
         self._own.steps = state["steps"]
         # Load the optimizers' states, since the first steps with the empty moments of a new optimizer would be too
         # large.
-        if state["inner"] is not None and self._own.settings.share_optimizer_state:
+        if self._own.settings.compare_optimizers:
             try:
                 load_states(self._inner, state["inner"])
             except ValueError as error:

@@ -1,12 +1,11 @@
 """Records of a run whose workers join and leave: `Roster`, identical on all workers, and `Account`, a worker's own
 counts.
 
-A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
-committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor
-(the parameters on which all workers last agreed).
+A `Roster` records the rounds and their workers. It is updated when a round is committed, from the `Hello` that each
+worker sends at the start of the round. A new worker receives it with the anchor (the parameters on which all workers
+last agreed).
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
-_log = logging.getLogger("packsaddle")
-_REMEMBERED = 256  # maximum number of workers in the roster; if a round has more workers, their number
+_REMEMBERED = 256  # maximum number of workers in `Roster.included`; if a round has more workers, their number
 _PAST = 64  # number of the latest committed rounds for which the roster stores the hash `history`
 
 
@@ -38,25 +36,23 @@ class Hello:
     attempt: int  # number of the worker's attempts at rounds, including this one
     steps: int  # the worker's inner steps since the last applied round that included its update
     dense: int  # 1: the worker requests a round that sends all pending updates
-    keeps: int  # 1: the worker's memory file contains its error memory after its last round
-    has_pending: int  # 1: the worker has updates to send in a round with dense = 1, also if `weight` is 0
+    has_pending: int  # 1: `weight` is 0, and the worker has updates to send in a round with dense = 1
     frozen: int  # hash of the names of the worker's frozen parameters
     weight: float  # the worker's weight in the mean; 0: the worker only receives the mean
     idle_weight: float  # the worker's weight in a round in which a worker has dense = 1, if `weight` is 0
     seconds: float  # seconds per inner step of the worker; 0: unknown
-    lost: float  # norm of lost error memory that the worker has not reported in an earlier round
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return this message as int64[16] on `device`: one element per field, in the order of the fields. Floats are
+        """Return this message as int64[14] on `device`: one element per field, in the order of the fields. Floats are
         stored as the bit patterns of float64."""
-        *whole, a, b, c, d = astuple(self)
-        reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
+        *whole, weight, idle_weight, seconds = astuple(self)
+        reals = torch.tensor([weight, idle_weight, seconds], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> "Hello":
         here = packed.cpu()
-        whole = len(fields(cls)) - 4
+        whole = len(fields(cls)) - 3
         return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())
 
 
@@ -65,80 +61,53 @@ def most(values: Sequence[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-@dataclass(frozen=True)
-class Member:
-    """The record of one worker in a run whose workers join and leave, made in the worker's last round."""
-
-    norm: float  # norm of the worker's error memory after its last round
-    keeps: bool  # True if the worker reported that its file contains its error memory
-    here: bool  # True if the worker was in the last round of the run
-
-
 class Roster:
     """Records of a run whose workers join and leave, identical on all workers after a round: the run's id, a hash of
-    its rounds, its number of inner steps, and a record of each worker."""
+    its rounds, its number of inner steps, and the last attempt of each worker."""
 
     def __init__(self) -> None:
         self.run = 0  # id of the run; 0: no round has been committed
         self.position = 0  # number of inner steps, of all workers, whose updates the anchor includes
-        self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
         self.past: list[int] = []  # value of `history` after each of the last committed rounds, oldest first
-        # By id of the worker, the number of its last attempt at a round that was committed with its update.
-        self.taken: dict[int, int] = {}
-        self.members: dict[int, Member] = {}  # record of each worker, by id, in the order of the workers' last rounds
+        self.present: list[int] = []  # ids of the workers in the last round, by rank
+        # By id of the worker, the number of its last attempt at a round that was committed with its update, in the
+        # order of these rounds.
+        self.included: dict[int, int] = {}
 
-    def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories. If `keeps` is True, the sum is over the
-        workers that have their error memory in a file. If it is False, the sum is over the workers without such a
-        file."""
-        return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
-
-    def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round. `hellos`, `weights` and `norms` have one entry per worker, by rank: its message,
-        its weight in the mean, and the norm of its error memory after the round. `taken` is True if the round was
-        applied, and False if it was rejected."""
+    def commit(self, hellos: Sequence[Hello], weights: Sequence[float], *, applied: bool) -> None:
+        """Record a committed round. `hellos` and `weights` have one entry per worker, by rank: its message, and its
+        weight in the mean. `applied` is True if the round was applied, and False if it was rejected."""
         # The first committed round sets the id of the run, a hash of the names of that round's workers. Later rounds do
         # not change the id.
-        names = {hello.worker for hello in hellos}
-        self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
-        # The anchor does not include an update with weight 0. So do not record its worker's attempt in `taken`, and do
-        # not add its worker's inner steps to `position`.
+        self.present = [hello.worker for hello in hellos]
+        self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(self.present)) >> 1
+        # The anchor does not include an update with weight 0. So do not record its worker's attempt in `included`, and
+        # do not add its worker's inner steps to `position`.
         for hello, weight in zip(hellos, weights, strict=True):
             if weight:
-                self.taken[hello.worker] = hello.attempt
-                self.position += hello.steps if taken else 0
-            self.gone += hello.lost
+                self.included.pop(hello.worker, None)  # so that the new entry is the last one
+                self.included[hello.worker] = hello.attempt
+                self.position += hello.steps if applied else 0
+        while len(self.included) > max(_REMEMBERED, len(hellos)):
+            del self.included[next(iter(self.included))]
         # Hash the round into the history, so that anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
         self.past = [*self.past, self.history][-_PAST:]
-        # Move the workers of this round to the end of `members`, so that the first entry is the worker that has been
-        # absent longest.
-        for worker, member in self.members.items():
-            if worker not in names:
-                self.members[worker] = Member(member.norm, member.keeps, False)
-        for hello, norm in zip(hellos, norms, strict=True):
-            before = self.members.pop(hello.worker, Member(0.0, False, False))
-            self.members[hello.worker] = Member(norm if taken else before.norm, bool(hello.keeps), True)
-        while len(self.members) > max(_REMEMBERED, len(names)):
-            oldest = next(iter(self.members))
-            self.gone += self.members.pop(oldest).norm
-            self.taken.pop(oldest, None)
 
     def fields(self, path: Path) -> list[Value]:
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
-            attribute((*path, "gone"), self, "gone", float),
             attribute((*path, "past"), self, "past", list[int]),
-            attribute((*path, "included"), self, "taken", dict[int, int]),
-            attribute((*path, "members"), self, "members", dict[int, Member]),
+            attribute((*path, "present"), self, "present", list[int]),
+            attribute((*path, "included"), self, "included", dict[int, int]),
         ]
 
 
 @dataclass
 class Account:
-    """One worker's record of the rounds that it was in: counts of its attempts at rounds and of its inner steps, the
-    weights of its updates in the workers' mean, and the norms of its error memory and of its last message."""
+    """One worker's record of the rounds that it was in: counts of its attempts at rounds and of its inner steps, and
+    the weights of its updates in the workers' mean."""
 
     attempts: int = 0  # number of the worker's attempts at rounds, committed or not
     included: int = 0  # number of its last attempt at a round that was committed with its update
@@ -146,9 +115,6 @@ class Account:
     ahead: int = 0  # inner steps since the last round, applied or rejected
     counted: float = 0.0  # sum of the worker's weights so far, to subtract from the weight function's total
     last_weight: float = 1.0  # weight in the last applied round that included the worker's update
-    norm: float = 0.0  # norm of the error memory after the last round
-    sent: float = 0.0  # norm of the worker's decoded message in the last round that was committed with its update
-    found_lost: float = 0.0  # norm of lost error memory that is not yet reported to the other workers
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return the weight that this worker has in a round now. `rule` is `Elastic.weight`. The weight is 0 if the

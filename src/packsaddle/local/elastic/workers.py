@@ -23,11 +23,9 @@ their names, weights, hashes, step times and received signals.
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -45,10 +43,8 @@ from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.after import Reactions
-from packsaddle.local.clipping import Standing
 from packsaddle.local.elastic.greeting import Greeting
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.pending import PendingUpdates, energy
 from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
 from packsaddle.local.elastic.recovery import Recovery
 from packsaddle.local.elastic.roster import Hello
@@ -60,7 +56,6 @@ from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.pace import paces
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
-from packsaddle.numerics.devices import wide
 
 _log = logging.getLogger("packsaddle")
 _PAUSE = 0.05  # seconds between two attempts at a round
@@ -72,7 +67,6 @@ class Attempt:
 
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
     weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
-    norms: Sequence[float]  # norm that each worker's error memory has if the round is committed, by rank
     parts: Sequence[Fragment]  # the exchanged fragments (parts of the model)
 
 
@@ -112,18 +106,14 @@ class ElasticWorkers(Membership):
         self._exchanged = False  # True if a round followed the last inner step
         self.paces = [schedule.period]  # one number: the inner steps of this worker from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
-        self._energy = 0.0  # ||v||^2 in the uncommitted round, where v is the vector to send, over all fragments
-        self._handed = False  # True after SIGTERM if the pending updates are in the memory file, or are zero
-        # True if this worker is leaving and its pending updates are not in its memory file, so that it sends them
-        # uncompressed in the next round.
+        # True if this worker is leaving and has pending updates, which it sends uncompressed in the next round.
         self._sends_all = False
 
         # The objects that run parts of a round.
-        self._pending = PendingUpdates(self, None if settings.memory_file is None else Path(settings.memory_file))
         self._sigterm = Sigterm(self._may_leave, float(settings.grace))
         self._quorum = Quorum(group, self.site, self._sigterm)
-        self._recovery = Recovery(self, self._pending, self._quorum, self._sigterm, inner, outer)
-        self._greeting = Greeting(self, self._pending, self._quorum, channel)
+        self._recovery = Recovery(self, self._quorum, self._sigterm, inner, outer)
+        self._greeting = Greeting(self, self._quorum, channel)
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
@@ -146,8 +136,7 @@ class ElasticWorkers(Membership):
             return as_text({**same, **{f"checksum of {name}": checksum for name, checksum in named}})
 
         self._greeting.arguments = arguments
-        keeps = {"memory_file": self._pending.file is not None}
-        check_agreement(Communicator(self.site.group, Ledger()), {**same, **keeps}, torch.device("cpu"), of="process")
+        check_agreement(Communicator(self.site.group, Ledger()), same, torch.device("cpu"), of="process")
 
     # Methods that join the run, and run rounds.
 
@@ -160,22 +149,18 @@ class ElasticWorkers(Membership):
         return True
 
     def join(self) -> None:
-        """Run a round in which this worker sends no update, and loads another worker's state if it is behind. Then load
-        the memory file. No-op if this worker has joined."""
+        """Run a round in which this worker sends no update, and loads another worker's state if it is behind. No-op if
+        this worker has joined."""
         if self.has_joined:
             return
         self.round(uncompressed=False)
         # Set the number of inner steps since the last round. It is above 0 only if this worker was restored from a
         # checkpoint.
         self.account.ahead = self.account.since
-        self._pending.claim()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self.rounds, self.workers - 1)
 
-    def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
-        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
-
-        Always returns False. The result tells torch's `Join` if collectives ran, and elastic workers do not use `Join`.
-        """
+    def after_step(self, steps: int, parameters: Iterable[Tensor]) -> None:
+        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
         self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
@@ -183,14 +168,13 @@ class ElasticWorkers(Membership):
             self._exit()
         if self.account.ahead >= self.paces[0]:
             self.round(uncompressed=False)
-        return False
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
         """Run an uncompressed round of all present workers, in which all pending updates are sent. Returns True if all
         of its exchanges were applied. Raises RuntimeError if a compressor is given."""
         if compressor is not None:
             raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
-        # Join first: a worker that has not stepped may have a memory file with updates to send.
+        # Join first: a worker that was restored from a checkpoint has updates, and sends none in the round of joining.
         self.join()
         return self.round(uncompressed=True)
 
@@ -217,15 +201,15 @@ class ElasticWorkers(Membership):
                 # over. The other processes of the site may not be in this wait, and a collective with them would hang.
                 # So end this process without a collective.
                 if self.site.size > 1:
-                    end_process(0 if self._pending.save() else 1)
+                    end_process(int(self.has_pending()))
                 self._exit()
             except RoundFailedError as error:
                 reason = " ".join(str(error).split())[:200]
             except BaseException:
-                self._pending.roll_back()
+                self.roll_back()
                 raise
             if self.site.any(time.monotonic() - arrived > until):
-                self._pending.roll_back()
+                self.roll_back()
                 raise PeerLostError(f"no round was completed in {until:g} s{f': {reason}' if reason else ''}")
             if self.site.any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
@@ -253,7 +237,7 @@ class ElasticWorkers(Membership):
             self._recovery.load_received()
             # Roll back an exchange in doubt, unless `load_received` has committed it because the other workers had
             # committed it.
-            self._pending.roll_back()
+            self.roll_back()
             attempt = self._try(dense, seconds)
         except (ConfigError, PeerLostError):
             self._quorum.abort()
@@ -268,8 +252,8 @@ class ElasticWorkers(Membership):
         try:
             self._quorum.vote(reason if attempt is None else None)
         except RoundFailedError:
-            if not self._pending.in_doubt:
-                self._pending.roll_back()
+            if not self.in_doubt:
+                self.roll_back()
             raise
         assert attempt is not None
         return self._commit(attempt)
@@ -290,81 +274,60 @@ class ElasticWorkers(Membership):
         if any(h.weight or (dense and h.idle_weight and h.has_pending) for h in hellos):
             weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
             parts = list(self.fragments) if dense else [self.due]
-        self._energy = 0.0
         for part in parts:
             flush = Identity() if dense else None
             r = LocalRound.begin(part, self.steps, weights, flush=flush)
             r.agrees = len({hello.frozen for hello in hellos}) == 1
-            self._reactions.outcomes.register(r)
-            assert r.exchanged is not None
-            self._energy += energy(r.exchanged.v)
             with self.site.fails_together():
                 self._exchange(r, hellos, weights)
         # Confirm: the gather below completes only if all workers have exchanged their updates. From here on, other
         # workers may commit the round.
-        self._pending.save(parts)
-        device = self._greeting.device
-        norm = torch.tensor([self._pending.norm_after()], dtype=wide(device), device=device)
-        self._pending.in_doubt = parts
+        self.in_doubt = parts
+        confirmation = torch.ones(1, device=self._greeting.device)
         with self.site.fails_together():
-            confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
-        return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
+            self.channel.gather({"confirmed": confirmation}, fixed_size=True, purpose="members")
+        return Attempt(hellos, weights, parts)
 
     def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
         """Exchange the messages of the round `r` of one fragment with the other workers, and gather the reports of
         invalid values. `hellos` and `weights` have one entry per worker, by rank."""
-        norms = standings = None
+        norms = None
         # Gather the norms of the workers' updates v, for clipping. The Hello messages cannot contain them, since v is
         # computed after the Hello messages.
         if r.norm is not None:
             norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
             norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-            parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
-            standings = torch.tensor(parts_in, device=norms.device)
-        r.exchange(self.channel.step, norms, standings)
+            norms[torch.tensor(weights) == 0] = torch.nan
+        r.exchange(self.channel.step, norms)
         r.gather_reports()
 
     def _commit(self, attempt: Attempt) -> bool:
         """Commit the round after the vote, and apply its means to the anchor. Returns True if all of its exchanges are
         applied, and False if one is rejected."""
-        taken = self._pending.close_exchanges()
-        names = {hello.worker for hello in attempt.hellos}
-        for worker, member in self.roster.members.items() if self._group.rank == 0 and self._group.leads else ():
-            if member.here and member.norm and worker not in names:
-                fate = "waits in its file" if member.keeps else "is lost"
-                _log.warning(
-                    "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
-                    *(worker, self.rounds, member.norm, fate),
-                )
-        self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
-        # Update this worker's counts. The norm of its decoded message is computed as ||sent||^2 = ||v||^2 - ||e||^2,
-        # where e is the new error memory.
-        mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
-        own = self.account
-        own.found_lost -= mine.lost
-        kept = sum(energy(part.feedback.memory.vector) for part in attempt.parts)
-        own.norm = self.roster.members[self.worker].norm
+        is_applied = self.close_exchanges()
+        before = self.roster.present
+        self.roster.commit(attempt.hellos, attempt.weights, applied=is_applied)
+        if self._group.rank == 0 and self._group.leads:
+            for worker in set(before) - set(self.roster.present):
+                _log.warning("worker %x is gone after %d rounds", worker, self.rounds)
+        # Update this worker's counts.
+        mine = attempt.hellos[self._group.rank]
         self.has_joined = True
-        if weight:
-            own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
-            if taken:
-                own.start_count(mine.weight)
+        if attempt.weights[self._group.rank]:
+            self.account.included = mine.attempt
+            if is_applied:
+                self.account.start_count(mine.weight)
         # Choose this worker's number of steps before the next round: fewer for a slower worker and more for a faster
         # one, so that no worker waits for another.
         if self.settings.weight is not None and mine.seconds:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
             steps = paces(list(times.values()), len(times) * self._schedule.period)
             self.paces = [dict(zip(times, steps, strict=True))[self.worker]]
-        applied, is_saved, reports = True, True, 0
+        reports = 0
         for part in attempt.parts:
             r = part.apply_round(None if self._outer is None else self._outer.optimizer)
             self._reactions(r)
-            applied &= bool(r.applied)
-            is_saved &= bool(r.applied) and r.flush is None and r.agrees
             reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
-        # Save the pending updates, unless the file that `_try` has written already contains them as they are now.
-        if not (is_saved and self._pending.are_kept):
-            self._pending.save()
         # Stop if most of the other workers received an invalid message from this worker. They continue without this
         # worker.
         if 2 * reports > self._group.size - 1:
@@ -372,7 +335,7 @@ class ElasticWorkers(Membership):
                 f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
                 f"({self._reactions.outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
             )
-        return applied
+        return is_applied
 
     # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
 
@@ -401,52 +364,36 @@ class ElasticWorkers(Membership):
     # Methods for leaving the run.
 
     def _may_leave(self) -> bool:
-        """Save the pending updates to the memory file after SIGTERM. Returns True if the worker may leave now: if they
-        are saved, or if there are none. Returns False if they must be sent in the next round, or if the worker is a
-        site, whose processes must leave together."""
+        """Return True if this worker may leave now, after SIGTERM in a wait for other workers: if it has no pending
+        updates. Returns False if they must be sent in the next round, or if the worker is a site, whose processes must
+        leave together."""
         if self.site.size > 1:
-            self._pending.save()
-        elif not self._sends_all:
-            self._handed = self._pending.save() or not self._pending.exist()
-            self._sends_all = not self._handed
-        return self._handed
+            return False
+        self._sends_all = self.has_pending()
+        return not self._sends_all
 
     def leave(self) -> bool:
-        """Leave the run, after saving the pending updates to the memory file or, if that fails, sending them in one
-        more round, which must be committed within `Elastic.grace` seconds.
+        """Leave the run, after sending all pending updates in one more round, uncompressed. The round must be committed
+        within `Elastic.grace` seconds.
 
-        Returns True if the updates are saved or sent. If updates are lost, the method logs an error and returns False.
-        Collective over the processes of a site.
+        Returns True if the updates are sent, or if there are none. If updates are lost, the method logs an error and
+        returns False. Collective over the processes of a site.
         """
-        handed = self._handed or not self.site.any(not self._pending.save()) or self._send_all()
-        self._pending.end()
-        self.settings.manager.shutdown(wait=False)
-        return handed
-
-    def _send_all(self) -> bool:
-        """Send all pending updates in one more round, uncompressed. Returns True if the round was applied or there were
-        none to send, and False if it could not be committed within the grace period."""
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "the grace period is over"
-        while self.site.any(self._pending.exist()) and not self.site.any((left := until - time.monotonic()) <= 0):
+        while self.site.any(self.has_pending()) and not self.site.any((left := until - time.monotonic()) <= 0):
             try:
                 if not self.round(uncompressed=True, patience=left):
                     reason = "the last round was rejected"
             except (PeerLostError, ConfigError, GuardError) as error:
                 reason = str(error)
                 break
-        if not self._pending.exist():
-            self._pending.remove_file()
-            return True
-        # Count the error memory as lost unless the file contains it.
-        own, kept = self.account, self._pending.are_kept
-        self.roster.gone += 0.0 if kept else own.norm
-        memory = "waits in its file" if kept else "is lost"
-        _log.error(
-            "worker %x leaves: its error memory, of norm %.3g, %s, and its last %d inner steps are lost: %s",
-            *(self.worker, own.norm, memory, own.since, reason),
-        )
-        return False
+        is_sent = not self.has_pending()
+        if not is_sent:
+            _log.error("worker %x leaves, and its unsent updates are lost: %s", self.worker, reason)
+        self.roll_back()
+        self.settings.manager.shutdown(wait=False)
+        return is_sent
 
     def _exit(self) -> NoReturn:
         end_process(0 if self.leave() else 1)
