@@ -33,8 +33,8 @@ EXCHANGES = ("direct", "direct", "two-way", "two-way", "coordinator", "senders",
 OWN = ("low-rank all-reduce", "sketched all-reduce", "projected all-reduce")  # exchanges that are the compressor's own
 # The twin has no mean of sketches that are rounded to 16 bits.
 KINDS: list[Any] = [replace(c, half=False) if hasattr(c, "half") else c for c in compressors(0.2)]  # type: ignore[type-var]
-KINDS += [RandomK(k=9), TopK(k=8), TopK(0.2, values="int8"), TopK(0.3, chunk=16, values="int2"), LowRank(2)]
-KINDS += [TopK(0.3, per_tensor=True), Sign(per_tensor=True), Rounded("int4")]
+KINDS += [RandomK(k=9), TopK(k=8), TopK(0.2, values="int8"), TopK(0.3, chunk=16, values="int2")]
+KINDS += [TopK(0.3), Sign(per_tensor=True), Rounded("int4"), LowRank(2)]
 # After a round, where magnitudes may be equal, and numbers 0, up to rounding errors: neither TopK, Sign nor two bits.
 SAFE = [None, Identity(), Rounded("int8"), QSGD(127), RandomK(0.5), LinearSketch(0.4)]
 
