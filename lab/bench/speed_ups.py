@@ -103,13 +103,14 @@ def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) 
 def limits(found: Sequence[Mapping[str, str]], links: Sequence[int] = LINKS) -> str:
     """Return the Markdown table of the trainings of `unreached`, with upper limits on the methods' speed-ups.
 
-    The columns are like those of `speed_ups`, with the loss in place of the number of seeds.
+    The columns are like those of `speed_ups`, with the losses.
     """
     lines = list[list[str]]()
-    for one, loss in unreached(found):
-        cells = [str(one.workers), one.method, f"{one.rate:g}", f"{one.steps:,.0f}", f"{loss:.3f}"]
-        lines.append(cells + [f"{one.speed_up(mbit):.2f}" for mbit in links])
-    return _markdown(["workers", "method", "rate", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)], lines)
+    for one, losses in unreached(found):
+        cells = [str(one.workers), one.method, f"{one.rate:g}", str(len(losses)), f"{one.steps:,.0f}"]
+        lines.append([*cells, spread(losses, 3), *(f"{one.speed_up(mbit):.2f}" for mbit in links)])
+    heads = ["workers", "method", "rate", "seeds", "steps", "loss", *(f"{mbit:,} Mbit/s" for mbit in links)]
+    return _markdown(heads, lines)
 
 
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -142,17 +143,18 @@ def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Tr
     return trainings
 
 
-def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, float]]:
-    """Yield each method's longest training with seed 0 and its loss, if this is above the loss of one machine alone.
+def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, list[float]]]:
+    """Yield each method's longest training, and its losses by seed, if all are above those of one machine alone.
 
     The method needs more steps than this training has, so the speed-up of the training is an upper limit.
     """
-    alone = _of(found, 1, "dense", STEPS)
-    target = float(alone[0]["loss"]) if alone else math.inf
+    targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
     for workers, name in _settings(found):
-        last = max((row for row in _of(found, workers, name) if row["seed"] == "0"), key=lambda row: int(row["steps"]))
-        if workers > 1 and (loss := float(last["loss"])) > target:
-            yield Trial(workers, name, float(last["rate"]), int(last["steps"]), int(last["sent"])), loss
+        longest = max(int(row["steps"]) for row in _of(found, workers, name))
+        last = _of(found, workers, name, longest)
+        if workers > 1 and all(float(row["loss"]) > targets.get(row["seed"], math.inf) for row in last):
+            trial = Trial(workers, name, float(last[0]["rate"]), longest, int(last[0]["sent"]))
+            yield trial, [float(row["loss"]) for row in last]
 
 
 def _of(

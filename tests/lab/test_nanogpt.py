@@ -108,7 +108,7 @@ def test_a_speed_up_is_interpolated() -> None:
     assert reached([*found, *second]) == {(2, "local"): [one, one]}
     assert "| 2 | local | 0.001 | 2 | 1,000 | 2.00 |" in speed_ups([*found, *second], [1000])
     # A training that is too short has an upper limit on the speed-up.
-    assert "| 2 | local | 0.001 | 500 | 2.000 | 4.00 |" in limits(found[:2], [1000])
+    assert "| 2 | local | 0.001 | 1 | 500 | 2.000 | 4.00 |" in limits(found[:2], [1000])
     assert "local" not in limits(found, [1000])
     # At the better of two rates, of which neither is the recipe's.
     fast = [
