@@ -6,6 +6,7 @@
 Sites that come and go, each with a torchrun of its own, which starts it again if it loses a process:
 
     torchft_lighthouse --min_replicas 1 --join_timeout_ms 5000
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1        # avoids stale addresses after a restart
     torchrun --standalone --nproc-per-node 2 --max-restarts 9 examples/sites.py --lighthouse http://HOST:29510 --site 0
 
 Gradients are averaged within a site in every step. After every 8 steps each process exchanges its part of the site's

@@ -63,6 +63,8 @@ def run(
     Under torchrun its workers are used; otherwise this command starts them. A run that was killed, or stopped by
     SIGTERM, continues from its last checkpoint with --resume; results are bitwise identical to an uninterrupted run's.
 
+    To restart workers, torchrun also needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+
     Examples:
         python -m lab run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
         python -m lab run config.toml --serial --workers 10 --out runs/a

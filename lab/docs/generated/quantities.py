@@ -65,8 +65,8 @@ SUMMARY = (
     _of("local", "the settings of [local]", optional=True),
     _of(
         "elastic",
-        "with --elastic, where each worker has its own summary and losses: `workers` of the last round, and `lost`, "
-        "the sum of the norms of lost error memories; steps and epochs are those of all workers that there were",
+        "with --elastic, where each worker has its own summary and losses: `workers` of the last round; steps and "
+        "epochs are those of all workers that there were",
         optional=True,
     ),
     _of("payload sent received", "as in metrics.jsonl, with the purpose start", "bytes"),
