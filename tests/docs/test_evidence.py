@@ -19,7 +19,6 @@ from stored_rows import at_best_rate, read
 from lab.bench import nanogpt
 from lab.bench.result import shown
 from lab.bench.speed_ups import STEP_TIME, gaps, reached, searched, slope, unreached, untuned
-from lab.race.contenders import parse
 from lab.race.curves import load
 from lab.race.target import TargetRace
 from lab.race.target_run import TargetRun
@@ -349,20 +348,7 @@ def by_the_clock() -> tuple[float, float]:
 
 
 def other_tasks() -> Iterator[str]:
-    """The ResNet and the pretrained transformer."""
-    found = {}
-    for name in ("resnet", "finetune"):
-        for curve in load(RACE / f"{name}.csv"):
-            key = name, parse(curve.contender, 1.0).method
-            if key not in found or curve.final < found[key].final:
-                found[key] = curve
-
-    def cell(name: str, method: str) -> str:
-        curve = found[name, method]
-        return f"{curve.final:.3f} at {curve.sent / 1000:,.0f} kB"
-
-    low_rank, ours = cell("resnet", "powersgd-4"), cell("resnet", f"{TOPK} every=8")
-    yield f"SGD | {cell('resnet', 'ddp')} | {ours} (`TopK(1/16)`) | {low_rank} (torch's PowerSGD, rank 4) |"
+    """The pretrained transformer."""
     rows, dense = read(ROOT / "experiments" / "fine-tuning" / "minilm.csv"), load(RACE / "finetune.csv")
     ours, theirs = (
         [row for row in rows if row["method"] == method and row["rate"] == "0.0003"]
@@ -371,9 +357,7 @@ def other_tasks() -> Iterator[str]:
     assert len(ours) == len(theirs) == 3
     lost = fmean(float(row["loss"]) for row in ours) - fmean(float(row["loss"]) for row in theirs)
     (whole,) = {curve.sent / 1000 for curve in dense if curve.contender == "ddp"}
-    yield f"MiniLM loses {lost:.3f} to DDP, at a {whole / float(ours[0]['kB_a_step']):.0f}st of the bytes (three seeds)"
-    sign, plain = cell("finetune", f"{SIGN} every=8"), cell("finetune", "local-sgd-32")
-    yield f"AdamW | {cell('finetune', 'ddp')} | {sign} (`Sign`) | {plain} (torch's local SGD every 32) |"
+    yield f"loses {lost:.3f} to DDP, at a {whole / float(ours[0]['kB_a_step']):.0f}st of the bytes (three seeds)"
 
 
 def shares() -> Iterator[str]:
