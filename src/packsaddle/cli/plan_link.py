@@ -1,7 +1,6 @@
 """The command `packsaddle plan link`, which forecasts how fast each method of training is on a network link."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -12,7 +11,7 @@ from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables, pr
 from packsaddle.cli.progress import countdown
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
-from packsaddle.errors import ConfigError, check_positive, config_errors
+from packsaddle.errors import ConfigError, check_integers, check_positive, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Optimizer, forecast, slower_rate
@@ -80,11 +79,10 @@ def link(
         raise ConfigError("--data and --input are for --model MODULE:FUNCTION")
     if model is not None and [data, input, compute].count(None) != 2:
         raise ConfigError("--model needs one of --data MODULE:FUNCTION, --input SHAPE and --compute SECONDS")
-    if workers < 2:
-        raise ConfigError(f"--workers must be at least 2 (one worker sends nothing), got {workers}")
     with config_errors("--"):
+        check_integers(2, workers=workers)
         check_positive(compute=compute)
-        fleet = Fleet(workers, compute or 0.0)
+        Fleet(workers, compute or 0.0)  # raises ValueError if `compute` is too large
     with config_errors():
         network = Link.nominal(slower_rate(rate), latency)
         settings = {} if optimizer == "sgd" else measured_with(workers, optimizer)
@@ -101,8 +99,8 @@ def link(
     paces = _paces(size, MEASURED[optimizer], settings, device)
 
     # Forecast, and print the result.
-    fleet = replace(fleet, compute=timing.low) if timing else fleet
     with config_errors():
+        fleet = Fleet(workers, timing.low if timing else compute or 0.0)
         verdict = forecast(size, network, fleet, MEASURED[optimizer], lambda c, d: paces[c], update=update)
         local = forecast_local(size, network, fleet, settings, lambda c, d: paces[c], update=update)
     plan = LinkPlan(verdict, local, size, network, fleet, update, optimizer, timing)
