@@ -216,6 +216,8 @@ def test_gloo_listens_where_the_name_of_the_host_leads(addresses: list[str], mon
     assert fact.verdict == "warning"
     assert f"listens on {HERE}, which no other host can reach" in fact.value
     assert fact.advice.endswith("set GLOO_SOCKET_IFNAME on each, here to one of en7")
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0")])
+    assert found(doctor.network(), "gloo").advice.endswith(", after connecting this host to a network")
 
 
 def test_gloo_listens_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:

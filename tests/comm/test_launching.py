@@ -5,11 +5,24 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import launched
 import pytest
 
 from packsaddle.comm import TerminatedError, launch
+
+# The settings of torch 2.9, the oldest that packsaddle supports, that `launch` may pass.
+OF_TORCH_2_9 = {"min_nodes", "max_nodes", "nproc_per_node", "run_id", "rdzv_backend", "rdzv_endpoint", "rdzv_configs"}
+OF_TORCH_2_9 |= {"local_addr", "max_restarts", "start_method", "monitor_interval"}
+
+
+def test_a_launch_has_no_setting_that_the_oldest_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict[str, Any]()
+    monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", lambda **settings: given.update(settings))
+    with pytest.raises(AttributeError):
+        launch(launched.save_when_told, (), 2)
+    assert given.keys() <= OF_TORCH_2_9
 
 
 def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

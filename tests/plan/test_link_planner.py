@@ -194,7 +194,8 @@ REFUSALS = {
     ("1gbit", "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     ("1gbit", "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     ("1gbit", "--d", "5", "--compute", "0s"): "--compute must be positive and finite, got 0.0",
-    (*SIZED, "--workers", "1"): "workers must be at least 2 (one worker sends nothing), got 1",
+    ("1gbit", "--d", "5", "--compute", "1e300"): "--compute must be from 0 to 1e+09, got 1e+300",
+    (*SIZED, "--workers", "1"): "--workers must be an integer of at least 2, got 1",
     (*SIZED, "--latency", "-1"): "latency of a link must be from 0 to 1e+09 seconds",
     (*SIZED, "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
 }
@@ -202,8 +203,10 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS.items(), ids=map(" ".join, REFUSALS))
 def test_bad_input_is_one_line_and_code_2(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr("packsaddle.cli.plan_link.update_seconds", None)
     assert not refused(capsys, message, "plan", "link", *arguments)
 
 

@@ -155,7 +155,8 @@ def network() -> Iterator[Fact]:
     if is_reachable:
         yield Fact("network", "gloo", f"listens on {address}: {why}")
     else:
-        advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME on each, here to one of {', '.join(others)}"
+        where = f"here to one of {', '.join(others)}" if others else "after connecting this host to a network"
+        advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME on each, {where}"
         value = f"listens on {address}, which no other host can reach: {why}"
         yield Fact("network", "gloo", value, "warning", advice)
 

@@ -11,7 +11,7 @@ from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables, pr
 from packsaddle.cli.progress import countdown
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
-from packsaddle.errors import ConfigError, check_positive, config_errors
+from packsaddle.errors import ConfigError, check_integers, check_positive, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Optimizer, forecast, slower_rate
@@ -80,7 +80,9 @@ def link(
     if model is not None and [data, input, compute].count(None) != 2:
         raise ConfigError("--model needs one of --data MODULE:FUNCTION, --input SHAPE and --compute SECONDS")
     with config_errors("--"):
+        check_integers(2, workers=workers)
         check_positive(compute=compute)
+        Fleet(workers, compute or 0.0)  # raises ValueError if `compute` is too large
     with config_errors():
         network = Link.nominal(slower_rate(rate), latency)
         settings = {} if optimizer == "sgd" else measured_with(workers, optimizer)

@@ -112,8 +112,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     thread.
 
     `entry` must be importable by name; it is called with the launcher's environment variables (see `process_group`).
-    Raises ConfigError if a worker raised a ConfigError, WorkerFailedError if a worker failed otherwise, and
-    TerminatedError on SIGTERM, which torch forwards to the workers.
+    Raises ConfigError if a worker raised a ConfigError, WorkerFailedError if a worker failed otherwise, TerminatedError
+    on SIGTERM, and KeyboardInterrupt on SIGINT, SIGHUP and SIGQUIT. Torch forwards these signals to the workers.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -128,7 +128,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
     # All workers are on one machine, so they meet by a file, and the operating system chooses the port of their store.
     # Workers are not restarted: the launch ends if a worker fails.
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -142,16 +142,18 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
             max_restarts=0,
             start_method="forkserver",  # torch is imported once, in a server that forks every worker
             monitor_interval=0.1,
-            signals_to_handle="SIGTERM",
         )
         try:
             return elastic_launch(config, _in_worker)(entry, *args)[0]
         except ChildFailedError as error:
             raise failure_of(*error.get_first_failure()) from error
-        except SignalException:  # raised after the workers have ended
-            raise TerminatedError from None
+        except SignalException as stop:  # raised after the workers have ended
+            raise (TerminatedError if stop.sigval == signal.SIGTERM else KeyboardInterrupt) from None
         finally:
-            signal.signal(signal.SIGTERM, before)  # torch's launcher has replaced the handler
+            # Restore the handlers that torch's launcher has replaced.
+            for number, handler in before.items():
+                if handler is not None and signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
 
 
 def _in_worker(entry: Callable[..., Any], *args: Any) -> Any:

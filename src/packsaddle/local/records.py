@@ -9,7 +9,6 @@ from packsaddle.comm.communicator import ring_all_reduce
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import describe
-from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.guard import Records, Skips
 from packsaddle.local.after import Reactions
@@ -63,10 +62,6 @@ class LocalRecords(Records):
     @property
     def _skips(self) -> Skips:  # type: ignore[override]
         return self._reactions.outcomes.skips
-
-    @property
-    def _drift(self) -> DriftGuard:
-        return self._reactions.drift
 
     @property
     def ledger(self) -> Ledger:

@@ -499,7 +499,7 @@ class LocalUpdates(LocalRecords, Exchanging):
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
-        self._drift.resume(self._fragments[-1].rounds)
+        self._reactions.drift.resume(self._fragments[-1].rounds)
         self._watches.unsent.clear()
 
     def check_call(self, call: Call) -> None:
