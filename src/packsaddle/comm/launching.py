@@ -123,8 +123,9 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     # one thread.
     preload_workers(entry.__module__)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL + 1)
 
     # All workers are on one machine, so they meet by a file, and the operating system chooses the port of their store.
     # Workers are not restarted: the launch ends if a worker fails.
@@ -150,7 +151,9 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         except SignalException as stop:  # raised after the workers have ended
             raise (TerminatedError if stop.sigval == signal.SIGTERM else KeyboardInterrupt) from None
         finally:
-            # Restore the handlers that torch's launcher has replaced.
+            # Restore the loggers, and the handlers that torch's launcher has replaced.
+            for logger, level in levels.items():
+                logger.setLevel(level)
             for number, handler in before.items():
                 if handler is not None and signal.getsignal(number) != handler:
                     signal.signal(number, handler)
