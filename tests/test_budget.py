@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = {
     "": (4, 170),
     "checkpoint": (7, 655),
-    "cli": (17, 1375),
+    "cli": (17, 1380),
     "comm": (16, 1690),
     "compressors": (15, 1585),
     "curvature": (11, 1210),
