@@ -320,6 +320,7 @@ def test_an_invalid_update_is_rejected_by_all() -> None:
     first, second = simulate(run, 2)
     assert [skip.workers for skip in first.local.skips] == [skip.workers for skip in second.local.skips] == [(1,)]
     assert first.anchor().isfinite().all()
+    assert first.local.position == 6  # the steps of the round before, of both workers
 
 
 @pytest.mark.parametrize("end", ["flush", "leave"])
