@@ -130,8 +130,7 @@ def reached(found: Sequence[Mapping[str, str]]) -> dict[tuple[int, str], list[Tr
     with a lower loss. Seeds without two such trainings are left out.
     """
     trainings: dict[tuple[int, str], list[Trial]] = {}
-    targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
-    for (workers, name), (seed, target) in product(_settings(found), targets.items()):
+    for (workers, name), (seed, target) in product(_settings(found), _targets(found).items()):
         seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == seed}
         longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
         if workers > 1 and longer and longer[0] > min(seen):
@@ -148,13 +147,18 @@ def unreached(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[Trial, list[
 
     The method needs more steps than this training has, so the speed-up of the training is an upper limit.
     """
-    targets = {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
+    targets = _targets(found)
     for workers, name in _settings(found):
         longest = max(int(row["steps"]) for row in _of(found, workers, name))
         last = _of(found, workers, name, longest)
         if workers > 1 and all(float(row["loss"]) > targets.get(row["seed"], math.inf) for row in last):
             trial = Trial(workers, name, float(last[0]["rate"]), longest, int(last[0]["sent"]))
             yield trial, [float(row["loss"]) for row in last]
+
+
+def _targets(found: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Return the loss of one machine alone, by seed."""
+    return {row["seed"]: float(row["loss"]) for row in _of(found, 1, "dense", STEPS)}
 
 
 def _of(

@@ -274,13 +274,12 @@ def nano_gpt() -> Iterator[str]:
         one.speed_up(10) for one, _ in unreached(best()) if one.workers == 2 and one.method.startswith("local SGD")
     ]
     yield f"16 bits gains at most {max(peers):.2f} with two"
-    ratio, difference = by_the_clock()
+    ratio, difference = by_the_clock("2", "10")
     yield f"`overlap=2` needed {ratio:.2f} times less time at 10 Mbit/s"
     yield f"with a loss {difference:.3f} higher"
-    four, alone = (clocked("4", workers) for workers in ("4", "1"))
-    ratio = fmean(alone[seed] / four[seed] for seed in ("0", "1", "2"))
-    yield f"Four workers needed {ratio:.2f} times less time at 4 Mbit/s"
-    yield f"compute {fmean(alone.values()) / nanogpt.STEPS / STEP_TIME:.1f} times as slowly"
+    yield f"Four workers needed {by_the_clock('4', '4')[0]:.2f} times less time at 4 Mbit/s"
+    alone = fmean(clocked("4", "1", "seconds").values())
+    yield f"compute {alone / nanogpt.STEPS / STEP_TIME:.1f} times as slowly"
     second = reached(searched(nanogpt.rows(nanogpt.ROWS.with_name("library.csv"))))
     text = [[one.speed_up(10) for one in second[key]] for key in ((2, "local, overlap"), (4, "local, agreement"))]
     assert [len(seeds) for seeds in text] == [3, 3]
@@ -325,26 +324,23 @@ def best() -> Sequence[Mapping[str, str]]:
     return searched(nanogpt.rows(nanogpt.ROWS))
 
 
-def clocked(hosts: str, workers: str) -> Mapping[str, float]:
-    """Return the seconds by seed, of several runs their mean."""
+def clocked(hosts: str, workers: str, column: str) -> Mapping[str, float]:
+    """Return a column of the runs by the clock, "seconds" or "loss", by seed: the mean if a seed was run repeatedly."""
     rows = [row for row in nanogpt.rows(nanogpt.CLOCKED) if (row["hosts"], row["workers"]) == (hosts, workers)]
-    seeds = {row["seed"] for row in rows}
-    return {seed: fmean(float(row["seconds"]) for row in rows if row["seed"] == seed) for seed in seeds}
+    return {s: fmean(float(row[column]) for row in rows if row["seed"] == s) for s in {row["seed"] for row in rows}}
 
 
-def by_the_clock() -> tuple[float, float]:
-    """Return the time of one machine over that of two workers, and the two workers' loss minus that of one machine.
+def by_the_clock(workers: str, mbit: str) -> tuple[float, float]:
+    """Return the time of one machine over that of several workers, and the workers' loss minus that of one machine.
 
     They are means over seeds.
     """
-    rows = [row for row in nanogpt.rows(nanogpt.CLOCKED) if row["hosts"] == "2"]
-    two, alone = ({row["seed"]: row for row in rows if row["workers"] == workers} for workers in ("2", "1"))
-    assert two.keys() == alone.keys() == {"0", "1", "2"}
-    assert {row["mbit"] for row in rows} == {"10"}
-    ratios = [float(alone[seed]["seconds"]) / float(two[seed]["seconds"]) for seed in two]
-    higher = [float(two[seed]["loss"]) - float(alone[seed]["loss"]) for seed in two]
+    assert {row["mbit"] for row in nanogpt.rows(nanogpt.CLOCKED) if row["hosts"] == workers} == {mbit}
+    times, losses = ([clocked(workers, n, column) for n in (workers, "1")] for column in ("seconds", "loss"))
+    assert all(of_seeds.keys() == {"0", "1", "2"} for of_seeds in (*times, *losses))
+    higher = [losses[0][seed] - losses[1][seed] for seed in losses[0]]
     assert max(higher) < 0.006  # the times are to nearly the same loss
-    return fmean(ratios), fmean(higher)
+    return fmean(times[1][seed] / times[0][seed] for seed in times[0]), fmean(higher)
 
 
 def other_tasks() -> Iterator[str]:
@@ -496,7 +492,7 @@ def front() -> Iterator[str]:
     ours, peer, _ = best_at("Muon", "1000")
     assert fmean(ours) == pytest.approx(fmean(peer), rel=0.015)  # the times are equal
 
-    yield f"reach the loss of one machine {by_the_clock()[0]:.2f} times as soon"
+    yield f"reach the loss of one machine {by_the_clock('2', '10')[0]:.2f} times as soon"
     yield f"DDP would take {1 / speed_up(2, 'dense', 10):.0f} times as long as one machine"
 
     # The bytes of Figure 2.

@@ -158,10 +158,9 @@ def _options(flag: inspect.Parameter, text: str) -> dict[str, Any]:
         options |= {"nargs": "*", "action": "extend"}
     elif _is_positional(flag):
         options["nargs"] = "?"  # a missing one is reported by `_parse_flags`
-    metavar = "|".join(map(_metavar, _kinds(hint)))
-    if _is_positional(flag):
-        options["help"] += f" One of {metavar.replace('|', ', ')}." if "|" in metavar else ""
-        metavar = word_of(flag)
+    if _is_positional(flag) and get_origin(hint) is Literal:
+        options["help"] += f" One of {', '.join(get_args(hint))}."
+    metavar = word_of(flag) if _is_positional(flag) else "|".join(map(_metavar, _kinds(hint)))
     return {**options, "metavar": metavar, "type": functools.partial(_read, hint)}
 
 
