@@ -199,7 +199,7 @@ class Worker:
     def train(self) -> None:
         local, spec = self.local, self.spec
         local.join()
-        membership = local._workers
+        membership = local._workers.member
         assert membership is not None
         pending = local.pending().double()
         self.say("join", None, pending)
@@ -240,7 +240,7 @@ class Worker:
         return self.local.position >= (self.spec.position or 0)
 
     def say(self, event: str, sent: Tensor | None, pending: Tensor) -> None:
-        local, membership = self.local, self.local._workers
+        local, membership = self.local, self.local._workers.member
         assert membership is not None
         anchor = self.anchor()
         self.log.write(

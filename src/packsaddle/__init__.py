@@ -23,8 +23,8 @@ from packsaddle.feedback.guard import NonFiniteError, Skip
 from packsaddle.feedback.noise import Noise, Ramp
 from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.hooks.fsdp import register_fsdp_hook
-from packsaddle.local.clipping import Clip
 from packsaddle.local.options import Elastic, OuterAgreement, OuterSGD, Overlap, Workers
+from packsaddle.local.round import Clip
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.sgd.optimizer import CompressedSGD

@@ -15,7 +15,7 @@ from torch import Tensor
 from packsaddle import Clip, Compression, Compressor, Identity, TopK, simulate
 from packsaddle.comm import resolve
 from packsaddle.integrations import measures
-from packsaddle.local.clipping import factors_of
+from packsaddle.local.round import factors_of
 
 GATHERED = Compression(TopK(0.25), "direct", dense_below=7)
 
@@ -80,7 +80,7 @@ def test_elastic_workers_lose_nothing(compressor: Compressor, caplog: pytest.Log
         start = worker.anchor()
         worker.train(15)  # the flush follows a round, after which some workers have nothing to send
         found = {"start": start, "clips": worker.local.clips, "moved": worker.moved}
-        found |= {"name": f"{worker.local._workers.worker:x}", "pending": worker.local.pending()}  # type: ignore[union-attr]
+        found |= {"name": f"{worker.local._workers.member.worker:x}", "pending": worker.local.pending()}  # type: ignore[union-attr]
         found["anchor"] = worker.anchor()
         worker.local.flush()
         return found | {"flushed": worker.anchor(), "x": worker.x(), "rest": worker.local.pending()}

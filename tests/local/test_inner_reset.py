@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
 from packsaddle.integrations import JoinedOptimizer
-from packsaddle.local.outcomes import clear_nonfinite
+from packsaddle.local.after import clear_nonfinite
 
 Make = Callable[[list[Any]], Optimizer]
 STEPS, EVERY, BAD = 24, 4, 5  # worker 1 has a batch of NaNs at step 5

@@ -505,9 +505,9 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
             local.join()
             if changed:
                 model["fixed"].weight.data.add_(1.0)
-                local._workers.has_joined = rank != 2  # as if worker 2 joined only now
+                local._workers.member.has_joined = rank != 2  # as if worker 2 joined only now
                 assert local._workers.round(uncompressed=True)  # type: ignore[union-attr]
-                local._workers.has_joined = True
+                local._workers.member.has_joined = True
                 assert local.flush()
 
         return message(call)

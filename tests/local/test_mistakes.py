@@ -26,7 +26,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.feedback.background import Background, Promise
-from packsaddle.local.lockstep import Lockstep
+from packsaddle.local.workers import Lockstep
 
 Gloo = Callable[..., list[Any]]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from packsaddle import Compression, Identity, LocalUpdates, OuterAgreement, OuterSGD, simulate
-from packsaddle.local.inner import Shards
+from packsaddle.comm.sharding import Shards
 from packsaddle.local.moments import MeanMomentum
 
 Gloo = Callable[..., list[Any]]

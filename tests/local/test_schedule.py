@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle.local.pace import Pacing, paces
-from packsaddle.local.schedule import Event, Schedule, offsets
+from packsaddle.local.schedule import Event, Pacing, Schedule, paces
 
 # Numbers of inner steps between exchanges, of fragments, and of a delay.
 SETTINGS = [(every, n, delay) for every in range(1, 13) for n in range(1, every + 1) for delay in range(every)]
@@ -31,7 +30,7 @@ def by_definition(every: int, fragments: int, delay: int, steps: int) -> list[li
 def test_events() -> None:
     """An exchange begins and ends as defined, once, and before the next one of its fragment."""
     for every, fragments, delay in SETTINGS:
-        schedule = Schedule(every, delay, tuple(offsets(every, fragments)))
+        schedule = Schedule(every, delay, tuple(range(fragments)), fragments)
         steps = 2 * every + delay
         expected = by_definition(every, fragments, delay, steps)
         assert [schedule.after(n) for n in range(1, steps + 1)] == expected, schedule
@@ -47,7 +46,7 @@ def test_a_pace_spreads_the_steps_of_a_worker_over_the_rounds(
 ) -> None:
     """Each event is due once, in order, after the first step k of its round with k every / pace >= its tick."""
     every, fragments, delay = setting
-    plain = Schedule(every, delay, tuple(offsets(every, fragments)))
+    plain = Schedule(every, delay, tuple(range(fragments)), fragments)
     schedule, at = plain.paced(pace, 0), 0
     for h in (pace, other):  # two rounds of each
         for first in (schedule.tick(at), schedule.tick(at) + every):

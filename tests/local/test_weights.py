@@ -65,7 +65,7 @@ def paced(rank: int, seconds: Callable[[int], tuple[int, ...]], clock: WorkersCl
 @pytest.mark.parametrize("delay", [0, 3])
 def test_paces_follow_the_speeds(delay: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """One worker is three times slower, and as fast as the other one from round 7 on; both log nothing else."""
-    monkeypatch.setattr("packsaddle.local.pace.time", clock := WorkersClock())
+    monkeypatch.setattr("packsaddle.local.schedule.time", clock := WorkersClock())
     with caplog.at_level("INFO", logger="packsaddle"):
         found = simulate(lambda rank: paced(rank, lambda r: (1, 3 if r < 7 else 1), clock, overlap=delay), 2)
     late = delay > 0  # an exchange that ends in the next round has its times

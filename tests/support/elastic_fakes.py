@@ -9,6 +9,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
 from packsaddle.comm import Group, ManagedGroup, Solo, resolve
+from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.elastic.workers import ElasticWorkers
 
 COMPRESSION = Compression(TopK(0.25), dense_below=0, compare_every=1)
@@ -156,10 +157,10 @@ class Worker:
         return found
 
 
-def membership(worker: Worker) -> ElasticWorkers:
+def membership(worker: Worker) -> Membership:
     found = worker.local._workers
     assert isinstance(found, ElasticWorkers)
-    return found
+    return found.member
 
 
 def joined(**arguments: Any) -> Worker:

@@ -202,7 +202,7 @@ class Process:
         while True:
             over = torch.tensor([local.rounds >= self.run.rounds and (self.life.name != "0" or self.run.is_last())])
             assert isinstance(local._workers, ElasticWorkers)
-            local._workers.site.group.all_reduce(over := over.int())
+            local._workers.member.site.group.all_reduce(over := over.int())
             if over == PROCESSES:
                 break
             self.step()
@@ -221,7 +221,7 @@ class Process:
         self.optimizer.step()
 
     def say(self, event: str, sent: Tensor | None) -> None:
-        membership, pending = self.local._workers, self.local.pending()
+        membership, pending = self.local._workers.member, self.local.pending()
         assert isinstance(membership, ElasticWorkers)
         anchor = torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
         line = {"event": event, "process": self.process, "round": self.local.rounds, "pending": pending.clone()}

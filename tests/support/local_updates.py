@@ -32,7 +32,7 @@ from packsaddle.comm import resolve
 from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.feedback.noise import Noise
 from packsaddle.local.options import LocalOptions
-from packsaddle.local.pace import paces
+from packsaddle.local.schedule import paces
 from packsaddle.numerics.seeds import mix
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}
@@ -240,6 +240,7 @@ class Round:
     mean: Tensor | None = None  # float[n]; None: the round is rejected
     rest: Tensor | None = None  # bool[W]: of a flush, not all was sent
     times: tuple[int, ...] = ()  # seconds of the workers' steps
+    clips: list[tuple[int, str, float]] = field(default_factory=list)
 
 
 class Part:
@@ -256,6 +257,7 @@ class Part:
         self.compressor: Compressor | None = None
         self.warm: list[Tensor] | None = None  # LowRank's Q
         self.current: Round | None = None
+        self.made: Tensor | None = None  # float[W, 1], each worker's part of the mean when its error memory was made
         self.clips: list[tuple[int, str, float]] = []
 
     def restricted(self, c: Compressor) -> Compressor:
@@ -312,9 +314,14 @@ class Twin:
         """Return each worker's updates that the anchor does not include, float[W, d]."""
         pending = self.e + self.u
         for part in self.parts:
+            pending[:, part.at] = self.carried(part) * self.e[:, part.at] + self.u[:, part.at]
             if part.current is not None and part.current.mean is not None:
                 pending[:, part.at] += part.current.mean
         return pending
+
+    def carried(self, part: Part) -> Tensor | float:
+        """Return the factor of each error memory, so that it counts as much as with the weights when it was made."""
+        return 1.0 if part.made is None else part.made / (self.shares() / self.size)
 
     def train(self, i: int) -> None:
         """Do the next inner step of worker i."""
@@ -342,19 +349,19 @@ class Twin:
                     self.note(i)
                 else:
                     self.waits.add(i)
+        here = self.paces
         try:
             self.exchange(n)
+            self.paces = self.following if part == case.every else here
         finally:
-            for i in [i for i in self.waits if self.done[i] * case.every // self.paces[i] == part]:
+            for i in [i for i in self.waits if self.done[i] * case.every // here[i] == part]:
                 self.note(i)
                 self.waits.discard(i)
         # Further steps at this tick.
-        for i, pace in enumerate(self.paces):
+        for i, pace in enumerate(here):
             while self.done[i] < case.last_step(part, pace):
                 self.train(i)
                 self.note(i)
-        if part == case.every:
-            self.paces = self.following
 
     def note(self, i: int) -> None:
         """Record a row of worker i."""
@@ -425,7 +432,8 @@ class Twin:
         self.switch(part, c)
         frozen = torch.stack([self.frozen(i)[at] for i in range(self.size)])
         self.x[:, at] = torch.where(frozen, self.x[:, at], (self.s() - self.u)[:, at])
-        v = case.decay * self.e[:, at] + self.u[:, at]
+        kept = case.decay * self.carried(part) * self.e[:, at]
+        v = kept + self.u[:, at]
         xi = None if flush else Noise.of(case.noise).vector(self.a, seed=case.seed, step=part.t)
         if xi is not None:
             v += torch.zeros_like(xi).index_put_((self.order,), xi)[at]
@@ -439,12 +447,13 @@ class Twin:
         # v is weighted and clipped, and sent.
         factor = torch.ones(self.size, 1, dtype=torch.float64)
         owned = self.owned[:, at]
-        own = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
+        own = torch.where(owned & ~frozen, v - kept, v)  # without what is of the mean
         if case.clip is not None:
             norms = own.norm(dim=1, keepdim=True).float().double()
-            factor = (case.clip * norms.median() / norms).clamp(max=1)
+            if (norms > 0).sum() > 2:
+                factor = (case.clip * norms[norms > 0].median() / norms).clamp(max=1)
             factor[norms == 0] = 1
-            part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1]
+            r.clips = [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1]
         r.rest = (factor[:, 0] < 1) | (not c.lossless)
         sent, r.mean, error = self.average(part, c, v * share * factor)
         # What was not sent is kept, and by its owner that of the mean, so that the next mean has it once; of a
@@ -455,7 +464,11 @@ class Twin:
             r.mean[frozen[0]] = 0
         if case.agreement and flush is None:
             self.lengthen(part, r.mean, torch.where(owned, own * share * factor, sent), share[:, 0])
-        self.e[:, at] = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
+        carried, now = self.carried(part), share / self.size
+        self.e[:, at] = torch.where(frozen, carried * self.e[:, at] + (0 if agrees else residual), residual)
+        # A memory is kept in a unit that at most doubles in a round.
+        part.made = now if part.made is None else torch.maximum(now, part.made / 2)
+        self.e[:, at] *= now / part.made
         self.u[:, at] = torch.where(frozen, self.u[:, at], 0)
         for mine in self.is_sent:
             mine.update(dict.fromkeys(part.names, True))
@@ -516,6 +529,7 @@ class Twin:
             self.reject(part, r)
             return
         part.t += 1
+        part.clips += r.clips
         self.streak = self.streak if any(each.was_rejected for each in self.parts) else 0
         # The anchor moves, and x with it.
         mean = torch.zeros_like(self.a).index_put_((at,), r.mean)

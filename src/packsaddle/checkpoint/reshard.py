@@ -102,7 +102,9 @@ def _splits(
 
 
 def _split(part: Any, state: Mapping[str, Any]) -> Split:
-    return part.saved_state.split(_leaves(state)) if isinstance(part, Exchanging) else ({}, _leaves(state))
+    if not isinstance(part, Exchanging):
+        return {}, _leaves(state)
+    return part.saved_state.split(_leaves(part.for_resharding(state)))
 
 
 def _layout(split: Split) -> dict[Path, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
-FORMAT = 7  # version of the saved states of optimizers, hooks and local updates
+FORMAT = 8  # version of the saved states of optimizers, hooks and local updates
 ANY = "*"  # key of a pattern, i.e. of a path with wildcards; it matches every key
 Path = tuple[Any, ...]  # the keys that lead to an entry in nested dictionaries and lists, outermost first
 Kind = Literal["shared", "error", "own", "constant"]

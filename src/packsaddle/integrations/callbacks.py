@@ -25,8 +25,8 @@ from packsaddle.feedback.optimizers import load_states
 from packsaddle.feedback.state import check_tensor
 from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.hooks.ddp_hook import DDPHook
-from packsaddle.local.start import persistent_buffers
 from packsaddle.local.updates import LocalUpdates
+from packsaddle.local.watch import persistent_buffers
 
 NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 

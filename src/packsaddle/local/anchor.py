@@ -6,11 +6,15 @@ update is start - x, where x are its parameters now. In a two-way exchange each 
 the vector for all workers. At the coordinates of its own chunk a worker always continues from a, even with
 `keep_unsent`, since its e contains W times the residual of a mean there. A frozen parameter x does not move. If the
 start point of a frozen parameter moves, `Anchor.owed` records by how much.
+
+`Trained` records when a parameter was frozen, and `OuterOptimizer` steps on the anchor.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +24,68 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.slices import Shaped, Slice
-from packsaddle.local.trained import Trained
+from packsaddle.feedback.state import Value
+from packsaddle.local.options import Outer
+from packsaddle.messages import shown
 from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import all_to_host, assign
+
+
+class Trained:
+    """A parameter, with a record of when it was frozen (requires_grad=False). A parameter counts as frozen in an
+    exchange if it is frozen now, and was frozen at all steps of its optimizer since the last exchange.
+
+    The current `requires_grad` is not sufficient. With several optimizers, an exchange may run at the end of a step of
+    an optimizer that does not train this parameter. Scripts for GANs freeze the parameters of other optimizers during a
+    step (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.dtype, self.device = parameter.dtype, parameter.device  # at construction
+        # True if the parameter was trained at one of the steps that led to the last exchange. Before the first exchange
+        # it is `requires_grad` at construction.
+        self._before = parameter.requires_grad
+        # True if the parameter was trained at a step since the last exchange; None: there was no step.
+        self._since: bool | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.parameter.requires_grad or self._before or bool(self._since)
+
+    @property
+    def requires_grad_next(self) -> bool:
+        """True if the parameter counts as trained in the next exchange or, after `begin_exchange`, in the exchange that
+        has begun."""
+        return self.parameter.requires_grad or (self._before if self._since is None else self._since)
+
+    def note_step(self) -> None:
+        """Record the current `requires_grad` of the parameter. Call at each step of its optimizer."""
+        self._since = bool(self._since) or self.parameter.requires_grad
+
+    def begin_exchange(self) -> None:
+        if self._since is not None:
+            self._before, self._since = self._since, None
+
+    def cancel_exchange(self) -> None:
+        """Count the steps that led to the current exchange among the steps that lead to the next exchange. Call if the
+        current exchange is rejected, or does not include this worker."""
+        if self._before:
+            self._since = True
+
+    def state(self) -> tuple[bool, bool | None]:
+        return self._before, self._since
+
+    def load(self, saved: tuple[bool, bool | None]) -> None:
+        self._before, self._since = saved
+
+
+def note_step(trained: Iterable[Trained]) -> None:
+    """Record which of these parameters are frozen. Call at each step of their optimizer."""
+    for each in trained:
+        each.note_step()
 
 
 class Anchor:
@@ -285,6 +347,54 @@ class Anchor:
         return out if self.owed is None else out.add_(self.owed)
 
 
+class OuterOptimizer:
+    """The outer optimizer, which steps on the anchor, i.e. on the parameters on which all workers last agreed.
+
+    `make` is a function of the anchor's tensors that returns the optimizer, and `anchor` has these tensors by parameter
+    name. Raises TypeError if `make` does not return a torch optimizer, and ValueError if the optimizer's parameters are
+    not exactly the anchor's tensors.
+    """
+
+    def __init__(self, make: Outer, anchor: Mapping[str, Tensor]) -> None:
+        self.optimizer = optimizer = make(list(anchor.values()))
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(optimizer).__name__}")
+        if {id(p) for p in parameters_of([optimizer])} != {id(tensor) for tensor in anchor.values()}:
+            raise ValueError("outer must return an optimizer of all tensors that it is given, and of no others")
+        self._names = {id(tensor): name for name, tensor in anchor.items()}
+
+    def field(self) -> Value:
+        """Return the field of the saved state that contains the optimizer's state dict, its class, and the names of the
+        parameters in each of its groups."""
+        return Value(("outer",), dict[str, Any], self._state, self._load, self._check)
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        return [[self._names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def _state(self) -> dict[str, Any]:
+        return {"class": type(self.optimizer).__name__, "names": self._groups, **self.optimizer.state_dict()}
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError unless `saved` is the state of an optimizer of the same class as this one, and each of its
+        groups has the same parameters, in any order, as this optimizer's group with the same index."""
+        name = type(self.optimizer).__name__
+        if saved.get("class") != name:
+            raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")
+        found = saved.get("names", [])
+        if list(map(sorted, found)) != list(map(sorted, self._groups)):
+            raise ValueError(f"outer must be the state of groups of {shown(self._groups)}, found {shown(found)}")
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        # torch assigns states to parameters by their order in the groups, which may differ here from the saved order.
+        groups = []
+        for group, theirs, ours in zip(saved["param_groups"], saved["names"], self._groups, strict=True):
+            index = dict(zip(theirs, group["params"], strict=True))
+            groups.append({**group, "params": [index[name] for name in ours]})
+        # Copy the saved tensors, since `load_state_dict` does not, and the next step would change them in place.
+        self.optimizer.load_state_dict(deepcopy({"state": saved["state"], "param_groups": groups}))
+
+
 @dataclass(frozen=True)
 class PseudoGradient(Update):
     """The local update of a worker, as the input of its error memory, float[n].
@@ -292,7 +402,7 @@ class PseudoGradient(Update):
     The local update is (start - x) + owed. Here x are the parameters of the anchor `of`, `start` is the point at which
     they continued after the last exchange, and `owed` is the part that start - x does not contain (`Anchor.owed`).
     `noise` is added if it is not None. The update of the parameters whose names are in `frozen` is 0. For 16-bit
-    parameters, `start` is rounded to 16 bits before x is subtracted.
+    parameters, `start` is rounded to 16 bits before x is subtracted. `decay` is the factor of the error memory in v.
     """
 
     of: Anchor
@@ -304,7 +414,7 @@ class PseudoGradient(Update):
         """Set `out`, float[n], to v = decay e + (start - x) + owed + noise. Here e is the error memory, given as
         `base`, and (start - x) + owed is the local update of the parameters x. `out` and `base` must not share
         memory."""
-        share, xs = self.decay, self.of.values()
+        factor, xs = self.decay, self.of.values()
         # Compute v = decay e + (start - x). If start is a - e, v is (a - x) + (decay - 1) e, for which a - e need not
         # be computed.
         starts: Sequence[Tensor] = self.of.views
@@ -312,14 +422,14 @@ class PseudoGradient(Update):
         if self.of.keeps and self.of.is_rounded:
             starts = self.of.starts()
         elif self.of.keeps:
-            share -= 1.0
+            factor -= 1.0
         for x, start, v in zip(xs, starts, out.views, strict=True):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
-        if share:
-            out.flat.add_(base.flat, alpha=share)
+        if factor:
+            out.flat.add_(base.flat, alpha=factor)
         # At coordinates that this worker owns (averages for all workers) in a two-way exchange, the start point is the
         # anchor a, so v is decay e + a - x there.
-        if share != self.decay:
+        if factor != self.decay:
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:
             out.flat.add_(self.of.owed)

@@ -1,20 +1,23 @@
-"""A fragment: a set of parameters whose local updates are exchanged together, with their error memory and their anchor
-(the parameters on which all workers last agreed).
+"""The memory of local updates: `Fragment`, a set of parameters whose local updates are exchanged together, has their
+anchor (the parameters on which all workers last agreed) and their error memory. `WholeAnchor` joins the fragments of a
+model, and `partition` splits a model into fragments.
 
-One exchange of a fragment is a `LocalRound` (module `round`). `Fragment.apply_round` applies its result to the anchor.
+The error memory carries the weight with which it was made. The residual of an update that this worker sent with the
+part p of the mean, p = w_i / sum_j w_j, still counts p in the mean when it is sent later. So if the part is q in a
+later round, the residual is multiplied by p / q there: a change of weights, of paces or of the number of workers moves
+no update that was made before.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
-from packsaddle.comm.sharding import is_split, local_part
+from packsaddle.comm.sharding import Shards, is_split, local_part, shard_of, sharded_over
 from packsaddle.compressors import Compressor, Identity, Rounded
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.compression import Compression
@@ -22,18 +25,16 @@ from packsaddle.feedback.guard import THE_UPDATE, Guard
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice, places
-from packsaddle.feedback.state import ANY, Path, Value, Vector, attribute, check_tensor, skip, typed
-from packsaddle.local.anchor import Anchor
-from packsaddle.local.clipping import Clips
-from packsaddle.local.inner import Shards
-from packsaddle.local.options import Elastic, LocalOptions
-from packsaddle.local.round import LocalRound, SavedExchange
-from packsaddle.local.schedule import Schedule, offsets
-from packsaddle.local.trained import Trained
+from packsaddle.feedback.state import ANY, Path, Value, Vector, attribute, skip, typed
+from packsaddle.local.anchor import Anchor, Trained
+from packsaddle.local.options import LocalOptions
+from packsaddle.numerics.seeds import mix
+
+_GROWTH = 2.0  # the most by which the factor p / q of an error memory changes its unit in one round
 
 
 class Fragment(Slice):
-    """A set of parameters exchanged together, with its anchor, error memory and at most one pending exchange.
+    """A set of parameters exchanged together, with its anchor and its error memory.
 
     Args:
         places: name, shape and position in the flat vector of each parameter of the fragment (its local shard).
@@ -65,13 +66,15 @@ class Fragment(Slice):
         self.anchor = Anchor(self, self.trained, memory, keeps=options.keep_unsent)
         self.contraction = Contraction(spec.monitor_every)
         guard = Guard("extra", unnamed=THE_UPDATE, agree=agree)
-        self.feedback = ErrorFeedback(
-            memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
-        )
-        self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
+        # The seed of the noise and of the compressor's draws. It is identical on all workers. The shards of a worker
+        # have different seeds, since equal noise in all shards would leave most directions without noise.
+        self.seed = mix(options.seed, *shard) if (shard := shard_of(self.parameters[0])) else options.seed
+        self.feedback = ErrorFeedback(memory, channel, guard, self.contraction, seed=self.seed, back=spec.back, whole=d)
         self.rounds = 0  # t, the number of applied exchanges
-        self.current: LocalRound | None = None
         self.was_rejected = False  # True if the last round was rejected; identical on all workers
+        # The part w_i / sum_j w_j of this worker in the mean for which the error memory was made, in (0, 1]; None: the
+        # memory is 0.
+        self.made: float | None = None
 
     @property
     def frozen_next(self) -> list[str]:
@@ -122,67 +125,39 @@ class Fragment(Slice):
         another compressor). If no round was applied yet, it is the compressor of the first round."""
         return self.options.compression.at(max(0, self.rounds - 1))
 
-    def abandon(self) -> None:
-        """Wait until the current round ends, ignore its error if it has failed, and roll the round back. No-op if there
-        is no current round."""
-        if self.current is not None:
-            with suppress(Exception):  # an error of the round does not matter, since the round is rolled back
-                self.current.call.wait()
-            self.roll_back()
+    def carried(self, part: float) -> float:
+        """Return the factor p / q of the error memory in an exchange in which this worker has the part `part` of the
+        mean, q = w_i / sum_j w_j. p is its part when the memory was made. The factor is 1 if q is 0, since nothing is
+        sent then."""
+        return self.made / part if self.made is not None and part else 1.0
 
-    def roll_back(self) -> None:
-        """Cancel the current round, if there is one. The error memory is rolled back to its value before the round,
-        unless the round was already closed."""
-        r, self.current = self.current, None
-        if r is not None and r.exchanged is not None:
-            r.finish(commit=False)
+    def note_made(self, part: float) -> None:
+        """Note that the error memory is the residual of an exchange in which this worker had the part `part` of the
+        mean.
 
-    def apply_round(self, outer: Optimizer | None) -> LocalRound:
-        """Close the current round, apply its mean update to the anchor (the parameters on which all workers last
-        agreed), and move the parameters x with the anchor; return the round.
-
-        If the round was rejected, the anchor does not change. A worker whose update was invalid then resets x to the
-        point at which it continued after the last exchange; on the other workers x does not change either.
+        If the part has become much smaller, the residual is scaled down, to count as much with a larger part. Otherwise
+        a worker with a very small weight would continue at a point a - e far from the anchor a.
         """
-        r = self.current
-        assert r is not None
-        r.close()
-        self.current = None
-        if r.applied:
-            assert r.mean is not None
-            self.rounds += 1
-            # A flush includes fewer inner steps than a round, or none. So its mean is subtracted without the outer
-            # optimizer, whose momentum would move the anchor as far as after a whole round.
-            outer, mean = None if r.flush else outer, r.mean
-            if outer is not None and self.options.mean_momentum and isinstance(mean, Tensor):
-                # Pass a copy, since torch's foreach SGD changes its gradients in place, and `mean_momentum` uses the
-                # mean afterwards.
-                mean = mean.clone()
-            with self.anchor.fixed_update([] if r.agrees else r.frozen):
-                self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
-            # A flush that has sent all of v leaves a residual only if v was multiplied by a weight. The residual is
-            # then a rounding error, so clear it.
-            if r.flush and r.share and not r.leaves_rest:
-                for name, e in self._named(self.feedback.memory.vector).items():
-                    if name not in r.frozen:
-                        e.zero_()
-            self.anchor.move(r.before, r.frozen)
-            if r.leaves_rest:
-                self.anchor.move_to_anchor()
-        elif bool(r.invalid):
-            self.anchor.move_to_start()
-        return r
+        if self.made is not None and self.made > _GROWTH * part:
+            self.feedback.memory.vector.mul_(_GROWTH * part / self.made)
+            part = self.made / _GROWTH
+        self.made = part
 
-    def unapplied(self) -> Tensor:
+    def forget(self, rounding: Tensor | None = None) -> None:
+        """Set the error memory to zero, or to `rounding`, the rounding error of 16-bit parameters, float[n]."""
+        self.feedback.reset(rounding)
+        self.made = None
+
+    def unapplied(self, part: float = 0.0) -> Tensor:
         """Return the updates of this worker that the anchor, on which all workers last agreed, does not include yet,
-        float[n]. Call after the current round is closed."""
-        p, found = self.current, self.feedback.memory.vector.clone()
-        if p is None or not p.applied:
-            return self.anchor.add_local_update(found)
-        assert isinstance(p.mean, Tensor)
-        starts = zip(self.names, self.anchor.starts(), p.before, strict=True)
-        starts_then = [start if name in p.frozen else before for name, start, before in starts]
-        return self.anchor.add_local_update(found.add_(p.mean), starts_then)
+        float[n]: its error memory and its local update. If `part` is not 0, the error memory is multiplied by the
+        factor with which it would be sent with this part of the mean (see `carried`)."""
+        return self.anchor.add_local_update(self.unsent(part))
+
+    def unsent(self, part: float = 0.0) -> Tensor:
+        """Return a copy of the error memory, float[n]. If `part` is not 0, it is multiplied by the factor with which it
+        would be sent with this part of the mean (see `carried`)."""
+        return self.feedback.memory.vector * self.carried(part)
 
     def shared_fields(self, path: Path) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self.places}
@@ -191,26 +166,20 @@ class Fragment(Slice):
 
     def fields(self, path: Path) -> list[Vector | Value]:
         """Return the fields of the saved state that belong to this fragment, such as its anchor and its error memory.
-        `path` is the prefix of the fields' keys.
-
-        Call after the current round is closed, and call `resume` after loading the fields. An exchange that is closed
-        but not yet applied, because of a delay, is saved with its outcome.
+        `path` is the prefix of the fields' keys. Call while no exchange runs, and call `resume` after loading the
+        fields.
         """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
-        exchange = Value(
-            (*path, "exchange"), SavedExchange | None, self._saved_exchange, self._load_exchange, self._check_exchange
-        )
         return [
             *self.shared_fields(path),
             *self.contraction.fields((*path, "contraction")),
-            attribute((*path, "clipped"), self.clips, "count", int),
             attribute((*path, "rejected"), self, "was_rejected", bool),
+            attribute((*path, "made"), self, "made", float | None),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "shift", ANY), shapes, lambda: self._named(self.anchor.shift()), skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
             Value((*path, "aggregator"), SavedAggregator | None, feedback.aggregator_state, skip),
-            exchange,
         ]
 
     def _trained_field(self, path: Path) -> Value:
@@ -232,15 +201,19 @@ class Fragment(Slice):
         self.anchor.owned = self.feedback.owned
         self._fill(self.feedback.memory.vector, saved)
 
-    def resume(self, saved: Mapping[str, Any]) -> None:
+    def resume(self, saved: Mapping[str, Any], in_flight: Sequence[str] | None = None) -> None:
         """Restore, from the saved state `saved` of this fragment, the aggregator, which averages messages, and the part
         of the local update that the parameters do not contain (`Anchor.owed`). Call after the saved-state fields are
-        loaded."""
+        loaded.
+
+        If a completed exchange with a delay will be applied later, `in_flight` has the names of the parameters that
+        were frozen in it. None: there is no such exchange.
+        """
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if aggregator is not None:
-            # The saved aggregator was used in the last round or, if an exchange with a delay was running, in that
+            # The saved aggregator was used in the last round or, if an exchange is to be applied later, in that
             # exchange, which `rounds` does not count yet.
-            is_delayed = self.current is not None and self.current.applied
+            is_delayed = in_flight is not None
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
             self.anchor.own(self.feedback.owned)
@@ -248,8 +221,8 @@ class Fragment(Slice):
         # the move in `owed`. Adding the saved value of `Anchor.shift` cancels that record.
         self._owe(saved["shift"])
         # A delayed exchange will move x to the start point, so clear `owed`, except for frozen parameters.
-        if self.current is not None and self.current.applied:
-            self.anchor.clear_owed(self.current.frozen)
+        if in_flight is not None:
+            self.anchor.clear_owed(in_flight)
         self._owe(saved["owed"])
 
     def _owe(self, saved: Mapping[str, Tensor]) -> None:
@@ -258,18 +231,6 @@ class Fragment(Slice):
             self._fill(vector, saved)
             self.anchor.owe(vector)
 
-    def _saved_exchange(self) -> SavedExchange | None:
-        return None if self.current is None else self.current.saved()
-
-    def _check_exchange(self, saved: SavedExchange | None) -> None:
-        vectors = {} if saved is None else {"start": saved.start} | ({"mean": saved.mean} if saved.applied else {})
-        for kind, vector in vectors.items():
-            for place in self.places:
-                check_tensor(f"{kind} of {place.name}", vector.get(place.name), place.parameter.shape)
-
-    def _load_exchange(self, saved: SavedExchange | None) -> None:
-        self.current = None if saved is None else LocalRound.loaded(self, saved)
-
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
         return {} if flat is None else self.by_name(flat)
 
@@ -277,6 +238,61 @@ class Fragment(Slice):
         """Copy the tensors `saved`, given by parameter name, into the vector `flat`, float[n], in place."""
         for name, view in self.by_name(flat).items():
             view.copy_(saved[name])
+
+
+class WholeAnchor:
+    """The anchor of the whole model, i.e. the parameters on which all workers last agreed. It joins the anchors of the
+    `fragments`, the parts of the model that are exchanged separately. `names` are the names of all parameters, in the
+    order in which the optimizers have them."""
+
+    def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
+        self._fragments, self._names = fragments, list(names)
+        self.open = 0  # number of open `at_anchor` contexts, which may be nested
+
+    @torch.no_grad()
+    def set_from_parameters(self) -> None:
+        for part in self._fragments:
+            part.anchor.set_from_parameters()
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors of the anchor, on which all workers last agreed, by name of the parameter. The tensors are
+        nn.Parameters, so that an outer optimizer can make its steps on them."""
+        leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+        return {name: leaves[name] for name in self._names}
+
+    def copy(self) -> dict[str, Tensor]:
+        found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
+        return {name: found[name].clone() for name in self._names}
+
+    def joined(self, vectors: Iterable[Tensor]) -> Tensor:
+        """Concatenate `vectors`, one for each fragment (part of the model), into one vector, float[d], in which
+        parameters are in the order in which the optimizers have them."""
+        found = by_parameter(self._fragments, vectors)
+        return torch.cat([found[name].reshape(-1) for name in self._names])
+
+    @torch.no_grad()
+    def is_left(self) -> bool:
+        """Return True if a parameter of this worker differs from the anchor, on which all workers last agreed. Returns
+        False within `at_anchor`."""
+        pairs = [(x, a) for f in self._fragments for x, a in zip(f.anchor.tensors(), f.anchor.views, strict=True)]
+        return not self.open and any(not torch.equal(x, a.to(x.device, x.dtype)) for x, a in pairs)
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Context manager within which the parameters are set to the anchor, on which all workers last agreed."""
+        before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
+        with torch.no_grad():
+            for part in self._fragments:
+                part.anchor.set_parameters(part.anchor.views)
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+            xs = [x for part in self._fragments for x in part.anchor.tensors()]
+            with torch.no_grad():
+                for x, old in zip(xs, before, strict=True):
+                    x.copy_(old)
 
 
 def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
@@ -298,27 +314,27 @@ def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> di
 
 def partition(
     parameters: Mapping[str, Tensor], options: LocalOptions, channel: Communicator, device: torch.device, agree: Shards
-) -> tuple[list[Fragment], Schedule]:
-    """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps. Return
-    the fragments and the schedule of their exchanges.
+) -> tuple[list[Fragment], tuple[int, ...]]:
+    """Split the parameters, in order, into `Overlap.fragments` parts, which are exchanged at different steps. Return
+    the fragments, and for each the index of its part.
 
-    In a round of `every` steps, the exchange of each fragment begins `every` / P steps before that of the preceding
-    fragment, where P is the number of fragments (`Overlap.fragments`). A fragment has either shards of DTensors or
-    whole tensors. They are not mixed, since whole tensors must stay identical on all processes of a worker. Raises
-    ValueError if `Overlap.fragments` exceeds the number of parameters.
+    Of a part with DTensors, the whole tensors form one fragment, and the tensors that are sharded over the same
+    dimensions of a mesh form one fragment. They are not mixed, since a tensor must stay identical on all processes that
+    have the same shard of it. Raises ValueError if `Overlap.fragments` exceeds the number of parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
-    names, overlap = list(parameters), options.overlap
+    names = list(parameters)
     d = sum(place.size for place in by_name.values() if not place.dense)
-    found, when = list[Fragment](), list[int]()
-    parts = _balanced(names, [by_name[name].size for name in names], overlap.fragments)
-    for members, offset in zip(parts, offsets(options.every, overlap.fragments), strict=True):
-        for split in (True, False):
-            mine = [by_name[n] for n in members if is_split(parameters[n]) == split]
-            if mine:
-                found.append(Fragment(mine, parameters, options, channel, device, agree, d=d))
-                when.append(offset)
-    return found, Schedule(options.every, overlap.delay, tuple(when))
+    found, part_of = list[Fragment](), list[int]()
+    parts = _balanced(names, [by_name[name].size for name in names], options.overlap.fragments)
+    for i, members in enumerate(parts):
+        kinds: dict[Any, list[Place]] = {}
+        for name in sorted(members, key=lambda name: not is_split(parameters[name])):
+            kinds.setdefault(sharded_over(parameters[name]), []).append(by_name[name])
+        for mine in kinds.values():
+            found.append(Fragment(mine, parameters, options, channel, device, agree, d=d))
+            part_of.append(i)
+    return found, tuple(part_of)
 
 
 def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:

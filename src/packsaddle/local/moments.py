@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sharding import Shards, local_part
 from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
 from packsaddle.local.anchor import beside, wide_dtype
-from packsaddle.local.inner import Shards, names_of
 from packsaddle.local.options import AnyOuter, OuterAgreement
-from packsaddle.local.round import LocalRound
+from packsaddle.local.round import Ended
+from packsaddle.local.watch import names_of
 from packsaddle.numerics.devices import to_device, wide
 
 _log = logging.getLogger("packsaddle")
@@ -80,13 +80,13 @@ class MeanMomentum:
                 stacklevel=stacklevel,
             )
 
-    def __call__(self, r: LocalRound) -> None:
+    def __call__(self, r: Ended) -> None:
         """Mix the mean update of an applied round into the first moments.
 
         No-op after a flush (an exchange of all pending updates), since its update includes fewer steps than that of a
         round. No-op with one worker too, since the mean update is then the worker's own update.
         """
-        if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
+        if r.applied and not r.is_flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
             # With `offload` the mean is on the CPU. Copy it to the parameters' device once, as one vector.
             named = r.part.named(to_device(r.mean, local_part(r.part.parameters[0]).device))

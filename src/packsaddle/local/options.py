@@ -19,6 +19,7 @@ from packsaddle.errors import check_integers, check_momentum, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
+from packsaddle.local.schedule import Every
 from packsaddle.options.agreement import Option, own
 from packsaddle.options.numerals import duration
 
@@ -298,7 +299,7 @@ class LocalOptions(Option):
     """
 
     compression: Compression
-    every: int
+    every: Every
     outer: Outer | None = own(None)  # a function is not compared between workers; the optimizer that it returns is
     agreement: float = 0.0  # p of `OuterAgreement`; 0: the mean update is not lengthened
     mean_momentum: float = 0.0
@@ -312,18 +313,14 @@ class LocalOptions(Option):
 
     def __post_init__(self) -> None:
         # Check the options of the rounds and the error memory.
-        check_integers(1, every=self.every)
         overlap, spec = self.overlap, self.compression
-        if overlap.fragments > self.every:
-            raise ValueError(
-                f"overlap.fragments must be at most every = {self.every}, so that no two are exchanged after one step, "
-                f"got {overlap.fragments}"
-            )
-        if overlap.delay >= self.every:
-            raise ValueError(
-                f"overlap.delay must be below every = {self.every} steps, so that an exchange ends before the next one "
-                f"begins, got {overlap.delay}"
-            )
+        if callable(self.every):  # its numbers are checked when a round begins
+            unequal = getattr(self.workers, "weight", None) == "steps"
+            if isinstance(self.workers, Elastic) or unequal:
+                where = "with a manager" if isinstance(self.workers, Elastic) else 'with weight="steps"'
+                raise ValueError(f"every must be a number {where}, got a function")
+        else:
+            self._check_every(self.every)
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         # Convert 1 to 1.0, since workers compare their arguments as text, in which 1 and 1.0 differ.
@@ -353,6 +350,20 @@ class LocalOptions(Option):
                 raise ValueError(f"delay must be 0 with a manager, got {overlap.delay}")
         elif self.workers.weight is not None:
             self._check_plain("with weight")
+
+    def _check_every(self, every: int) -> None:
+        check_integers(1, every=every)
+        overlap = self.overlap
+        if overlap.fragments > every:
+            raise ValueError(
+                f"overlap.fragments must be at most every = {every}, so that no two are exchanged after one step, "
+                f"got {overlap.fragments}"
+            )
+        if overlap.delay >= every:
+            raise ValueError(
+                f"overlap.delay must be below every = {every} steps, so that an exchange ends before the next one "
+                f"begins, got {overlap.delay}"
+            )
 
     @classmethod
     def of(

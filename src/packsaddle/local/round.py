@@ -1,32 +1,39 @@
-"""A round: one exchange of the local updates of a fragment (parameters exchanged together).
+"""A round: one exchange of the local updates of a fragment (parameters exchanged together), as four functions in order.
 
-A round has four calls. `begin` computes v, the vector to send. `exchange` sends v and averages it over the workers; it
-is collective, and runs immediately, or in the background during the next steps. `close` reads whether the round is
-applied or rejected, and commits or rolls back the error memory. `Fragment.apply_round` applies the mean to the anchor,
-the parameters on which all workers last agreed. Workers that join and leave during training (elastic workers) vote
-between `exchange` and `close` to commit or to repeat the round.
+    begin      v = decay e + (s - x) + xi    x: this worker's parameters, which started at s; xi: shared noise
+    exchange   m = mean over i of C(v_i)     C: the compressor; m is the same on all workers
+    close      e <- v - C(v)                 e: the error memory; if the round is rejected, e stays as it was
+    apply      a <- outer step along m       a: the anchor, the parameters last agreed on, identical on all workers
+               x <- s = a - e                s = a without `keep_unsent`; with a delay x keeps its progress meanwhile
+
+`begin` returns a `Begun`, `exchange` makes a `Sent` of it, and `close` an `Ended`, which `apply` applies. Only
+`exchange` is collective over the workers. It runs immediately, or in the background during the next steps. Workers that
+join and leave during training (elastic workers) vote between `exchange` and `close` to commit or to repeat the round.
+
+A round is rejected, identically on all workers, if the v of one of them is invalid, i.e. non-finite or too large. The
+rules that scale an update or the mean update, by clipping and by the agreement of workers, are at the end of this file.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.devices import use_in_current_stream
+from packsaddle.comm.sharding import Shards
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Round
-from packsaddle.local.agreement import lengthen, squares_of
+from packsaddle.feedback.state import check_tensor
 from packsaddle.local.anchor import PseudoGradient
-from packsaddle.local.clipping import factors_of, norm_of
-from packsaddle.local.lockstep import PendingCall
+from packsaddle.local.fragment import Fragment
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.transfers import read
 
-if TYPE_CHECKING:
-    from packsaddle.local.fragment import Fragment
+_LEAST_CLIPPED = 3  # the number of updates from which on a median can tell an outlier
 
 
 def share_of(weights: Sequence[float], rank: int) -> float:
@@ -38,294 +45,483 @@ def share_of(weights: Sequence[float], rank: int) -> float:
     return len(weights) * weights[rank] / sum(weights)
 
 
+# The three values of a round, at three times.
+
+
 @dataclass(frozen=True)
-class SavedExchange:
-    """A completed exchange, with its outcome, that is not applied yet because of a delay, in the form in which a
-    `state_dict` stores it."""
+class Begun:
+    """A round whose vector v is computed and not sent yet."""
 
-    due: int  # the time of the schedule at which the exchange is applied, in ticks (see `Schedule`)
-    applied: bool  # True if the exchange will be applied, False if it was rejected
-    invalid: bool  # True if this worker's update was non-finite, or too large to compress
-    reports: list[Report]  # each worker's report of its first invalid value, by rank; empty if all values were valid
-    start: dict[str, Tensor]  # the parameters at `begin`, by name
-    mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if the exchange was rejected
-    frozen: list[str]  # names of the parameters that were frozen at `begin` on this worker
-    agrees: bool  # True if the same parameters are frozen on all workers
-    times: list[int]  # each worker's time of an inner step in nanoseconds, by rank; 0: unknown
-
-
-@dataclass
-class LocalRound:
-    """One round of a fragment (parameters exchanged together), from `begin` until it is applied or rejected."""
-
-    part: "Fragment"
+    part: Fragment
     t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
     due: int  # the tick (see `Schedule`), or with elastic workers the step, after which the round is applied
-    exchanged: Round | None  # the exchange and its error memory; None: the round is closed, or from a saved state
-    invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
-    # Factor W w_i / sum_j w_j of this worker's update v in the mean over the W workers, for weights w. If it is 0, the
-    # worker receives the mean, but keeps its own update.
-    share: float = 1.0
-    later: bool = False  # True if the exchange has a delay: `due` is later than the beginning
-    flush: Compressor | None = None  # compressor of a flush (an exchange of all pending updates); None: no flush
-    frozen: list[str] = field(default_factory=list)  # names of the parameters frozen at `begin` on this worker
-    agrees: bool = True  # True if the same parameters are frozen on all workers; their anchor then does not change
-    residuals: dict[str, Tensor] = field(default_factory=dict)  # residuals 0 - C(0) of frozen parameters, by name
-    # Copies of the parameters at `begin`, one per parameter. When the round is applied, the changes of the parameters
-    # relative to these copies are kept. Empty: no changes are kept.
-    before: list[Tensor] = field(default_factory=list)
-    call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
-    # The mean update over workers, i.e. the mean of their C(v). It is a vector, float[n], if a delay or an option
-    # requires a vector, and otherwise an `Averaged`, which has the messages. None: not averaged yet.
-    mean: Averaged | Tensor | None = None
-    reports: list[Report] = field(default_factory=list)  # by rank, each worker's first invalid value; empty: all valid
-    norm: Tensor | None = None  # norm of this worker's own update in v, float32[1]; None: updates are not clipped
-    factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
-    workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: the ranks are logged
-    applied: bool | None = None  # True: applied; False: rejected; None: not known yet
-
-    @classmethod
-    def begin(
-        cls,
-        part: "Fragment",
-        due: int,
-        weights: Sequence[float],
-        *,
-        later: bool = False,
-        flush: Compressor | None = None,
-    ) -> "LocalRound":
-        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise. Here e is the error memory, x
-        are the parameters, and `start` is the point at which they continued after the last exchange.
-
-        If v is invalid (non-finite, or too large to compress) on a process of this worker, v is replaced by zeros on
-        all of its processes. At frozen parameters v is 0, and their error memory does not change.
-
-        Args:
-            part: the fragment (parameters exchanged together). The new round is stored in its field `current`.
-            due: the time of the schedule at which the round is applied, in ticks (see `Schedule`).
-            weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its
-                local update, and averages no chunk for the other workers in a two-way exchange.
-            later: True if the round is applied at a later step. The changes that the parameters make until then are
-                kept.
-            flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which
-                the parameters are those of the anchor; None in other rounds.
-        """
-        options = part.options
-        t, spec = part.rounds, options.compression
-        noise = None if flush else options.noise.drawn(seed=options.seed, step=t)
-        part.use(flush or spec.at(t), None if all(weights) else [rank for rank, w in enumerate(weights) if w])
-        for each in part.trained:
-            each.begin_exchange()
-        frozen = part.frozen_next
-        part.anchor.subtract_owed()
-        # Compute v. Copy the parameters if inner steps may change them before the round is applied.
-        share = share_of(weights, part.feedback.channel.group.rank)
-        kept = [] if share else part.anchor.copy_starts()
-        exchanged = part.feedback.round(t)
-        exchanged.correct(PseudoGradient(part.anchor, spec.decay, noise, frozen))
-        before = [x.clone() for x in part.anchor.tensors()] if later else kept
-        r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
-        part.current = r
-        if options.workers.clip is not None:
-            r.norm = norm_of(r._of_worker(exchanged.v), part.shards.total)
-        return r
-
-    def exchange(self, step: int, norms: Tensor | None = None) -> None:
-        """Exchange v, multiplied by this worker's weight `share` and compressed, and set the error memory to the
-        residual; collective. A worker with `share` 0 sends zeros, and its error memory does not change.
-
-        This method may run in another thread. `step` is the step under which the ledger records the bytes. If `norms`,
-        float32[W], is given, v is clipped (see `factors_of`). Then `norms` has the norm of each worker's v, by rank.
-        """
-        part, exchanged, options = self.part, self.exchanged, self.part.options
-        assert exchanged is not None
-        part.feedback.channel.step = step
-        if norms is not None and (limit := options.workers.clip) is not None:
-            self.factors = factors_of(norms, limit)
-        measure = self._squares if self._is_lengthened else None
-        g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
-        if self.share:
-            exchanged.absorb()
-            # Zeros were sent for the frozen parameters, so their error memory must not change.
-            if self.frozen:
-                residuals = part.by_name(exchanged.v)
-                self.residuals = {name: residuals[name].clone() for name in self.frozen}
-                part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
-        # Store the mean as one vector if a delay or an option requires a vector. Otherwise the decoded messages are
-        # subtracted from the anchor one after the other.
-        as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
-        as_vector |= self._is_lengthened
-        self.mean = self._vector(g) if as_vector else g
-        # Gather the reports of invalid values here if the host waits for collectives anyway. If the main thread
-        # gathered them later, in `close`, that collective could overtake another fragment's exchange in the background.
-        if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
-            self.gather_reports()
+    exchanging: Round  # the exchange of v as a transaction, with the error memory
+    # Factor W w_i / sum_j w_j of this worker's v in the mean over the W workers, for weights w. If it is 0, the worker
+    # receives the mean, but keeps its own update.
+    share: float
+    workers: int  # W
+    carried: float  # factor by which the weights have changed since the error memory was made (`Fragment.carried`)
+    later: bool  # True if the exchange has a delay: `due` is later than the beginning
+    flush: Compressor | None  # compressor of a flush (an exchange of all pending updates); None: no flush
+    frozen: list[str]  # names of the parameters that are frozen on this worker
+    # Copies of the parameters, one per parameter. When the round is applied, the changes of the parameters relative to
+    # these copies are kept. Empty: no changes are kept.
+    before: list[Tensor]
+    norm: Tensor | None  # norm of this worker's own update in v, float32[1]; None: updates are not clipped
 
     @property
-    def _is_lengthened(self) -> bool:
+    def is_invalid(self) -> bool:
+        """True if this worker's v is invalid. The host waits for the device."""
+        return bool(self.exchanging.invalid)
+
+    @property
+    def is_lengthened(self) -> bool:
         """True if this round lengthens the mean update where the workers' updates disagree (see `OuterAgreement`)."""
         return self.part.options.agreement > 0 and self.flush is None
 
-    def _squares(self, sent: Tensor) -> Tensor:
-        factor = 1.0 if self.own_factor is None else self.own_factor.to(sent)
-        return squares_of(self.part.views(self._of_worker(sent, self.share * factor)), self.share)
 
-    def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Return the part of the vector `v`, float[n], that is this worker's own update.
+@dataclass(frozen=True)
+class Sent:
+    """A round whose v is sent and averaged. On a GPU the results may still be in computation."""
 
-        In a two-way exchange, at the coordinates that the worker owns, i.e. averages for all workers, v also includes
-        decay e. At these coordinates e is the residual of a mean, which belongs to the updates of all workers. So scale
-        decay e is subtracted there, where `scale` is the factor by which `v` was scaled.
-        """
-        part, owned = self.part, self.part.feedback.owned
-        if owned.start == owned.stop:
-            return v
-        v = v.clone()
-        v[owned] -= scale * part.options.compression.decay * part.feedback.memory.vector[owned]
-        for name in self.frozen:
-            part.by_name(v)[name].zero_()
+    begun: Begun
+    # m, the mean update over workers. It is a vector, float[n], if a delay or an option requires one, and otherwise an
+    # `Averaged`, which has the messages.
+    mean: Averaged | Tensor
+    factors: Tensor | None  # clipping factors of all workers' v, float64[W]; None: updates are not clipped
+    residuals: dict[str, Tensor]  # residuals 0 - C(0) of this worker's frozen parameters, by name
+    # By rank, each worker's report on its v and on the messages that it received. Empty if all are valid, or if the
+    # reports are gathered by `close`.
+    reports: list[Report]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Record of one worker's update that was scaled down in an applied round, since its norm exceeded
+    `Workers.clip`."""
+
+    step: int  # index t of the round, counted per fragment (parameters exchanged together)
+    worker: str  # rank of the worker; with elastic workers, the worker's name in hexadecimal
+    factor: float  # scale factor of the update, in [0, 1)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A round with its outcome. The error memory is committed or rolled back, and `apply` will move the anchor."""
+
+    part: Fragment
+    t: int
+    due: int
+    applied: bool  # True if the round is applied, False if it is rejected; identical on all workers
+    invalid: bool  # True if the round is rejected and this worker's v was invalid
+    mean: Averaged | Tensor | None  # m, or None if the round is rejected
+    before: list[Tensor]
+    frozen: list[str]
+    agrees: bool  # True if the same parameters are frozen on all workers; their anchor then does not change
+    is_flush: bool = False
+    is_sent: bool = True  # False if this worker has only received the mean, since its weight is 0
+    # True if the round is a flush that has not sent all of v. The parameters then move to the anchor, and not to the
+    # start point.
+    leaves_rest: bool = False
+    reports: list[Report] = field(default_factory=list)  # by rank, see `Sent`; empty if all values are valid
+    times: list[int] = field(default_factory=list)  # each worker's time of a step in nanoseconds, by rank; 0: unknown
+    clips: list[Clip] = field(default_factory=list)  # the workers' updates that were scaled down in this round
+
+
+@dataclass(frozen=True)
+class SavedExchange:
+    """An `Ended` that is not applied yet because of a delay, in the form in which a `state_dict` stores it."""
+
+    due: int
+    applied: bool
+    invalid: bool
+    reports: list[Report]
+    start: dict[str, Tensor]  # `Ended.before`, by name
+    mean: dict[str, Tensor]  # `Ended.mean`, by parameter; empty if the exchange was rejected
+    frozen: list[str]
+    agrees: bool
+    times: list[int]
+    clips: list[Clip]
+
+
+# The four functions.
+
+
+def begin(
+    part: Fragment, due: int, weights: Sequence[float], *, later: bool = False, flush: Compressor | None = None
+) -> Begun:
+    """Compute the vector to send, v = decay e + (s - x) + xi. Here e is the error memory, x are the parameters, s is
+    the point at which they continued after the last exchange, and xi is the noise.
+
+    If v is invalid on a process of this worker, v is replaced by zeros on all of its processes. At frozen parameters v
+    is 0, and their error memory does not change.
+
+    Args:
+        part: the fragment (parameters exchanged together).
+        due: the time of the schedule at which the round is applied, in ticks (see `Schedule`).
+        weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its local
+            update, and averages no chunk for the other workers in a two-way exchange.
+        later: True if the round is applied at a later step. The changes that the parameters make until then are kept.
+        flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which the
+            parameters are those of the anchor; None in other rounds.
+    """
+    options, t, rank = part.options, part.rounds, part.feedback.channel.group.rank
+    noise = None if flush else options.noise.drawn(seed=part.seed, step=t)
+    part.use(flush or options.compression.at(t), None if all(weights) else [i for i, w in enumerate(weights) if w])
+    for each in part.trained:
+        each.begin_exchange()
+    frozen = part.frozen_next
+    part.anchor.subtract_owed()
+    # Compute v. Copy the parameters if inner steps may change them before the round is applied.
+    share = share_of(weights, rank)
+    kept = [] if share else part.anchor.copy_starts()
+    carried = part.carried(share / len(weights))
+    exchanging = part.feedback.round(t)
+    exchanging.correct(PseudoGradient(part.anchor, options.compression.decay * carried, noise, frozen))
+    before = [x.clone() for x in part.anchor.tensors()] if later else kept
+    begun = Begun(part, t, due, exchanging, share, len(weights), carried, later, flush, frozen, before, None)
+    if options.workers.clip is None:
+        return begun
+    return replace(begun, norm=norm_of(_of_worker(begun, exchanging.v), part.shards.total))
+
+
+def exchange(begun: Begun, step: int, norms: Tensor | None = None, *, reports: bool) -> Sent:
+    """Send C(v), multiplied by this worker's weight `Begun.share`, average it over the workers, and compute the
+    residual v - C(v); collective. A worker whose share is 0 sends zeros.
+
+    This function may run in another thread.
+
+    Args:
+        begun: the round.
+        step: the step under which the ledger records the bytes.
+        norms: the norm of each worker's v, float32[W], by rank, by which v is clipped (see `factors_of`). None: v is
+            not clipped.
+        reports: gather the workers' reports of invalid values here, for which the host waits for the device. Otherwise
+            `close` gathers them. If the host waits for collectives anyway, they must be gathered here: a collective
+            from `close`, in the main thread, could overtake another fragment's exchange in the background.
+    """
+    part, exchanging, options = begun.part, begun.exchanging, begun.part.options
+    part.feedback.channel.step = step
+    factors = None
+    if norms is not None and options.workers.clip is not None:
+        factors = factors_of(norms, options.workers.clip)
+    own_factor = None if factors is None else factors[part.feedback.channel.group.rank]
+
+    def squares(sent: Tensor) -> Tensor:
+        scale = begun.share * (1.0 if own_factor is None else own_factor.to(sent))
+        return squares_of(part.views(_of_worker(begun, sent, scale)), begun.share)
+
+    # Send C(v). The error memory becomes the residual once the round is closed.
+    g = exchanging.exchange(weight=begun.share, clip=own_factor, measure=squares if begun.is_lengthened else None)
+    residuals: dict[str, Tensor] = {}
+    if begun.share:
+        exchanging.absorb()
+        # Zeros were sent for the frozen parameters, so their error memory must not change.
+        if begun.frozen:
+            views = part.by_name(exchanging.v)
+            residuals = {name: views[name].clone() for name in begun.frozen}
+            part.feedback.memory.keep([part.names.index(name) for name in begun.frozen])
+            for name in begun.frozen if begun.carried != 1.0 else ():
+                views[name].mul_(begun.carried)
+    # Store the mean as one vector if a delay or an option requires a vector. Otherwise the decoded messages are
+    # subtracted from the anchor one after the other.
+    as_vector = begun.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
+    mean = _vector(part, g) if as_vector or begun.is_lengthened else g
+    return Sent(begun, mean, factors, residuals, _gather_reports(begun) if reports else [])
+
+
+def close(sent: Sent, *, agrees: bool, names: Sequence[str] = (), times: Sequence[int] = ()) -> Ended:
+    """Read whether the round is applied or rejected, and commit or roll back the error memory: e becomes v - C(v), or
+    stays as it was. A worker whose share is 0 keeps its error memory in any case.
+
+    Args:
+        sent: the round.
+        agrees: True if the same parameters are frozen on all workers.
+        names: the names of the workers in records of clipped updates, by rank. If empty, ranks are their names.
+        times: nanoseconds per inner step of each worker, by rank.
+    """
+    begun, part, exchanging = sent.begun, sent.begun.part, sent.begun.exchanging
+    mean, factors = sent.mean, sent.factors
+    if isinstance(mean, Tensor):
+        use_in_current_stream(mean)
+    # Read the verdict and, if updates are clipped, the clipping factors, for which the host waits once.
+    verdict = exchanging.verdict
+    if factors is None:
+        applied = verdict.read()
+    else:
+        *numbers, found = read(*verdict.tensors(), factors)
+        factors, applied = torch.tensor(found, dtype=factors.dtype), verdict.settle(*numbers)
+    # An invalid message may reach only one process of this worker. So the processes reject the round if one of them
+    # does.
+    applied = not part.shards.any(not applied, exchanging.invalid.device)
+    reports = sent.reports or _gather_reports(begun)
+    _exclude_frozen(sent, agrees=agrees)
+    if applied and begun.is_lengthened:
+        _lengthen(sent)
+    # Commit the new error memory, or roll it back.
+    commit = applied and begun.share > 0
+    moves_frozen = not agrees or begun.carried != 1.0
+    with part.anchor.fixed_update(begun.frozen if moves_frozen else []):
+        _settle(begun, commit=commit)
+    own = 1.0 if factors is None else float(factors[part.feedback.channel.group.rank])
+    leaves_rest = begun.flush is not None and begun.share > 0 and (not begun.flush.lossless or own < 1)
+    return Ended(
+        *(part, begun.t, begun.due, applied, not applied and begun.is_invalid, mean if applied else None),
+        *(begun.before, begun.frozen, agrees),
+        is_flush=begun.flush is not None,
+        is_sent=begun.share > 0,
+        leaves_rest=leaves_rest,
+        reports=reports,
+        times=list(times),
+        clips=[] if factors is None or not applied else clips_of(begun.t, factors, names),
+    )
+
+
+def apply(ended: Ended, outer: Optimizer | None) -> None:
+    """Apply the mean update of an ended round to the anchor, by a step of `outer` if it is given, and move the
+    parameters x to the new start point.
+
+    If the round was rejected, the anchor does not change. A worker whose update was invalid then resets x to the point
+    at which it continued after the last exchange; on the other workers x does not change either.
+    """
+    part, anchor = ended.part, ended.part.anchor
+    if not ended.applied:
+        if ended.invalid:
+            anchor.move_to_start()
+        return
+    assert ended.mean is not None
+    part.rounds += 1
+    # A flush includes fewer inner steps than a round, or none. So its mean is subtracted without the outer optimizer,
+    # whose momentum would move the anchor as far as after a whole round.
+    outer, mean = None if ended.is_flush else outer, ended.mean
+    if outer is not None and part.options.mean_momentum and isinstance(mean, Tensor):
+        # Pass a copy, since torch's foreach SGD changes its gradients in place, and `mean_momentum` uses the mean
+        # afterwards.
+        mean = mean.clone()
+    with anchor.fixed_update([] if ended.agrees else ended.frozen):
+        anchor.apply_mean(mean, outer, ended.frozen if ended.agrees else None)
+    # A flush that has sent all of v leaves a residual only if v was multiplied by a weight. The residual is then a
+    # rounding error, so clear it.
+    if ended.is_flush and ended.is_sent and not ended.leaves_rest:
+        for name, e in part.by_name(part.feedback.memory.vector).items():
+            if name not in ended.frozen:
+                e.zero_()
+    anchor.move(ended.before, ended.frozen)
+    if ended.leaves_rest:
+        anchor.move_to_anchor()
+
+
+# What else can be done with a round.
+
+
+def roll_back(running: Begun | Sent) -> None:
+    """Cancel a round that has not ended. The error memory is rolled back to its value before the round."""
+    _settle(running.begun if isinstance(running, Sent) else running, commit=False)
+
+
+def unapplied(part: Fragment, ended: Ended | None, weight: float) -> Tensor:
+    """Return the updates of this worker that the anchor, on which all workers last agreed, does not include yet,
+    float[n]. `ended` is the fragment's round that is not applied yet, if there is one. `weight` is the part that this
+    worker has in the mean (see `Fragment.unapplied`)."""
+    if ended is None or not ended.applied:
+        return part.unapplied(weight)
+    assert isinstance(ended.mean, Tensor)
+    starts = zip(part.names, part.anchor.starts(), ended.before, strict=True)
+    starts_then = [start if name in ended.frozen else before for name, start, before in starts]
+    return part.anchor.add_local_update(part.unsent(weight).add_(ended.mean), starts_then)
+
+
+def saved(ended: Ended) -> SavedExchange:
+    part = ended.part
+    start = {place.name: s for place, s in zip(part.places, ended.before, strict=True)}
+    mean = part.by_name(ended.mean) if isinstance(ended.mean, Tensor) else {}
+    outcome = ended.due, ended.applied, ended.invalid, list(ended.reports)
+    return SavedExchange(*outcome, start, mean, ended.frozen, ended.agrees, ended.times, ended.clips)
+
+
+def check_saved(part: Fragment, exchange: SavedExchange) -> None:
+    """Raise ValueError if the saved round does not fit the fragment `part`."""
+    for kind, vector in {"start": exchange.start, **({"mean": exchange.mean} if exchange.applied else {})}.items():
+        for place in part.places:
+            check_tensor(f"{kind} of {place.name}", vector.get(place.name), place.parameter.shape)
+
+
+def loaded(part: Fragment, exchange: SavedExchange) -> Ended:
+    """Return a round of the fragment `part` from its saved form. Call after the fragment's number of rounds is
+    loaded."""
+    mean = None
+    if exchange.applied:
+        mean = part.zeros().flat
+        for name, view in part.by_name(mean).items():
+            view.copy_(exchange.mean[name])
+    here = zip(part.places, part.anchor.tensors(), strict=True)
+    return Ended(
+        *(part, part.rounds, exchange.due, exchange.applied, exchange.invalid, mean),
+        *([exchange.start[place.name].to(x, copy=True) for place, x in here], exchange.frozen, exchange.agrees),
+        reports=exchange.reports,
+        times=exchange.times,
+        clips=exchange.clips,
+    )
+
+
+# Parts of the four functions.
+
+
+def _settle(begun: Begun, *, commit: bool) -> None:
+    """End the exchange of v: commit the new error memory, or roll it back."""
+    part = begun.part
+    begun.exchanging.close(apply=commit)
+    if commit:
+        part.note_made(begun.share / begun.workers)
+        # The vector v, which was sent, included `owed` (see `Anchor.owed`), except for frozen parameters. So clear
+        # `owed`.
+        part.anchor.clear_owed(begun.frozen)
+    else:
+        for each in part.trained:
+            each.cancel_exchange()
+    part.contraction.close(begun.t, apply=commit)
+
+
+def _of_worker(begun: Begun, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Return the part of the vector `v`, float[n], that is this worker's own update.
+
+    In a two-way exchange, at the coordinates that the worker owns, i.e. averages for all workers, v also includes decay
+    e. At these coordinates e is the residual of a mean, which belongs to the updates of all workers. So scale * decay *
+    e is subtracted there, where `scale` is the factor by which `v` was scaled.
+    """
+    part, owned = begun.part, begun.part.feedback.owned
+    if owned.start == owned.stop:
         return v
+    v = v.clone()
+    decay = part.options.compression.decay * begun.carried
+    v[owned] -= scale * decay * part.feedback.memory.vector[owned]
+    for name in begun.frozen:
+        part.by_name(v)[name].zero_()
+    return v
 
-    def _lengthen(self) -> None:
-        """Lengthen the mean update of each tensor whose updates differ between workers, in place (see
-        `OuterAgreement`). Call this only if the round is applied."""
-        assert self.exchanged is not None
-        assert isinstance(self.mean, Tensor)
-        part, measured = self.part, self.exchanged.measured
-        use_in_current_stream(measured)
-        workers = part.feedback.channel.group.size
-        lengthen(part.views(self.mean), measured, part.options.agreement, workers, part.shards)
 
-    @property
-    def own_factor(self) -> Tensor | None:
-        """The factor by which clipping scales this worker's update, float64[], or None if updates are not clipped."""
-        return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
+def _vector(part: Fragment, g: Averaged) -> Tensor:
+    """Return the mean update over workers, whose terms `g` has, as one vector, float[n]. With exchange="senders", each
+    coordinate is averaged only over the workers that sent it."""
+    n, total = part.compressed_d, g.write_to(part.zeros().flat)
+    if part.options.averages_senders and len(g.mean) > 1:
+        counts = torch.zeros_like(total[:n])
+        for term in g.mean:
+            sent = term.compressor.support_of(term.message, n)
+            counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
+        total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
+    return total
 
-    def _vector(self, g: Averaged) -> Tensor:
-        """Return the mean update over workers, whose terms `g` has, as one vector, float[n]. With exchange="senders",
-        each coordinate is averaged only over the workers that sent it."""
-        n, total = self.part.compressed_d, g.write_to(self.part.zeros().flat)
-        if self.part.options.averages_senders and len(g.mean) > 1:
-            counts = torch.zeros_like(total[:n])
-            for term in g.mean:
-                sent = term.compressor.support_of(term.message, n)
-                counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
-            total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
-        return total
 
-    def gather_reports(self) -> None:
-        """Gather the reports of all workers in `reports` if the update or a message of at least one worker is invalid;
-        collective. A report names the first invalid parameter or message of its worker."""
-        assert self.exchanged is not None
-        # `verdict.fraction` is the fraction of workers whose v is invalid, or NaN if a message is invalid.
-        if self.exchanged.verdict.fraction != 0 and not self.reports:
-            report, where = str(self.exchanged.full_report()), self.invalid.device
-            texts = self.part.feedback.channel.gather_text(report, where, "guard")
-            self.reports = list(map(Report.read, texts))
+def _gather_reports(begun: Begun) -> list[Report]:
+    """Return the reports of all workers, by rank, if the v or a message of at least one worker is invalid, and
+    otherwise []; collective. A report names the first invalid parameter or message of its worker."""
+    exchanging = begun.exchanging
+    # `verdict.fraction` is the fraction of workers whose v is invalid, or NaN if a message is invalid.
+    if exchanging.verdict.fraction == 0:
+        return []
+    report, where = str(exchanging.full_report()), exchanging.invalid.device
+    return list(map(Report.read, begun.part.feedback.channel.gather_text(report, where, "guard")))
 
-    def close(self) -> bool:
-        """Wait for the exchange, and commit or roll back the error memory. Returns True if the round is applied, and
-        False if it is rejected. Raises the errors of the exchange if it ran in the background. Further calls only
-        return the result."""
-        part = self.part
-        if self.applied is None:
-            assert self.exchanged is not None
-            self.call.wait()
-            self.agrees &= self.call.check()
-            if isinstance(self.mean, Tensor):
-                use_in_current_stream(self.mean)
-            # An invalid message may reach only one process of this worker. So the processes reject the round if one of
-            # them does.
-            self.applied = not part.shards.any(not self._read(), self.invalid.device)
-            self.gather_reports()
-            self._exclude_frozen()
-            if self.applied and self._is_lengthened:
-                self._lengthen()
-            with part.anchor.fixed_update([] if self.agrees else self.frozen):
-                self.finish(commit=self.applied and self.share > 0)
-        return self.applied
 
-    def _read(self) -> bool:
-        """Copy the outcome of a completed exchange (`Verdict`) from the device to the host and, if updates are clipped,
-        the clipping factors too. Returns True if the round is applied."""
-        assert self.exchanged is not None
-        verdict = self.exchanged.verdict
-        if self.factors is None:
-            return verdict.read()
-        *numbers, factors = read(*verdict.tensors(), self.factors)
-        self.factors = torch.tensor(factors, dtype=self.factors.dtype)
-        return verdict.settle(*numbers)
+def _exclude_frozen(sent: Sent, *, agrees: bool) -> None:
+    """Exclude the parameters that are frozen on this worker from a completed exchange.
 
-    def _exclude_frozen(self) -> None:
-        """Exclude the parameters that are frozen on this worker from a completed exchange.
+    If the same parameters are frozen on all workers, their mean update is set to 0, so that the anchor (the parameters
+    last agreed on) keeps their values. Otherwise the mean update includes C(0), which this worker has sent for the
+    frozen parameters, so the residual 0 - C(0) is added to their error memory.
+    """
+    part, frozen = sent.begun.part, sent.begun.frozen
+    if not frozen:
+        return
+    if not agrees:
+        views = part.by_name(sent.begun.exchanging.v)
+        for name, residual in sent.residuals.items():
+            views[name].add_(residual)
+    elif isinstance(sent.mean, Tensor):
+        mean = part.by_name(sent.mean)
+        for name in frozen:
+            mean[name].zero_()
 
-        If the same parameters are frozen on all workers, their mean update is set to 0, so that the anchor (the
-        parameters last agreed on) keeps their values. Otherwise the mean update includes C(0), which this worker has
-        sent for the frozen parameters, so the residual 0 - C(0) is added to their error memory.
-        """
-        part = self.part
-        if not self.frozen:
-            return
-        if not self.agrees and self.exchanged is not None:
-            views = part.by_name(self.exchanged.v)
-            for name, residual in self.residuals.items():
-                views[name].add_(residual)
-            return
-        if isinstance(self.mean, Tensor):
-            mean = part.by_name(self.mean)
-            for name in self.frozen:
-                mean[name].zero_()
 
-    def finish(self, *, commit: bool) -> None:
-        """End the exchange. If `commit` is True, commit the new error memory, and otherwise roll it back."""
-        part, exchanged = self.part, self.exchanged
-        assert exchanged is not None
-        exchanged.close(apply=commit)
-        if commit:
-            # The vector v, which was sent, included `owed` (see `Anchor.owed`), except for frozen parameters. So clear
-            # `owed`.
-            part.anchor.clear_owed(self.frozen)
-        else:
-            for each in part.trained:
-                each.cancel_exchange()
-        if self.applied and self.factors is not None:
-            part.clips.record(self.t, self.factors, self.workers)
-        part.contraction.close(self.t, apply=commit)
-        self.exchanged = None
+def _lengthen(sent: Sent) -> None:
+    """Lengthen the mean update of each tensor whose updates differ between workers, in place (see
+    `OuterAgreement`)."""
+    assert isinstance(sent.mean, Tensor)
+    part, measured = sent.begun.part, sent.begun.exchanging.measured
+    use_in_current_stream(measured)
+    workers = part.feedback.channel.group.size
+    lengthen(part.views(sent.mean), measured, part.options.agreement, workers, part.shards)
 
-    @property
-    def leaves_rest(self) -> bool:
-        """True if this round is a flush, i.e. an exchange of all pending updates, that has not sent all of the update
-        v. After such a flush the parameters are moved to the anchor (on which all workers last agreed), and not to the
-        start point."""
-        if self.flush is None or not self.share:
-            return False
-        return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
 
-    def saved(self) -> SavedExchange:
-        """Return this round in the form in which a saved state contains it. Call after `close`."""
-        assert self.applied is not None
-        start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
-        mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
-        outcome = self.due, self.applied, bool(self.invalid), list(self.reports)
-        return SavedExchange(*outcome, start, mean, self.frozen, self.agrees, self.call.times)
+# Agreement of workers: the more the workers' updates of a tensor differ, the more their mean is lengthened.
+#
+# The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D
+# has a smaller norm than the updates q_i. With the exponent p in [0, 1] (see `OuterAgreement`), D is multiplied by
+#
+#     r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r clamped to [1, sqrt(W)],
+#
+# for each tensor separately. W is the number of workers. r is 1 if all workers send the same update, and sqrt(W) if W
+# updates of equal norm are orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an
+# exchange, four bytes per tensor. The rule is ours, measured in experiments/nanogpt.
 
-    @classmethod
-    def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
-        """Make a round of the fragment `part` from its saved form. The round counts as closed. Call after the
-        fragment's number of rounds is loaded."""
-        mean = part.zeros() if saved.applied else None
-        for name, view in part.by_name(mean.flat).items() if mean is not None else ():
-            view.copy_(saved.mean[name])
-        here = part.anchor.tensors()
-        before = [saved.start[place.name].to(x, copy=True) for place, x in zip(part.places, here, strict=True)]
-        return cls(
-            *(part, part.rounds, saved.due, None, torch.tensor(saved.invalid, device=part.anchor.flat.device)),
-            frozen=saved.frozen,
-            agrees=saved.agrees,
-            before=before,
-            call=PendingCall(times=saved.times),
-            mean=None if mean is None else mean.flat,
-            reports=saved.reports,
-            applied=saved.applied,
-        )
+
+def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
+    """Return W w_i norm(q_i)^2 for each tensor, float[number of tensors]. The mean of this result over the workers is
+    the weighted mean of the squared norms of their updates.
+
+    W is the number of workers, w_i the worker's weight in the mean, and q_i its decoded update. `sent` has the tensor
+    W w_i q_i for each tensor of the model, and `share` is W w_i. If this worker is not in the exchange, `share` and the
+    result are 0.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in sent])
+    return norms.square() / share if share else torch.zeros_like(norms)
+
+
+def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, shards: Shards) -> None:
+    """Multiply the mean update of each tensor by r^p, in place. Collective over the processes that have shards of this
+    worker's tensors.
+
+    `means` has the mean update of each tensor. r is the root mean square of the norms of the workers' updates, divided
+    by the norm of the mean update. It is clamped to [1, sqrt(workers)]. `squares`, float[number of tensors], is the
+    mean over workers of the result of `squares_of`. A mean update of zeros does not change.
+    """
+    of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
+    both = shards.total(torch.stack([squares.to(of_mean), of_mean]))
+    ratio = (both[0] / both[1]).nan_to_num(1.0).clamp(1.0, workers).sqrt()
+    for mean, factor in zip(means, ratio**p, strict=True):
+        mean.mul_(factor)
+
+
+# Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
+# `Workers.clip` sets c. With the scale factor s and the compressor C, the worker sends C(s v). The residual v - C(s v)
+# stays in the worker's error memory, so no update is lost.
+
+
+def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the norm of a worker's update, float32[1]. `v`, float[n], is this process's part of the update, and
+    `total` sums a tensor over the processes of the worker."""
+    norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).reshape(1)
+    return total(norm.square_()).sqrt_().float()
+
+
+def factors_of(norms: Tensor, most: float) -> Tensor:
+    """Return the factor by which each worker's update is scaled, float64[W]. It is min(1, most m / norm).
+
+    `norms`, float32[W], has the norm of each worker's update, by rank, and NaN for a worker without an update. `most`
+    is the limit on a norm as a multiple of m, the median of the norms above 0. For an even number of norms, m is the
+    lower of the two middle norms, so that half of the workers cannot raise it. With fewer than three norms above 0, all
+    factors are 1, since a median of one or two updates says nothing about an outlier.
+    """
+    norms = widened(norms)
+    moves = norms > 0
+    limit = most * torch.where(moves, norms, torch.nan).nanmedian()
+    factors: Tensor = torch.where((norms > limit) & (moves.sum() >= _LEAST_CLIPPED), limit / norms, 1.0)
+    return factors
+
+
+def clips_of(t: int, factors: Tensor, names: Sequence[str]) -> list[Clip]:
+    """Return a record of each update that was scaled down in the round with the index `t`. `factors`, float64[W], are
+    the factors of all workers' updates, and `names` the workers' names. If `names` is empty, ranks are used."""
+    named = zip(names or map(str, range(len(factors))), factors.tolist(), strict=True)
+    return [Clip(t, name, s) for name, s in named if s < 1]

@@ -1,19 +1,13 @@
 """LocalUpdates: workers train separately with any optimizer, and exchange compressed local updates at intervals.
 
-To read the code, start with `LocalUpdates._attempted`, which runs after each inner step. After every `every` inner
-steps a `LocalRound` computes
+To read the code, start with `LocalUpdates._attempted`, which runs after each inner step, and continue with the module
+`round`, which has what a round computes. With every=1, keep_unsent=False, SGD as inner optimizer and no outer
+optimizer, this is Algorithm 1 of "Escaping Saddle Points with Compressed SGD". The design is that of DiLoCo (Douillard
+et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm
+1).
 
-    v = decay e + (s - x) + xi              x: this worker's parameters, which started at s; xi: shared noise
-    e <- v - C(v)                           e: the error memory, the part of v that the compressor C did not send
-    a <- outer step along mean_i C(v_i)     a: the anchor, the parameters last agreed on, identical on all workers
-    x <- s = a - e                          s = a without `keep_unsent`; with a `delay` x keeps its progress meanwhile
-
-With every=1, keep_unsent=False, SGD as inner optimizer and no outer optimizer, this is Algorithm 1 of "Escaping Saddle
-Points with Compressed SGD". The design is that of DiLoCo (Douillard et al. 2023) and its streaming form (2025), with
-the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm 1).
-
-`Schedule` determines when a round runs, `FixedWorkers` or `ElasticWorkers` runs it with the other workers, and
-`Reactions` calls the functions that follow it.
+The set of workers, `FixedWorkers` or `ElasticWorkers`, asks its schedule when a round runs, runs it with the other
+workers, and then calls the `Reactions` to its end.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,41 +19,43 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.devices import check_not_capturing
-from packsaddle.comm.sharding import is_split, local_part
-from packsaddle.compressors import Compressor, Sign
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.sharding import Shards, is_split, local_part
+from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import AnyCompression
-from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.exchanging import Exchanging, register_exchange
+from packsaddle.feedback.guard import Records, Skips
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
+from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler
 from packsaddle.local.after import Reactions
+from packsaddle.local.anchor import OuterOptimizer, note_step
 from packsaddle.local.elastic.workers import ElasticWorkers
-from packsaddle.local.fixed import Connection, FixedWorkers
-from packsaddle.local.fragment import check_compressor, partition
-from packsaddle.local.inner import (
-    OtherOptimizers,
-    Shards,
-    check_covers,
-    check_no_others,
-    check_not_exchanged,
-    check_parameters,
-    equal_arguments,
-    named_parameters,
-    names_of,
-)
-from packsaddle.local.lockstep import Call
+from packsaddle.local.fragment import WholeAnchor, check_compressor, partition
 from packsaddle.local.moments import usual_fraction
 from packsaddle.local.options import AnyOuter, AnyWorkers, Elastic, LocalOptions, Overlap
-from packsaddle.local.outer import OuterOptimizer
-from packsaddle.local.records import Baseline, LocalRecords
-from packsaddle.local.saved import saved_state
-from packsaddle.local.start import StateDictWarning, UnsentSteps, Watches, untrained_tensors
-from packsaddle.local.whole import WholeAnchor
+from packsaddle.local.round import Clip
+from packsaddle.local.saved import Baseline, equal_arguments, in_current_parts, saved_state
+from packsaddle.local.schedule import Every
+from packsaddle.local.watch import (
+    OtherOptimizers,
+    StateDictWarning,
+    UnsentSteps,
+    Watches,
+    check_covers,
+    check_not_exchanged,
+    check_parameters,
+    exchanged_in,
+    named_parameters,
+    names_of,
+    untrained_tensors,
+)
+from packsaddle.local.workers import Call, FixedWorkers, WorkerSet
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates(LocalRecords, Exchanging):
+class LocalUpdates(Records, Exchanging):
     """Local training with any torch optimizers: each worker steps separately, and every few steps the workers'
     parameter changes are compressed and averaged.
 
@@ -90,7 +86,10 @@ class LocalUpdates(LocalRecords, Exchanging):
             shards with the processes that have the same shards on other workers (see `Workers.group`).
         compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
             settings of the exchange.
-        every: H, the number of inner steps from one exchange of a fragment (a part of the model) to the next.
+        every: H, the number of inner steps from one exchange of a fragment (a part of the model) to the next. Or a
+            function that returns H for the round that begins after a number of inner steps, from 0 on, such as
+            `lambda step: 1 if step < 100 else 8`. It must return the same numbers on all workers, and in a run that
+            resumes. Workers that join and leave, or make unequal numbers of steps, need a number.
         workers: the process group of the workers, or a `Workers` with more settings; a DeviceMesh, if workers are sites
             of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. By default the
             workers are torch's default group or, if there is none, this process alone.
@@ -147,7 +146,7 @@ class LocalUpdates(LocalRecords, Exchanging):
         optimizer: Optimizer | Sequence[Optimizer],
         compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         *,
-        every: int = 8,
+        every: Every = 8,
         outer: AnyOuter = None,
         mean_momentum: float | None = None,
         overlap: int | Overlap = 0,
@@ -190,26 +189,23 @@ class LocalUpdates(LocalRecords, Exchanging):
         self.steps = 0  # inner steps, including those that a scaler skipped
         self._has_begun = False  # True if the first inner step has begun, or was skipped by a scaler
 
-        # Make the schedule of the fragments, the workers to exchange with, and the reactions to the end of a round.
+        # Make the fragments, the set of workers to exchange with, and the reactions to the end of a round.
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
-        is_elastic = isinstance(options.workers, Elastic)
-        to = Connection.of(options, device, is_split=any(map(is_split, parameters.values())))
-        agree = Shards(parameters.values(), to.within)
+        kind: type[FixedWorkers] | type[ElasticWorkers] = FixedWorkers
+        if isinstance(options.workers, Elastic):
+            kind = ElasticWorkers
+        to = kind.connect(options, device, is_split=any(map(is_split, parameters.values())))
+        shards = Shards(parameters.values(), to.within)
         with torch.no_grad():
-            self._fragments, schedule = partition(parameters, options, to.channel, device, agree)
+            self._fragments, part_of = partition(parameters, options, to.channel, device, shards)
         check_compressor(self._fragments, options.compression, stacklevel=4)
         self._whole = WholeAnchor(self._fragments, parameters)
         made = None if options.outer is None else OuterOptimizer(options.outer, self._whole.leaves())
         self.outer: Optimizer | None = None if made is None else made.optimizer
-        self._workers: FixedWorkers | ElasticWorkers
-        if is_elastic:
-            self._workers = ElasticWorkers(
-                *(options, to.channel, to.within, self._fragments, schedule, self.optimizers, made),
-            )
-        else:
-            self._workers = FixedWorkers(options, to, device, self._fragments, schedule, self.outer)
-        self._reactions = Reactions.of(
-            *(options, self.optimizers, self._fragments, to.channel, self._workers.lockstep, self.outer, agree),
+        self._workers: WorkerSet = kind(options, to, device, self._fragments, part_of, self.optimizers, made)
+        self._reactions = Reactions(
+            *(options, self.optimizers, self._fragments, to.channel, self.outer, shards, self._workers.begun_at),
+            logs_clips=self._workers.logs_clips,
         )
         self._baseline = Baseline(parameters.values(), to.group.processes)
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
@@ -225,43 +221,42 @@ class LocalUpdates(LocalRecords, Exchanging):
 
         # Register hooks that count the optimizers' steps, and objects that detect mistakes in the training script.
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
-        is_shared = to.group.size > 1 or is_elastic
-        has_processes = getattr(to.group, "process_group", None) is not None
-        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and has_processes
+        is_shared = self._workers.is_shared
         names, checks = names_of(self.optimizers), model is None and is_shared
         others = OtherOptimizers(list(parameters.values()), names, to.group, checks=checks, is_alone=not is_shared)
-        self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
+        unsent = UnsentSteps(self if self._workers.warns_at_end else None, self._whole.is_left)
+        self._watches = Watches(others, unsent)
         if model is not None:
             StateDictWarning.remove_from(model)
             if warn_own_state and is_shared:
                 StateDictWarning(model, self, LocalUpdates._is_off_anchor)
+        # The parameters, with a record of when each was frozen, by id, and the device on which they are.
+        self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
+        self._device_type = next(iter(parameters.values())).device.type
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Methods that run at each inner step.
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        self._whole.check_closed("optimizer.step()")
-        trained = self._whole.trained
-        check_no_others(optimizer, trained)
-        check_not_capturing("optimizer.step()", next(iter(trained.values())).parameter.device)
-        for p in parameters_of([optimizer]):
-            if id(p) in trained:
-                trained[id(p)].note_step()
+        self._check_closed("optimizer.step()")
+        if self._device_type != "cpu":
+            check_not_capturing("optimizer.step()", next(iter(self._trained.values())).device)
+        note_step(exchanged_in(optimizer, self._trained))
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._watches.others.begin()
         if self._enter():
             self._attempts.are_discarded = True
             # Discard the gradients, which were computed before the other workers' parameters were loaded.
-            for each in trained.values():
+            for each in self._trained.values():
                 each.parameter.grad = None
 
     @torch.no_grad()
     def _attempted(self) -> None:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due."""
         # Run the checks of `_before_step` here too, since `_before_step` is not called for a step that a scaler skips.
-        self._whole.check_closed("optimizer.step()")
+        self._check_closed("optimizer.step()")
         self._watches.others.check()
         self._watches.others.count()
         self._set_anchor_before_first_step()
@@ -271,9 +266,17 @@ class LocalUpdates(LocalRecords, Exchanging):
         # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
         # fail too.
         self._watches.unsent.clear()
-        with self._whole.without_autocast():
-            self._workers.after_step(self.steps, self._whole.parameters)
-        self._watches.unsent.record(self.steps, exchanged=self.exchanging)
+        with self._without_autocast():
+            self._workers.after_step(self.steps, [each.parameter for each in self._trained.values()])
+        self._watches.unsent.record(self.steps, exchanged=self._workers.exchanging)
+
+    def _without_autocast(self) -> torch.autocast:
+        """Return a context without autocast, in which the products of compressors would lose digits."""
+        return torch.autocast(self._device_type, enabled=False)
+
+    def _check_closed(self, call: str) -> None:
+        if self._whole.open:
+            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def _enter(self) -> bool:
         """Join the run, unless this worker has joined already. Returns True if it joined now. In that case, its
@@ -295,7 +298,7 @@ class LocalUpdates(LocalRecords, Exchanging):
     def _check_between_steps(self, call: str) -> None:
         """Raise RuntimeError within `at_anchor`, or if one of several optimizers has made the current step and another
         has not. `call` is the name of the caller, for the message."""
-        self._whole.check_closed(call)
+        self._check_closed(call)
         if missing := self._attempts.missing():
             hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own{hint}")
@@ -310,9 +313,9 @@ class LocalUpdates(LocalRecords, Exchanging):
         Without this call the worker joins at its first step, and discards the gradients of this step, which were
         computed at other parameters. Raises RuntimeError for a fixed set of workers.
         """
-        self._whole.check_closed("join()")
+        self._check_closed("join()")
         self._set_anchor_before_first_step()
-        self._workers.join()
+        self._elastic(_FOR_ELASTIC.format("join")).join()
         self.steps = max(self.steps, self._workers.steps)
 
     @torch.no_grad()
@@ -323,8 +326,22 @@ class LocalUpdates(LocalRecords, Exchanging):
         Returns True if the updates are sent. If the round is not committed within `Elastic.grace` seconds, the updates
         are lost; the method then logs an error and returns False. Raises RuntimeError for a fixed set of workers.
         """
-        self._whole.check_closed("leave()")
-        return self._workers.leave()
+        self._check_closed("leave()")
+        return self._elastic(_FOR_ELASTIC.format("leave")).leave()
+
+    def _elastic(self, otherwise: str) -> ElasticWorkers:
+        """Return the workers, which join and leave. Raises RuntimeError with the message `otherwise` for a fixed set
+        of workers."""
+        if not isinstance(self._workers, ElasticWorkers):
+            raise RuntimeError(otherwise)
+        return self._workers
+
+    def _fixed(self, otherwise: str) -> FixedWorkers:
+        """Return the workers, a fixed set. Raises RuntimeError with the message `otherwise` if workers join and
+        leave."""
+        if not isinstance(self._workers, FixedWorkers):
+            raise RuntimeError(otherwise)
+        return self._workers
 
     # The anchor (parameters last agreed on by all workers), and updates that it does not include.
 
@@ -334,7 +351,7 @@ class LocalUpdates(LocalRecords, Exchanging):
         results of these exchanges are not applied here, but at the steps at which they are due. If a worker has several
         processes (a site), this method is collective over these processes, like every other method that waits for
         exchanges."""
-        self._whole.wait()
+        self._workers.wait()
 
     @torch.no_grad()
     def error(self) -> Tensor:
@@ -345,7 +362,8 @@ class LocalUpdates(LocalRecords, Exchanging):
         do in training without compression. d is the number of elements in this process's shards. Raises RuntimeError if
         workers join and leave (see `Elastic`): use `pending`.
         """
-        return self._whole.joined(self._workers.mean(self._unapplied("error()"), self.steps))
+        workers = self._fixed("error is of workers that are all there; with a manager, pending() is this worker's own")
+        return self._whole.joined(workers.mean(self._unapplied("error()"), self.steps))
 
     @torch.no_grad()
     def pending(self) -> Tensor:
@@ -358,9 +376,9 @@ class LocalUpdates(LocalRecords, Exchanging):
         return self._whole.joined(self._unapplied("pending()"))
 
     def _unapplied(self, call: str) -> list[Tensor]:
-        self._whole.check_closed(call)
+        self._check_closed(call)
         self._set_anchor_before_first_step()
-        return self._whole.unapplied()
+        return self._workers.unapplied()
 
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
@@ -436,7 +454,7 @@ class LocalUpdates(LocalRecords, Exchanging):
         self._set_anchor_before_first_step()
         self._watches.others.check()
         self._watches.unsent.clear()
-        with self._whole.without_autocast():
+        with self._without_autocast():
             applied = self._workers.flush(compressor, self.steps)
         self._watches.others.flushed()
         # A worker that has joined within this call continues at the step count of the worker that sent its state.
@@ -468,7 +486,8 @@ class LocalUpdates(LocalRecords, Exchanging):
         """
         if isinstance(tensors, torch.nn.Module):
             tensors = [*tensors.parameters(), *tensors.buffers()]
-        self._workers.average(tensors, self.steps)
+        workers = self._fixed("average is for a fixed set of workers; with a manager, evaluate the anchor")
+        workers.average(tensors, self.steps)
 
     # Methods for the saved state.
 
@@ -490,16 +509,13 @@ class LocalUpdates(LocalRecords, Exchanging):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, a result of `state_dict` on this worker. Raises ValueError, with nothing changed, if `state`
         does not fit this object's options and parameters."""
-        self._whole.check_closed("load_state_dict()")
+        self._check_closed("load_state_dict()")
         self.saved_state.validate(state)
-        for part in self._fragments:
-            part.abandon()
+        self._workers.abandon()
         self._workers.steps = state["steps"]
         self.saved_state.load(state)
         self._attempts.restart()
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            part.resume(saved)
-        self._reactions.drift.resume(self._fragments[-1].rounds)
+        self._workers.resume(state)
         self._watches.unsent.clear()
 
     def check_call(self, call: Call) -> None:
@@ -513,5 +529,92 @@ class LocalUpdates(LocalRecords, Exchanging):
         # for such a state.
         return float(state.get("share", 1.0))
 
+    def for_resharding(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return in_current_parts(state)
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
+
+    def __repr__(self) -> str:
+        compressor = describe(self.options.compression.at(self.rounds))
+        outer = type(self.outer).__name__ if self.outer else "mean"
+        return (
+            f"LocalUpdates({names_of(self.optimizers)}, every={self.options.every}, {compressor}, outer={outer}, "
+            f"fragments={len(self._fragments)}, workers={self._workers.channel.group.size}, steps={self.steps}, "
+            f"rounds={self.rounds})"
+        )
+
+    # Records. Reading a property changes nothing and is not collective.
+
+    @property
+    def _skips(self) -> Skips:  # type: ignore[override]
+        return self._reactions.outcomes.skips
+
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes that this worker sent and received, by round and by purpose, such as "guard" for checks."""
+        return self._workers.channel.ledger
+
+    @property
+    def rounds(self) -> int:
+        """The number of applied exchanges, summed over fragments (parts of the model exchanged together)."""
+        return sum(part.rounds for part in self._fragments)
+
+    @property
+    def clips(self) -> list[Clip]:
+        """A record of each update, of any worker, that exceeded the limit `Workers.clip` and so was scaled down. The
+        list has the records since construction, or since a saved state was loaded."""
+        return self._reactions.clips.found
+
+    @property
+    def clipped(self) -> int:
+        """The number of updates, of all workers, that exceeded the limit `Workers.clip` and so were scaled down. If a
+        saved state was loaded, the number includes the updates that were clipped before the state was saved."""
+        return self._reactions.clips.count
+
+    @property
+    def resets(self) -> list[Reset]:
+        """A record of each time that the saddle escape check (lines 4-8 of Algorithm 1) fired. It contains the round,
+        the reason, the compared losses, and the decision to keep or to roll back the anchor, i.e. the parameters on
+        which all workers last agreed."""
+        return self._reactions.resets
+
+    @property
+    def workers(self) -> int:
+        """The number of workers. If workers join and leave, it is the number of workers in the last round."""
+        return self._workers.workers
+
+    @property
+    def paces(self) -> list[int]:
+        """The number of inner steps of each worker in a round, by rank. Each number is `every`, except with
+        `Workers(weight="steps")`, where a faster worker makes more steps. If workers join and leave (see `Elastic`),
+        the list has one entry: the number of steps that this worker makes from one round to the next."""
+        return list(self._workers.paces)
+
+    @property
+    def position(self) -> int:
+        """The number of inner steps of all workers whose updates are included in the anchor, i.e. in the parameters on
+        which all workers last agreed. Workers that have left count too."""
+        return self._workers.position(self.steps)
+
+    @property
+    def contraction(self) -> float | None:
+        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 at the last measurement, where v is this worker's update and C
+        the compressor. It is None if there was no measurement (see `Compression.monitor_every`). The value is a mean
+        over the measured fragments (parts of the model exchanged together)."""
+        found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes that a ring all-reduce of the gradients in each of the steps so far would have sent."""
+        return self._baseline.bytes(self.steps, self._workers.channel.group.size)
+
+    @property
+    def exchanging(self) -> bool:
+        """True if an exchange began after the last inner step, or, with `Workers(weight="steps")`, if that step ended a
+        round; True equally often on all workers."""
+        return self._workers.exchanging
+
+
+_FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

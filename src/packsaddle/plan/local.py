@@ -10,7 +10,7 @@ from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.compressors.registry import describe
-from packsaddle.local.lockstep import HEADER
+from packsaddle.local.workers import HEADER
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed

@@ -25,7 +25,7 @@ their names, weights, hashes, step times and received signals.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -42,80 +42,83 @@ from packsaddle.comm.sites import SiteGroup
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
+from packsaddle.feedback.state import Value
 from packsaddle.local.after import Reactions
-from packsaddle.local.elastic.greeting import Greeting
-from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.elastic.quorum import Quorum, RoundFailedError
-from packsaddle.local.elastic.recovery import Recovery
-from packsaddle.local.elastic.roster import Hello
+from packsaddle.local.anchor import OuterOptimizer
+from packsaddle.local.elastic.membership import Attempt, Membership
+from packsaddle.local.elastic.quorum import Greeting, Quorum, Recovery, RoundFailedError
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment
-from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions
-from packsaddle.local.outer import OuterOptimizer
-from packsaddle.local.pace import paces
-from packsaddle.local.round import LocalRound
-from packsaddle.local.schedule import Schedule
+from packsaddle.local.round import Begun, Sent, apply, begin, exchange
+from packsaddle.local.schedule import Rotation, paces
+from packsaddle.local.workers import Connection
 
 _log = logging.getLogger("packsaddle")
 _PAUSE = 0.05  # seconds between two attempts at a round
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt at a round, in which the workers have exchanged their updates, but have not voted yet."""
-
-    hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
-    weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
-    parts: Sequence[Fragment]  # the exchanged fragments (parts of the model)
-
-
-class ElasticWorkers(Membership):
+class ElasticWorkers:
     """Runs this worker's rounds in a run whose workers join and leave, coordinated by a torchft Manager.
 
     Args:
         options: options of the local updates.
-        channel: the communicator of the workers. Its group is a `ManagedGroup`, or a `SiteGroup` that contains one.
-        within: the processes of this site; None: this worker is one process.
+        to: the connection to the other workers. Its group is a `ManagedGroup`, or a `SiteGroup` that contains one.
+        device: device of the anchor, the parameters on which all workers last agreed.
         fragments: the parts of the model, each of which is exchanged separately.
-        schedule: the steps after which one of the fragments is exchanged.
+        part_of: not used, since the fragments are exchanged in rotation.
         inner: the optimizers of the parameters.
-        outer: the outer optimizer, which steps on the anchor (the parameters on which all workers last agreed), or
-            None.
+        outer: the outer optimizer of the anchor, or None.
     """
 
-    lockstep: Lockstep | None = None  # None, since elastic workers may make different calls
+    is_shared = logs_clips = True
+    # A worker that leaves sends its updates, or logs that they are lost.
+    warns_at_end = False
 
     def __init__(
         self,
         options: LocalOptions,
-        channel: Communicator,
-        within: Group | None,
+        to: Connection,
+        device: torch.device,
         fragments: Sequence[Fragment],
-        schedule: Schedule,
+        part_of: tuple[int, ...],
         inner: Sequence[Optimizer],
         outer: OuterOptimizer | None,
     ) -> None:
-        settings = options.workers
-        group = channel.group.peers if isinstance(channel.group, SiteGroup) else channel.group
+        settings, self.channel = options.workers, to.channel
+        group = self.channel.group.peers if isinstance(self.channel.group, SiteGroup) else self.channel.group
         assert isinstance(settings, Elastic)
+        assert isinstance(options.every, int)
         assert isinstance(group, ManagedGroup)
-        super().__init__(settings, within, fragments, schedule)
-        self.channel, self._group, self._outer = channel, group, outer
-
-        self._exchanged = False  # True if a round followed the last inner step
-        self.paces = [schedule.period]  # one number: the inner steps of this worker from one round to the next
+        self._settings, self._group, self._outer = settings, group, outer
+        self.member = Membership(settings, to.within, fragments, Rotation(options.every, len(fragments)))
+        self._site = self.member.site
+        self.exchanging = False  # True if a round followed the last inner step
         self._resumed = time.monotonic()  # time at the end of the last round
         # True if this worker is leaving and has pending updates, which it sends uncompressed in the next round.
         self._sends_all = False
+        # The workers that asked in the last round to send all pending updates, as a worker does before it leaves.
+        self._have_sent_all = set[int]()
 
         # The objects that run parts of a round.
         self._sigterm = Sigterm(self._may_leave, float(settings.grace))
-        self._quorum = Quorum(group, self.site, self._sigterm)
-        self._recovery = Recovery(self, self._quorum, self._sigterm, inner, outer)
-        self._greeting = Greeting(self, self._quorum, channel)
+        self._quorum = Quorum(group, self._site, self._sigterm)
+        self._recovery = Recovery(self.member, self._quorum, self._sigterm, inner, outer)
+        self._greeting = Greeting(self.member, self._quorum, self.channel)
         if settings.leave_on_sigterm:
             self._sigterm.listen()
+
+    @classmethod
+    def connect(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> Connection:
+        """Return this worker's connection to the other workers, as set by `options`. `is_split` is True if each process
+        of the worker has only a part of the parameters."""
+        assert isinstance(options.workers, Elastic)
+        group: Group
+        group = managed = options.workers.group or ManagedGroup(options.workers.manager)
+        within = managed.site if managed.site.size > 1 else None
+        if within is not None and not is_split:
+            group = SiteGroup(within, managed)
+        return Connection(group, within, Communicator(group, Ledger()), None)
 
     def start(
         self,
@@ -131,12 +134,12 @@ class ElasticWorkers(Membership):
         frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
 
         def arguments() -> str:
-            checksums = self.site.totals(*(int(fingerprint(local_part(t))) for t in frozen.values()))
+            checksums = self._site.totals(*(int(fingerprint(local_part(t))) for t in frozen.values()))
             named = zip(frozen, checksums, strict=True)
             return as_text({**same, **{f"checksum of {name}": checksum for name, checksum in named}})
 
         self._greeting.arguments = arguments
-        check_agreement(Communicator(self.site.group, Ledger()), same, torch.device("cpu"), of="process")
+        check_agreement(Communicator(self._site.group, Ledger()), same, torch.device("cpu"), of="process")
 
     # Methods that join the run, and run rounds.
 
@@ -156,17 +159,18 @@ class ElasticWorkers(Membership):
         self.round(uncompressed=False)
         # Set the number of inner steps since the last round. It is above 0 only if this worker was restored from a
         # checkpoint.
-        self.account.ahead = self.account.since
-        _log.info("worker %x joins at round %d, with %d others", self.worker, self.rounds, self.workers - 1)
+        self.member.account.ahead = self.member.account.since
+        member = self.member
+        _log.info("worker %x joins at round %d, with %d others", member.worker, member.rounds, self.workers - 1)
 
     def after_step(self, steps: int, parameters: Iterable[Tensor]) -> None:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
-        self.steps, self._exchanged = steps, False
-        self.account.since += 1
-        self.account.ahead += 1
-        if self.settings.leave_on_sigterm and self.site.any(self._sigterm.asked):
+        self.steps, self.exchanging = steps, False
+        self.member.account.since += 1
+        self.member.account.ahead += 1
+        if self._settings.leave_on_sigterm and self._site.any(self._sigterm.asked):
             self._exit()
-        if self.account.ahead >= self.paces[0]:
+        if self.member.rotation.is_due(self.member.account.ahead):
             self.round(uncompressed=False)
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
@@ -188,8 +192,8 @@ class ElasticWorkers(Membership):
         # Compute the mean time of an inner step since the last round, from which `_commit` chooses the number of steps
         # until the next round.
         arrived = time.monotonic()
-        until = float(self.settings.patience) if patience is None else patience
-        ahead = self.account.ahead
+        until = float(self._settings.patience) if patience is None else patience
+        ahead = self.member.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
         # Repeat the round with the remaining workers until it is committed.
         while True:
@@ -200,23 +204,23 @@ class ElasticWorkers(Membership):
                 # If this worker is a site of several processes, this error means that the grace period after SIGTERM is
                 # over. The other processes of the site may not be in this wait, and a collective with them would hang.
                 # So end this process without a collective.
-                if self.site.size > 1:
-                    end_process(int(self.has_pending()))
+                if self._site.size > 1:
+                    end_process(int(self.member.has_pending()))
                 self._exit()
             except RoundFailedError as error:
                 reason = " ".join(str(error).split())[:200]
             except BaseException:
-                self.roll_back()
+                self.member.roll_back()
                 raise
-            if self.site.any(time.monotonic() - arrived > until):
-                self.roll_back()
+            if self._site.any(time.monotonic() - arrived > until):
+                self.member.roll_back()
                 raise PeerLostError(f"no round was completed in {until:g} s{f': {reason}' if reason else ''}")
-            if self.site.any(self._sigterm.asked) and not self._sends_all:
+            if self._site.any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
         # Reset the count of steps. A worker that had to send its pending updates before leaving leaves now.
-        self._resumed, self.account.ahead, self._exchanged = time.monotonic(), 0, True
-        if self.site.any(self._sigterm.asked) and self._sends_all:
+        self._resumed, self.member.account.ahead, self.exchanging = time.monotonic(), 0, True
+        if self._site.any(self._sigterm.asked) and self._sends_all:
             self._exit()
         return applied
 
@@ -237,7 +241,7 @@ class ElasticWorkers(Membership):
             self._recovery.load_received()
             # Roll back an exchange in doubt, unless `load_received` has committed it because the other workers had
             # committed it.
-            self.roll_back()
+            self.member.roll_back()
             attempt = self._try(dense, seconds)
         except (ConfigError, PeerLostError):
             self._quorum.abort()
@@ -252,8 +256,8 @@ class ElasticWorkers(Membership):
         try:
             self._quorum.vote(reason if attempt is None else None)
         except RoundFailedError:
-            if not self.in_doubt:
-                self.roll_back()
+            if self.member.in_doubt is None:
+                self.member.roll_back()
             raise
         assert attempt is not None
         return self._commit(attempt)
@@ -262,9 +266,10 @@ class ElasticWorkers(Membership):
         """Exchange the updates of one round with the workers of the quorum: the steps hello, exchange and confirm of
         the module's docstring. Returns the attempt at the round, on which the workers have not voted yet. `dense` and
         `seconds` are those of `Greeting.exchange`."""
+        member = self.member
         self._group.renew()
         self.channel.step = max(0, self.steps - 1)
-        self.account.attempts += 1
+        member.account.attempts += 1
         # Hello: compare arguments before the first collective whose size depends on them.
         hellos = self._greeting.exchange(dense=dense or self._sends_all, seconds=seconds)
         # Exchange: send one fragment, in rotation, or all fragments if a worker has requested that (`dense`). If all
@@ -273,61 +278,60 @@ class ElasticWorkers(Membership):
         weights, parts = [0.0] * len(hellos), list[Fragment]()
         if any(h.weight or (dense and h.idle_weight and h.has_pending) for h in hellos):
             weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
-            parts = list(self.fragments) if dense else [self.due]
+            parts = list(member.fragments) if dense else [member.due]
+        sent = list[Sent]()
         for part in parts:
-            flush = Identity() if dense else None
-            r = LocalRound.begin(part, self.steps, weights, flush=flush)
-            r.agrees = len({hello.frozen for hello in hellos}) == 1
-            with self.site.fails_together():
-                self._exchange(r, hellos, weights)
+            member.running.append(begun := begin(part, self.steps, weights, flush=Identity() if dense else None))
+            with self._site.fails_together():
+                sent.append(exchange(begun, self.channel.step, self._norms(begun, weights), reports=True))
         # Confirm: the gather below completes only if all workers have exchanged their updates. From here on, other
         # workers may commit the round.
-        self.in_doubt = parts
+        member.in_doubt = attempt = Attempt(hellos, weights, sent)
         confirmation = torch.ones(1, device=self._greeting.device)
-        with self.site.fails_together():
+        with self._site.fails_together():
             self.channel.gather({"confirmed": confirmation}, fixed_size=True, purpose="members")
-        return Attempt(hellos, weights, parts)
+        return attempt
 
-    def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
-        """Exchange the messages of the round `r` of one fragment with the other workers, and gather the reports of
-        invalid values. `hellos` and `weights` have one entry per worker, by rank."""
-        norms = None
-        # Gather the norms of the workers' updates v, for clipping. The Hello messages cannot contain them, since v is
-        # computed after the Hello messages.
-        if r.norm is not None:
-            norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
-            norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-            norms[torch.tensor(weights) == 0] = torch.nan
-        r.exchange(self.channel.step, norms)
-        r.gather_reports()
+    def _norms(self, begun: Begun, weights: Sequence[float]) -> Tensor | None:
+        """Return the norms of the workers' updates v, float32[W], by which they are clipped; collective. A worker with
+        weight 0 has the norm NaN. None: updates are not clipped. The Hello messages cannot contain the norms, since v
+        is computed after them."""
+        if begun.norm is None:
+            return None
+        found = self.channel.gather({"norm": begun.norm}, fixed_size=True, purpose="guard")
+        norms = torch.cat([each["norm"] for each in found])
+        norms[torch.tensor(weights) == 0] = torch.nan
+        return norms
 
     def _commit(self, attempt: Attempt) -> bool:
         """Commit the round after the vote, and apply its means to the anchor. Returns True if all of its exchanges are
         applied, and False if one is rejected."""
-        is_applied = self.close_exchanges()
-        before = self.roster.present
-        self.roster.commit(attempt.hellos, attempt.weights, applied=is_applied)
+        member = self.member
+        ended = member.end(attempt)
+        is_applied = all(each.applied for each in ended)
+        before = set(member.roster.present)
+        member.roster.commit(attempt.hellos, attempt.weights, applied=is_applied)
         if self._group.rank == 0 and self._group.leads:
-            for worker in set(before) - set(self.roster.present):
-                _log.warning("worker %x is gone after %d rounds", worker, self.rounds)
+            self._log_gone(before - set(member.roster.present))
+        self._have_sent_all = {hello.worker for hello in attempt.hellos if hello.dense} if is_applied else set()
         # Update this worker's counts.
         mine = attempt.hellos[self._group.rank]
-        self.has_joined = True
+        member.has_joined = True
         if attempt.weights[self._group.rank]:
-            self.account.included = mine.attempt
+            member.account.included = mine.attempt
             if is_applied:
-                self.account.start_count(mine.weight)
+                member.account.start_count(mine.weight)
         # Choose this worker's number of steps before the next round: fewer for a slower worker and more for a faster
         # one, so that no worker waits for another.
-        if self.settings.weight is not None and mine.seconds:
+        if self._settings.weight is not None and mine.seconds:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
-            steps = paces(list(times.values()), len(times) * self._schedule.period)
-            self.paces = [dict(zip(times, steps, strict=True))[self.worker]]
+            steps = paces(list(times.values()), len(times) * member.rotation.period)
+            member.rotation = replace(member.rotation, own=dict(zip(times, steps, strict=True))[member.worker])
         reports = 0
-        for part in attempt.parts:
-            r = part.apply_round(None if self._outer is None else self._outer.optimizer)
-            self._reactions(r)
-            reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
+        for each in ended:
+            apply(each, None if self._outer is None else self._outer.optimizer)
+            self._reactions(each)
+            reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in each.reports))
         # Stop if most of the other workers received an invalid message from this worker. They continue without this
         # worker.
         if 2 * reports > self._group.size - 1:
@@ -337,29 +341,74 @@ class ElasticWorkers(Membership):
             )
         return is_applied
 
-    # Methods of the interface shared with `FixedWorkers`, some of which elastic workers do not support.
+    def _log_gone(self, gone: Iterable[int]) -> None:
+        """Log which workers of the last round are not in this one. A worker that had sent all of its updates in the
+        last round, as it does before it leaves, loses nothing."""
+        for worker in gone:
+            if worker in self._have_sent_all:
+                _log.info("worker %x has left after %d rounds", worker, self.member.rounds)
+            else:
+                _log.warning(
+                    "worker %x is gone after %d rounds, and its updates since the last round are lost unless it comes "
+                    "back",
+                    *(worker, self.member.rounds),
+                )
 
-    def mean(self, vectors: Sequence[Tensor], steps: int) -> NoReturn:
-        raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
+    # What `LocalUpdates` needs of a set of workers.
 
-    def average(self, tensors: Iterable[Tensor], steps: int) -> NoReturn:
-        raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
+    def wait(self) -> None:
+        """No-op: no exchange of elastic workers runs in the background."""
+
+    def abandon(self) -> None:
+        """No-op: no exchange of elastic workers runs in the background."""
+
+    def begun_at(self, part: Fragment) -> list[Tensor]:
+        return []
+
+    def unapplied(self) -> list[Tensor]:
+        return [part.unapplied() for part in self.member.fragments]
 
     def check_call(self, call: str, steps: int) -> None:
         """No-op: workers that join and leave may make different numbers of collective calls, such as those that save a
         checkpoint."""
 
-    def exchanging(self, steps: int) -> bool:
-        """Return True if a round followed the last inner step."""
-        return self._exchanged
+    @property
+    def steps(self) -> int:
+        return self.member.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self.member.steps = steps
+
+    @property
+    def has_joined(self) -> bool:
+        return self.member.has_joined
+
+    @property
+    def workers(self) -> int:
+        """The number of workers in the last round."""
+        return len(self.member.roster.present)
+
+    @property
+    def paces(self) -> Sequence[int]:
+        """One number: the inner steps of this worker from one round to the next."""
+        return [self.member.rotation.pace]
 
     def position(self, steps: int) -> int:
         """Return the number of inner steps, of all workers, whose updates are included in the anchor, i.e. in the
         parameters on which all workers last agreed."""
-        return self.roster.position
+        return self.member.roster.position
 
     def identity(self) -> dict[str, Any]:
-        return {"elastic": True}
+        rotation = self.member.rotation
+        return {"every": rotation.every, "delay": 0, "fragments": rotation.fragments, "elastic": True}
+
+    def fields(self) -> list[Value]:
+        return self.member.fields()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        for part, saved in zip(self.member.fragments, state["fragments"], strict=True):
+            part.resume(saved)
 
     # Methods for leaving the run.
 
@@ -367,9 +416,9 @@ class ElasticWorkers(Membership):
         """Return True if this worker may leave now, after SIGTERM in a wait for other workers: if it has no pending
         updates. Returns False if they must be sent in the next round, or if the worker is a site, whose processes must
         leave together."""
-        if self.site.size > 1:
+        if self._site.size > 1:
             return False
-        self._sends_all = self.has_pending()
+        self._sends_all = self.member.has_pending()
         return not self._sends_all
 
     def leave(self) -> bool:
@@ -381,18 +430,18 @@ class ElasticWorkers(Membership):
         """
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "the grace period is over"
-        while self.site.any(self.has_pending()) and not self.site.any((left := until - time.monotonic()) <= 0):
+        while self._site.any(self.member.has_pending()) and not self._site.any((left := until - time.monotonic()) <= 0):
             try:
                 if not self.round(uncompressed=True, patience=left):
                     reason = "the last round was rejected"
             except (PeerLostError, ConfigError, GuardError) as error:
                 reason = str(error)
                 break
-        is_sent = not self.has_pending()
+        is_sent = not self.member.has_pending()
         if not is_sent:
-            _log.error("worker %x leaves, and its unsent updates are lost: %s", self.worker, reason)
-        self.roll_back()
-        self.settings.manager.shutdown(wait=False)
+            _log.error("worker %x leaves, and its unsent updates are lost: %s", self.member.worker, reason)
+        self.member.roll_back()
+        self._settings.manager.shutdown(wait=False)
         return is_sent
 
     def _exit(self) -> NoReturn:
