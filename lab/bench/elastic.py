@@ -201,8 +201,8 @@ class Worker:
         local.join()
         membership = local._workers.member
         assert membership is not None
-        pending = local.pending().double()
-        self.say("join", None, pending)
+        update, memory = pending(local)
+        self.say("join", None, None)
         step = 0
         while not self.over():
             x, y = batch(spec.seed, f"{spec.name} {spec.life} {spec.process}", step)
@@ -212,18 +212,18 @@ class Worker:
             try:
                 self.optimizer.step()
             except SystemExit:
-                self.say("leave", None, local.pending().double())
+                self.say("leave", None, None)
                 raise
             time.sleep(spec.step)
             step += 1
             if local.exchanging:
-                now = local.pending().double()
-                self.say("round", self.moved - (now - pending), now)
-                pending = now
+                now, kept = pending(local)
+                self.say("round", self.moved - (now - update), memory - kept)
+                update, memory = now, kept
                 self.moved.zero_()
         local.flush()
-        now = local.pending().double()
-        self.say("round", self.moved - (now - pending), now)
+        now, kept = pending(local)
+        self.say("round", self.moved - (now - update), memory - kept)
 
     def over(self) -> bool:
         """Return True if training should end; identical on all processes of a site.
@@ -239,7 +239,9 @@ class Worker:
             return self.local.rounds >= self.spec.rounds
         return self.local.position >= (self.spec.position or 0)
 
-    def say(self, event: str, sent: Tensor | None, pending: Tensor) -> None:
+    def say(self, event: str, sent: Tensor | None, freed: Tensor | None) -> None:
+        """Log a round. `sent` is the local update that was sent, and `freed` the change of the error memory, times the
+        worker's part of the mean for which each was made."""
         local, membership = self.local, self.local._workers.member
         assert membership is not None
         anchor = self.anchor()
@@ -258,7 +260,8 @@ class Worker:
             hash=digest(anchor),
             anchor=self.along(anchor),
             sent=None if sent is None else self.along(sent),
-            pending=self.along(pending),
+            freed=None if freed is None else self.along(freed),
+            pending=self.along(local.pending()),
             workers=membership.workers,
             position=local.position,
             steps=local.steps,
@@ -340,6 +343,14 @@ class Crew:
         return max((line[key] for lines in self.read() for line in lines if key in line), default=0)
 
 
+def pending(local: Any) -> tuple[Tensor, Tensor]:
+    """Return what a worker has not sent, float64[d] each: its local update, and its error memory times the part of the
+    worker in the mean for which the memory was made."""
+    memories = [(part.unsent(), part.made or 0.0) for part in local._fragments]
+    whole = local._whole.joined(memory for memory, _ in memories).double()
+    return local.pending().double() - whole, local._whole.joined(made * memory for memory, made in memories).double()
+
+
 def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Compare the workers' logs of the same rounds, and return the differences that were found.
 
@@ -365,6 +376,7 @@ def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         total = sum(line["weight"] for line in sent.values() if line["sends"])
         for i in range(DIRECTIONS):
             mean = sum(line["weight"] * line["sent"][i] for line in sent.values() if line["sends"]) / (total or 1.0)
+            mean += sum(line["freed"][i] for line in sent.values() if line["sends"])
             if abs(before[0][i] - lines[0]["anchor"][i] - mean) > 1e-8:
                 wrong.append(
                     f"round {lines[0]['round']}: the anchor moved by {before[0][i] - lines[0]['anchor'][i]:.6g}, "

@@ -43,8 +43,10 @@ def begun(*, elastic: bool = False, **options: Any) -> Worker:
     ("norms", "factors"),
     [
         ([1.0, 8.0, 2.0, math.nan, math.nan], [1.0, 0.5, 1.0, 1.0, 1.0]),  # NaN: not in the round
-        ([1.0, 64.0], [1.0, 1 / 32]),  # of two, the smaller
-        ([0.0, 0.0, 5.0], [1.0, 1.0, 0.0]),
+        ([1.0, 2.0, 8.0, 64.0], [1.0, 1.0, 0.5, 1 / 16]),  # of the two in the middle, the smaller
+        ([1.0, 64.0], [1.0, 1.0]),  # two are no majority
+        ([0.0, 0.0, 5.0], [1.0, 1.0, 1.0]),  # workers that stand still do not count
+        ([0.0, 1.0, 1.0, 8.0], [1.0, 1.0, 1.0, 0.25]),
         ([1.0, 1.0, math.inf], [1.0, 1.0, 0.0]),
         ([0.0, 0.0, 0.0], [1.0] * 3),
         ([math.nan, math.nan], [1.0, 1.0]),

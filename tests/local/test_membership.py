@@ -17,6 +17,7 @@ from elastic_fakes import (
     joined,
     membership,
     of_state,
+    pace,
 )
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def test_a_failed_round_leaves_all_as_it_was_and_is_tried_again(case: dict[str, 
     def run(rank: int) -> list[Tensor]:
         worker = joined(**case)
         worker.train(5)
-        group, manager, before = membership(worker).channel.group, worker.manager, list[list[Tensor]]()
+        group, manager, before = worker.local._workers.channel.group, worker.manager, list[list[Tensor]]()
         calls = group.calls - 2  # of one attempt, the join's two left out
         if fault == "vote":
             manager.refused = {manager.votes}
@@ -103,7 +104,7 @@ def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committ
     for w in (worker, other):
         w.train(2)
     state = other.manager.save()  # as before the round
-    group = membership(worker).channel.group
+    group = worker.local._workers.channel.group
     group.broken = {group.calls + 3}  # after the hello, the messages and the dense part
 
     def recover() -> None:
@@ -265,7 +266,7 @@ def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) 
         start = worker.anchor()
         for _ in range(6):
             steps = 3 if weight == "function" or rank else 1
-            membership(worker).paces = [steps]
+            pace(worker, steps)
             for _ in range(steps):
                 total[0] += tokens[rank]
                 worker.train(1)
@@ -288,7 +289,7 @@ def test_a_faster_worker_does_more_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         worker, at, now = joined(every=12, settings={"weight": "steps"}), list[int](), 0.0
         while worker.local.rounds < 3:
             now += 3.0 if rank else 1.0
-            membership(worker)._resumed = 0.0
+            worker.local._workers._resumed = 0.0
             monkeypatch.setattr("packsaddle.local.elastic.workers.time.monotonic", lambda now=now: now)
             worker.train(1)
             if worker.local.exchanging:
@@ -377,7 +378,7 @@ def test_a_newcomer_without_updates_is_not_in_a_flush() -> None:
             worker.train(6)
         else:
             for _ in range(2):
-                membership(worker).round(uncompressed=False)
+                worker.local._workers.round(uncompressed=False)
         assert worker.local.flush()
         return worker
 
@@ -430,9 +431,9 @@ def test_the_owners_of_a_round_are_the_workers_with_an_update(weights: tuple[int
 
     def run(rank: int) -> tuple[Worker, slice]:
         worker = joined(compressor=Compression(TopK(0.25), "two-way", dense_below=0))
-        membership(worker).paces = [10]
+        pace(worker, 10)
         worker.train(weights[rank])
-        assert membership(worker).round(uncompressed=False)
+        assert worker.local._workers.round(uncompressed=False)
         return worker, worker.local._fragments[0].feedback.owned
 
     found = simulate(run, 3)

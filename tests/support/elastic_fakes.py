@@ -1,6 +1,7 @@
 """Elastic workers without torchft: a fake Manager for simulated workers, whose rounds fail as a test specifies."""
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,6 +162,12 @@ def membership(worker: Worker) -> Membership:
     found = worker.local._workers
     assert isinstance(found, ElasticWorkers)
     return found.member
+
+
+def pace(worker: Worker, steps: int) -> None:
+    """Set the number of inner steps that this worker makes between two rounds."""
+    member = membership(worker)
+    member.rotation = replace(member.rotation, own=steps)
 
 
 def joined(**arguments: Any) -> Worker:

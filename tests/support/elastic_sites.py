@@ -17,6 +17,7 @@ import torch
 from elastic_fakes import FakeGroup, FakeManager
 from torch import Tensor
 
+from lab.bench.elastic import pending
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
 from packsaddle.comm import Group
 from packsaddle.local.elastic.workers import ElasticWorkers
@@ -192,13 +193,13 @@ class Process:
         workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False)
         self.local = LocalUpdates(self.optimizer, run.compression, every=2, workers=workers)
         self.moved = torch.zeros(30, dtype=torch.float64)
-        self.before = self.moved.clone()
+        self.before = self.kept = self.moved.clone()  # the local update and the error memory that were not sent
         self.steps = 0
 
     def train(self) -> None:
         local = self.local
         local.join()
-        self.say("join", None)
+        self.say("join", None, None)
         while True:
             over = torch.tensor([local.rounds >= self.run.rounds and (self.life.name != "0" or self.run.is_last())])
             assert isinstance(local._workers, ElasticWorkers)
@@ -207,7 +208,8 @@ class Process:
                 break
             self.step()
             if local.exchanging:
-                self.say("round", self.moved - (local.pending() - self.before))
+                update, kept = pending(local)
+                self.say("round", self.moved - (update - self.before), self.kept - kept)
 
     def step(self) -> None:
         """Step by a gradient that is equal on all processes of a site that have the whole model."""
@@ -220,17 +222,18 @@ class Process:
         self.steps += 1
         self.optimizer.step()
 
-    def say(self, event: str, sent: Tensor | None) -> None:
-        membership, pending = self.local._workers.member, self.local.pending()
-        assert isinstance(membership, ElasticWorkers)
+    def say(self, event: str, sent: Tensor | None, freed: Tensor | None) -> None:
+        assert isinstance(self.local._workers, ElasticWorkers)
+        membership = self.local._workers.member
         anchor = torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
-        line = {"event": event, "process": self.process, "round": self.local.rounds, "pending": pending.clone()}
+        line = {"event": event, "process": self.process, "round": self.local.rounds}
         line |= {"history": membership.roster.history, "past": list(membership.roster.past)[-2:-1], "weight": 1.0}
         line |= {"here": membership.roster.present, "worker": membership.worker, "hash": str(anchor.tolist())}
         line |= {"sends": membership.account.included == membership.account.attempts}
-        line |= {"anchor": anchor[::7].tolist()[:4], "sent": None if sent is None else sent[::7].tolist()[:4]}
+        line |= {"anchor": anchor[::7].tolist()[:4]}
+        line |= {name: x if x is None else x[::7].tolist()[:4] for name, x in (("sent", sent), ("freed", freed))}
         self.log.append(line)
-        self.before = pending
+        self.before, self.kept = pending(self.local)
         self.moved.zero_()
 
 

@@ -19,7 +19,7 @@ def sharded_over(tensor: Any) -> tuple[Any, ...]:
     """Return the device mesh of a DTensor, and the dimensions of the mesh over which it is sharded; () for a tensor of
     which this process has the whole. The result may be a key of a dict."""
     dims = [i for i, placement in enumerate(getattr(tensor, "placements", ())) if not placement.is_replicate()]
-    return (tensor.device_mesh, *dims) if dims else ()
+    return (getattr(tensor, "device_mesh", None), *dims) if dims else ()
 
 
 def shard_of(tensor: Any) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def shard_of(tensor: Any) -> tuple[int, ...]:
     the tensor is sharded. Processes with equal coordinates have the same shard. The result is () for a tensor of which
     this process has the whole."""
     mesh, *dims = sharded_over(tensor) or (None,)
-    return tuple(mesh.get_coordinate()[i] for i in dims)
+    return () if mesh is None else tuple(mesh.get_coordinate()[i] for i in dims)
 
 
 def local_part(tensor: Any) -> Tensor:

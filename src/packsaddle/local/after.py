@@ -66,7 +66,7 @@ class Reactions:
         self.outcomes = Outcomes(optimizers, fragments, shards, begun_at, spec.max_skipped, rank)
         momentum = MeanMomentum(optimizers, c, shards) if c else None
         if momentum is not None and rank == 0:
-            momentum.warn_if_advised_against(outer, stacklevel=4)
+            momentum.warn_if_advised_against(outer, stacklevel=5)
         self.escape = None if rule is None else EscapeAnchor(rule, fragments, channel, options.seed)
         every: list[After | None] = [self.clips, self.outcomes, momentum, self.escape]
         self._all = [react for react in every if react is not None]

@@ -144,9 +144,7 @@ def check_conserved(case: Case, found: list[Trace]) -> None:
     marks = list(zip(*(trace.ends if paced else trace.marks for trace in found), strict=True))
     paces = found[0].paces if paced else [list(case.weight or (1.0,) * case.workers)] * (len(marks) + 1)  # type: ignore[arg-type]
     for n, ends in enumerate(marks[: len(paces) - 1]):
-        now = [
-            (*trace.rows[mark - 1].unbind(), trace.moved[mark - 1]) for trace, mark in zip(found, ends, strict=True)
-        ]
+        now = [(*trace.rows[mark - 1].unbind(), trace.moved[mark - 1]) for trace, mark in zip(found, ends, strict=True)]
         made, here = (torch.tensor(weights, dtype=torch.float64) for weights in paces[n : n + 2])
         made, here = made / made.sum(), here / here.sum()
         moved = sum(w * (row[3] - old[3]) for w, row, old in zip(made, now, before, strict=True))
