@@ -38,9 +38,9 @@ shared: aggregator, aggregator.compressor, aggregator.state, format, identity.ex
 LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*, fragments.*.shift.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, pacing, schedule,
+    clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, pacing, schedule,
     share, skips.consecutive, skips.total
-constant: fragments.*.exchange.invalid, identity.rank, identity.workers
+constant: fragments.*.exchange.invalid, fragments.*.made, identity.rank, identity.workers
 shared: escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,

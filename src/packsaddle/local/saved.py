@@ -134,7 +134,7 @@ def in_current_parts(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     identity, found = state.get("identity", {}), []
     for part in state["fragments"]:
-        made, now = part.get("made"), state["share"] / identity.get("workers", 1)
+        made, now = part.get("made"), state.get("share", 1.0) / identity.get("workers", 1)
         factor = 1.0 if made is None or "workers" not in identity else made / now
         if factor != 1.0:
             error = {name: factor * e for name, e in part["error"].items()}

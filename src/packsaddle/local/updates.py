@@ -232,7 +232,7 @@ class LocalUpdates(Records, Exchanging):
                 StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         # The parameters, with a record of when each was frozen, by id, and the device on which they are.
         self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
-        self._device_type = next(iter(parameters.values())).device.type
+        self._device = next(iter(parameters.values())).device
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Methods that run at each inner step.
@@ -240,8 +240,7 @@ class LocalUpdates(Records, Exchanging):
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         self._check_closed("optimizer.step()")
-        if self._device_type != "cpu":
-            check_not_capturing("optimizer.step()", next(iter(self._trained.values())).device)
+        check_not_capturing("optimizer.step()", self._device)
         note_step(exchanged_in(optimizer, self._trained))
         self._set_anchor_before_first_step()
         self._has_begun = True
@@ -272,7 +271,7 @@ class LocalUpdates(Records, Exchanging):
 
     def _without_autocast(self) -> torch.autocast:
         """Return a context without autocast, in which the products of compressors would lose digits."""
-        return torch.autocast(self._device_type, enabled=False)
+        return torch.autocast(self._device.type, enabled=False)
 
     def _check_closed(self, call: str) -> None:
         if self._whole.open:
