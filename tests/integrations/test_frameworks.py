@@ -213,7 +213,7 @@ def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path)
     if name == "lightning":  # a checkpoint that is saved during validation has workers' own parameters too
         (at_stop,) = (tmp_path / "parts").glob("step=6-loss=*.ckpt.packsaddle")
         folders = [at_stop, tmp_path / "parts" / "in_validation.ckpt.packsaddle"]
-        own = [[torch.load(f / "packsaddle" / f"worker-{rank}.lost") for f in folders] for rank in range(2)]
+        own = [[torch.load(f / "lost" / f"worker-{rank}.pt") for f in folders] for rank in range(2)]
         own = [[state["parts"]["model"] for state in worker] for worker in own]
         for one, other in own:
             assert all(torch.equal(one[key], other[key]) for key in one)
