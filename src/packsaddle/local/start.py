@@ -22,6 +22,7 @@ from packsaddle.checkpoint.own_state import is_own_state
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
+from packsaddle.feedback.exchanging import has_hook
 from packsaddle.local.inner import OtherOptimizers
 from packsaddle.numerics.devices import widened
 
@@ -89,6 +90,7 @@ def check_first_step(
     if channel.group.size == 1:
         return
     # Gather a fingerprint of the parameters at which each worker started, and one of its gradients.
+    parameters = list(parameters)
     gradients: list[Any] = [local_part(p.grad) for p in parameters if p.grad is not None]
     gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
@@ -110,10 +112,15 @@ def check_first_step(
     values = int(digest(torch.tensor([len(together.unique())], device=anchors[0].device)))
     if not values:
         return
-    found = (
-        f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are exchanged as "
-        f"well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all workers have the same "
-        f"batch: give each its own, by a DistributedSampler or as data[rank::workers]"
+    found = f"gradients are equal bit for bit on all {len(prints)} workers at the first step"
+    if has_hook(parameters):
+        raise RuntimeError(
+            f"{found}, since a hook of packsaddle exchanges them (register_ddp_hook), and LocalUpdates would exchange "
+            f"the same changes again: use either the hook or LocalUpdates"
+        )
+    found += (
+        ": either they are exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), "
+        "or all workers have the same batch: give each its own, by a DistributedSampler or as data[rank::workers]"
     )
     if values >= _PROOF:
         raise RuntimeError(found)
