@@ -1,5 +1,5 @@
-"""The common interface of `CompressedSGD`, the hooks and `LocalUpdates`. Registries of the optimizers whose updates they
-exchange, and of the parameters whose gradients the hooks exchange.
+"""The common interface of `CompressedSGD`, the hooks and `LocalUpdates`, and registries of what they exchange: the
+optimizers whose updates, and the parameters whose gradients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
