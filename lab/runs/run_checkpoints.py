@@ -14,9 +14,9 @@ from torch import Tensor
 from lab.runs.config import Config, first_difference
 from lab.runs.run_folder import RunFolder
 from packsaddle.checkpoint.atomic_files import PARTIAL
-from packsaddle.checkpoint.files import CheckpointError, remove_all, steps_in
+from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.parts import run_on_all
-from packsaddle.checkpoint.save_load import Checkpoint, restore, save_checkpoint
+from packsaddle.checkpoint.save_load import Checkpoint, remove_all, restore, save_checkpoint, steps_in
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import asked_to_stop

@@ -211,17 +211,37 @@ def test_gloo_listens_where_the_name_of_the_host_leads(addresses: list[str], mon
 
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0"), (2, "en7")])
-    fact = found(doctor.network(), "gloo")
-    assert fact.verdict == "warning"
-    assert f"listens on {HERE}, which no other host can reach" in fact.value
-    assert fact.advice.endswith("set GLOO_SOCKET_IFNAME on each, here to one of en7")
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0")])
-    assert found(doctor.network(), "gloo").advice.endswith(", after connecting this host to a network")
+    for interfaces, advice in (
+        ({"en7": "10.0.0.7"}, "set GLOO_SOCKET_IFNAME on each, here to en7 (10.0.0.7)"),
+        ({"en7": "10.0.0.7", "wg0": "fd00::7"}, "on each, here to one of en7 (10.0.0.7), wg0 (fd00::7)"),
+        ({}, ", after connecting this host to a network"),
+    ):
+        monkeypatch.setattr(doctor, "reachable_interfaces", lambda interfaces=interfaces: interfaces)
+        fact = found(doctor.network(), "gloo")
+        assert fact.verdict == "warning"
+        assert f"listens on {HERE}, which no other host can reach" in fact.value
+        assert fact.advice.endswith(advice)
+
+
+def test_only_interfaces_with_an_address_that_others_reach_are_proposed(hosts_here: None) -> None:
+    """In a network of its own: not loopback, a dummy, an interface that is down, or one with a link-local address."""
+    make = """
+        ip link set lo up
+        ip link add dummy0 type dummy && ip addr add 10.6.0.1/24 dev dummy0 && ip link set dummy0 up
+        ip link add down0 type veth peer name down1 && ip addr add 10.7.0.1/24 dev down0
+        ip link add up0 type veth peer name up1 && ip addr add fd00::1/64 dev up0 && ip addr add 10.8.0.1/24 dev up0
+        ip link set up0 up && ip link set up1 up
+        ip link add six0 type veth peer name six1 && ip addr add fd01::1/64 dev six0
+        ip link set six0 up && ip link set six1 up
+        "$0" -c "from packsaddle.cli.doctor import reachable_interfaces as found; print(found())"
+    """
+    done = subprocess.run(["unshare", "-n", "sh", "-ec", make, sys.executable], capture_output=True, text=True)
+    assert done.stdout == "{'up0': '10.8.0.1', 'six0': 'fd01::1'}\n", done.stderr
 
 
 def test_gloo_listens_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "en7")])
+    monkeypatch.setattr(doctor, "reachable_interfaces", lambda: {"en7": "10.0.0.7"})
     for asked, verdict in (("en7", "ok"), ("lo", "warning"), ("en7,lo", "warning"), ("en8", "problem")):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", asked)
         assert found(doctor.network(), "gloo").verdict == verdict

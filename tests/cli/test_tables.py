@@ -8,6 +8,7 @@ from commandline import command
 from rich.table import Table
 
 from packsaddle.cli.console import brief, print_table
+from packsaddle.cli.progress import countdown
 
 pytestmark = pytest.mark.usefixtures("first_timings")  # the form of tables does not depend on them
 
@@ -81,3 +82,16 @@ def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
     assert command("compressors", "--d", 5000) == 0
     assert "QSGD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_only_steps_of_one_length_say_the_time_left(
+    equal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An estimate from the time of other work may be wrong by any factor."""
+    monkeypatch.setattr("packsaddle.cli.progress._BETWEEN_LINES", 0.0)
+    with countdown("plan", 9, quiet=False, equal=equal) as report:
+        report(3, "timing Sign() (4 of 9)")
+    printed = capsys.readouterr().err
+    assert printed.startswith("plan: timing Sign() (4 of 9)")
+    assert printed.endswith(" left\n" if equal else " (4 of 9)\n")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from packsaddle import CompressedSGD, LocalUpdates, Rounded, TopK
 from packsaddle.comm import devices
 from packsaddle.comm.group import TorchGroup
+from packsaddle.errors import ConfigError
 from packsaddle.feedback.background import Background
 from packsaddle.numerics.transfers import to_host
 
@@ -145,6 +146,10 @@ def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [devices.direct_backend(n) for n in (2, 3)] == ["cuda:nccl", None]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
     assert devices.direct_backend(1) is None
+    for text in ("one", "-1", "1.0"):
+        monkeypatch.setenv("LOCAL_RANK", text)
+        with pytest.raises(ConfigError, match=f"LOCAL_RANK must be an integer of 0 or more, .*, got '{text}'"):
+            devices.local_device()
 
 
 @pytest.mark.parametrize("front", ["CompressedSGD", "LocalUpdates"])

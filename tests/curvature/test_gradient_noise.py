@@ -128,15 +128,6 @@ def test_x_walks_as_far_as_is_said(noise: float | Ramp) -> None:
     assert moved / 0.5 == pytest.approx(walk.times(0.02), rel=4 / math.sqrt(2 * 10_000))
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "final"), [(0, 0, 0.0), (3, 9, 0.0), (0, 12, 0.1), (5, 40, 0.2), (50, 60, 0.0)]
-)
-def test_squares_of_a_ramp_are_summed(start: int, stop: int, final: float) -> None:
-    ramp = Ramp(0.3, start, stop, final)
-    for steps in (1, 4, 20, 30):
-        assert ramp.squares(steps) == pytest.approx(math.fsum(ramp(t) ** 2 for t in range(steps)), rel=1e-12)
-
-
 def test_the_suggestion_walks_as_far_as_is_stated() -> None:
     model = nn.Linear(30, 20)
     r = suggest_noise(model, lr=0.1, steps=400)

@@ -13,11 +13,13 @@ from packsaddle.comm.group import resolve
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory, Update
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Shaped, Slice, places
 
 SHAPES = {"w": (9, 7), "b": (5,)}  # b is a vector, and goes dense
 D, COMPRESSED = 68, 63
+CPU, NAN = torch.device("cpu"), float("nan")
 KINDS: list[tuple[Compressor, str]] = [
     (RandomK(0.25), "direct"),
     (TopK(0.2), "direct"),
@@ -40,10 +42,27 @@ class Vector(Update):
 
 def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
     named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]
-    of, channel = Slice(places(named, 6), torch.device("cpu")), Communicator(resolve(None), Ledger())
+    of, channel = Slice(places(named, 6), CPU), Communicator(resolve(None), Ledger())
     found = ErrorFeedback(ErrorMemory(of, spare=True), channel, Guard("none"), Contraction(0), seed=3)
     found.use(compressor, exchange)
     return found
+
+
+LIMIT = torch.finfo(torch.float64).max / 64  # of the sum of a vector's magnitudes
+
+
+@pytest.mark.parametrize(
+    ("w", "b", "name"), [(0.4, 0.4, None), (0.6, 0.6, "together"), (0.1, 2.0, "b"), (2.0, 2.0, "w"), (0.1, NAN, "b")]
+)
+def test_the_first_invalid_tensor_is_reported_or_all_together(w: float, b: float, name: str | None) -> None:
+    """Each of two tensors may be in range where the vector is not."""
+    of = Slice(places([(n, torch.zeros(shape, dtype=torch.float64)) for n, shape in SHAPES.items()], 6), CPU)
+    v = torch.zeros(D, dtype=torch.float64)
+    v[0], v[-1] = w * LIMIT, b * LIMIT
+    invalid, report = Guard("extra", unnamed="together").validate(v, Vector(v), of)
+    assert bool(invalid) == bool(report) == (name is not None)
+    assert report == (Report() if name is None else Report("vector", name))
+    assert bool(v.any()) == (name is None)
 
 
 def update(rank: int, step: int) -> Vector:

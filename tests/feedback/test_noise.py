@@ -1,5 +1,7 @@
 """The perturbation is Gaussian, shared, and follows its schedule."""
 
+import math
+
 import pytest
 import torch
 from scipy.stats import kstest
@@ -32,6 +34,15 @@ def test_ramp() -> None:
     assert [ramp(t) for t in (0, 10, 20, 99)] == [0.01, 0.01, 0.002, 0.002]
     assert ramp(15) == pytest.approx(0.006)
     assert Ramp(1.0, start=5, stop=5)(5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "final"), [(0, 0, 0.0), (3, 9, 0.0), (0, 12, 0.1), (5, 40, 0.2), (50, 60, 0.0)]
+)
+def test_squares_of_a_ramp_are_summed(start: int, stop: int, final: float) -> None:
+    ramp = Ramp(0.3, start, stop, final)
+    for steps in (1, 4, 20, 30):
+        assert ramp.squares(steps) == pytest.approx(math.fsum(ramp(t) ** 2 for t in range(steps)), rel=1e-12)
 
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), lambda step: -1.0])

@@ -363,6 +363,25 @@ def test_compressed_sgd_after_an_uncompressed_exchange_is_refused(gloo: Gloo) ->
         assert within == ""
 
 
+def beside_local_updates(first: bool) -> None:
+    """A step of LocalUpdates on a model with the hook, which is registered first or last."""
+    model = wrapped(network(torch.float32))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook = ps.register_ddp_hook(model) if first else None
+    ps.LocalUpdates(optimizer)
+    hook = hook or ps.register_ddp_hook(model, optimizer=optimizer)
+    loss(model, batches(1)[0].float()).backward()
+    message = r"a hook of packsaddle exchanges them \(register_ddp_hook\), .*: use either the hook or LocalUpdates"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert hook.steps == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_local_updates_under_the_hook_are_refused(first: bool, gloo: Gloo) -> None:
+    gloo(beside_local_updates, 2, first)
+
+
 # ---- gradients that are not finite
 
 

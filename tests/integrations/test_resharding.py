@@ -1,6 +1,7 @@
 """States of hooks and of local updates that another number of workers restores: nothing that was unsent is lost."""
 
 import importlib.util
+import json
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import Compression, TopK, register_ddp_hook
+from packsaddle import Compression, LocalUpdates, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
-from packsaddle.integrations import load_state, save_state
+from packsaddle.integrations import WorkerState, load_state, save_state
 
 SCRIPT = Path(__file__).parents[1] / "support" / "resharding.py"
 LIBRARIES = {"lightning": "lightning", "huggingface": "transformers"}
@@ -36,12 +37,12 @@ def train(framework: str, folder: Path, workers: int, steps: int) -> str:
 def states(folder: Path, steps: int) -> list[dict[str, Any]]:
     """The state of each worker in the checkpoint of a step, by rank."""
     found = {}
-    for path in folder.rglob("packsaddle-*.pt"):
-        content = torch.load(path)
-        if content["state"]["steps"] == steps:
-            found[int(path.stem.removeprefix("packsaddle-"))] = content
-    assert sorted(found) == list(range(found[0]["workers"]))
-    return [found[rank]["state"]["parts"] for rank in sorted(found)]
+    for path in folder.rglob("packsaddle*/worker-*.json"):
+        manifest = json.loads(path.read_text())
+        if manifest["step"] == steps:
+            found[manifest["rank"]] = torch.load(path.with_suffix(".pt"))["parts"]
+    assert sorted(found) == list(range(len(found)))
+    return [found[rank] for rank in sorted(found)]
 
 
 def dense_y(saved: list[dict[str, Any]], names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -128,31 +129,24 @@ def test_hooks_share_the_mean_of_the_error_memories(
 
 def refusals(folder: Path) -> list[str]:
     found = []
-    for damaged in ("steps", "kind"):
-        with pytest.raises(ValueError, match=r"steps|parts") as caught:
+    for damaged in ("one", "kind"):
+        with pytest.raises(ValueError, match=r"missing|parts") as caught:
             load_state(hook_after(0), folder / damaged)
         found.append(str(caught.value))
     return found
 
 
-def test_files_of_different_steps_or_kinds_raise_on_every_worker(
-    gloo: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    gloo(memories, 3, tmp_path / "steps", False)
-    path = tmp_path / "steps" / "packsaddle-2.pt"
-    content = torch.load(path)
-    content["state"]["steps"] = 4
-    torch.save(content, path)
-    state = {"steps": 3, "parts": {"model": {}, "local": {}}}
-    (tmp_path / "kind").mkdir()
-    torch.save({"workers": 1, "state": state}, tmp_path / "kind" / "packsaddle-0.pt")
-    for steps, kind in gloo(refusals, 2, tmp_path):
-        assert steps == f"{tmp_path / 'steps'} has packsaddle-RANK.pt of different steps: 3, 4"
-        assert kind == "the parts are hook here, but local, model in the checkpoint"
+def test_missing_files_or_another_kind_raise_on_every_worker(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    gloo(memories, 3, tmp_path / "one", False)
+    (tmp_path / "one" / "packsaddle" / "worker-2.json").unlink()
+    optimizer = torch.optim.SGD((model := torch.nn.Linear(40, 50)).parameters())
+    save_state(WorkerState(LocalUpdates(optimizer, every=4), model), tmp_path / "kind")
+    for one, kind in gloo(refusals, 2, tmp_path):
+        assert one.startswith(f"{tmp_path / 'one' / 'packsaddle'}: the files of worker 2 of 3 are missing. Without")
+        assert kind == "the parts are hook here, but local, model, optimizer-0 in the checkpoint"
 
 
-def test_one_worker_without_a_hook_is_warned_of_unused_memories(tmp_path: Path) -> None:
-    torch.save({"workers": 2, "state": {}}, tmp_path / "packsaddle-0.pt")
-    torch.save({"workers": 2, "state": {}}, tmp_path / "packsaddle-1.pt")
-    with pytest.warns(UserWarning, match="has the error memories of 2 workers' hook, which one worker does not use"):
+def test_one_worker_without_a_hook_is_warned_of_unused_memories(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    gloo(memories, 2, tmp_path, False)
+    with pytest.warns(UserWarning, match="has error memories of several workers, which one worker does not use"):
         assert not load_state(None, tmp_path)

@@ -206,8 +206,8 @@ def main(run: Callable[[Path, int, bool], Run], folder: Path) -> None:
     resumed, again, _ = run(folder / "parts", END, True)
     found |= {"first": digest(first), "resumed": digest(resumed)}
     found |= {"steps": [exchange.steps, again.steps], "bytes": [h.ledger.total.payload for h in (exchange, again)]}
-    for states in list((folder / "parts").rglob(f"packsaddle-{resolve(None).rank}.pt")):
-        states.rename(states.with_suffix(".lost"))
+    for states in list((folder / "parts").rglob("packsaddle*")) if resolve(None).rank == 0 else ():
+        states.rename(states.with_name("lost"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lost, exchange, train_again = run(folder / "parts", END, True)

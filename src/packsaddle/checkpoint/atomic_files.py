@@ -25,13 +25,17 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    # Also sync the folder, so that the rename is durable.
-    handle = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+    return size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new and renamed files in a folder durable, i.e. present after a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    return size
 
 
 def set_aside(path: Path) -> Path:

@@ -1,7 +1,7 @@
-"""The two files that a worker writes for each step: its tensors, and a manifest to detect damage.
+"""The two files that a worker writes in a save: its tensors, and a manifest to detect damage.
 
-    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save)
-    DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file
+    SAVE/worker-3.pt      tensors and plain types (torch.save)
+    SAVE/worker-3.json    the manifest: the save's identity, and the size and sha256 of that file
 
 The manifest is written last, so the tensor file is complete if there is a manifest. Loading never executes code from a
 file: the manifest is JSON, and tensors are loaded with weights_only=True after their sha256 was verified.
@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packsaddle.checkpoint.atomic_files import set_aside, write_whole
+from packsaddle.checkpoint.atomic_files import sync_folder, write_whole
 from packsaddle.errors import ConfigError
 
-FORMAT = 4  # version of the file format
-_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks an incomplete or damaged step
+FORMAT = 5  # version of the file format
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
 _LARGEST_MANIFEST = 1 << 26  # maximum bytes of a manifest: ten times the size for 100,000 parameter tensors
@@ -43,8 +42,9 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Metadata of the tensor file that one worker wrote for one step."""
+    """Metadata of the tensor file that one worker wrote in a save."""
 
+    identity: str  # identity of the save, which the manifests of all its workers have
     step: int
     rank: int
     workers: int
@@ -56,51 +56,35 @@ class Manifest:
     format: int = FORMAT
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Return the steps that have a folder in a checkpoint folder, in ascending order, except steps that were set aside
-    (renamed) as unusable."""
-    return sorted(step for step, _, aside in _step_folders(folder) if not aside)
-
-
-def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Return, for each step folder in a checkpoint folder, its step, its path, and True if it was set aside (renamed)
-    as unusable."""
-    found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
-
-
-def ranks_in(step: Path) -> list[int]:
-    found = [_MANIFEST.fullmatch(p.name) for p in step.iterdir()] if step.is_dir() else []
+def ranks_in(save: Path) -> list[int]:
+    """Return the ranks of the workers whose manifests are in a save's folder, in ascending order."""
+    found = [_MANIFEST.fullmatch(p.name) for p in save.iterdir()] if save.is_dir() else []
     return sorted(int(m[1]) for m in found if m)
 
 
-def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write the tensor file of one worker and step, and then the manifest of that file.
+def write_files(save: Path, content: Mapping[str, Any], **said: Any) -> None:
+    """Write the tensor file of one worker, and then the manifest of that file.
 
     Args:
-        folder: the checkpoint folder, in which the step's folder exists.
+        save: the save's folder, which is created if it does not exist.
         content: the worker's state, written to the tensor file.
-        said: fields of the manifest. The fields `step` and `rank` also determine the paths of both files.
+        said: fields of the manifest. The field `rank` also determines the names of both files.
 
     Raises OSError if a file cannot be written.
     """
-    base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
+    base = save / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
     manifest = {"format": FORMAT, **said, "bytes": size, "sha256": digest.hexdigest(), "torch": torch.__version__}
     text = json.dumps(manifest, indent=1).encode() + b"\n"
     write_whole(base.with_suffix(".json"), lambda file: file.write(text))
+    sync_folder(save.parent)  # makes the save's folder durable, before an earlier save is removed
 
 
-def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
-    """Read and validate the manifest of worker `rank` for a step. `folder` is the checkpoint folder. Raises
-    DamagedError if the manifest is damaged or unreadable, and CheckpointError if the manifest's format version is not
-    `FORMAT`."""
-    path = step_folder(folder, step) / f"worker-{rank}.json"
+def read_manifest(save: Path, rank: int) -> Manifest:
+    """Read and validate the manifest of worker `rank` in a save's folder. Raises DamagedError if the manifest is
+    damaged or unreadable, and CheckpointError if the manifest's format version is not `FORMAT`."""
+    path = save / f"worker-{rank}.json"
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_MANIFEST)
@@ -117,15 +101,15 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
     if found.keys() != {f.name for f in fields(Manifest)} or not all(type(found[n]) is int for n in _NUMBERS):
         raise DamagedError(f"{path} is damaged: not a manifest")
     manifest = Manifest(**found)
-    if (manifest.step, manifest.rank) != (step, rank):
-        raise DamagedError(f"{path} is of step {manifest.step} and worker {manifest.rank}")
+    if manifest.rank != rank:
+        raise DamagedError(f"{path} is of worker {manifest.rank}")
     return manifest
 
 
-def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a worker's tensor file to the CPU. Raises DamagedError unless the size and sha256 of the file match
-    `manifest`."""
-    path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
+def read_content(save: Path, manifest: Manifest) -> dict[str, Any]:
+    """Load a worker's tensor file in a save's folder to the CPU. Raises DamagedError unless the size and sha256 of the
+    file match `manifest`."""
+    path = save / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.
     try:
@@ -142,10 +126,10 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except DamagedError:
         raise
-    except Exception as error:  # the file is intact, but save_checkpoint did not write it
+    except Exception as error:  # the file is intact, but packsaddle did not write it
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
-        raise DamagedError(f"{path} was not made by save_checkpoint")
+        raise DamagedError(f"{path} was not made by packsaddle")
     return content
 
 
@@ -175,42 +159,3 @@ def plain(value: Any, where: str) -> Any:
 
 def _is_plain_key(key: Any) -> bool:
     return all(map(_is_plain_key, key)) if type(key) is tuple else type(key) in _PLAIN
-
-
-_OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
-
-
-def rotate(folder: Path, keep: int) -> None:
-    """Remove from a checkpoint folder the folders of all steps that are older than the `keep` newest steps."""
-    oldest = steps_in(folder)[-keep:][0]
-    for step, path, _ in _step_folders(folder):
-        if step < oldest:
-            remove(path)
-
-
-def remove_all(folder: Path) -> None:
-    for _, path, _ in _step_folders(folder):
-        remove(path)
-
-
-def remove(step: Path) -> None:
-    """Remove a step's folder, manifests first, so that a partly removed step is never loaded."""
-    try:
-        for file in sorted(step.iterdir(), key=lambda p: p.suffix != ".json"):
-            if _OURS.fullmatch(file.name):
-                file.unlink(missing_ok=True)
-        step.rmdir()
-    except OSError:  # another worker has removed the folder, or it also contains files of the user
-        pass
-
-
-def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the folder of every saved step after `step`. The caller has found these steps incomplete or damaged, and
-    they must not be read again."""
-    for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
-        try:
-            set_aside(path)
-        except FileNotFoundError:  # another worker has renamed the folder
-            pass
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None

@@ -2,30 +2,16 @@
 workers are intact."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from packsaddle.checkpoint.files import (
-    CheckpointError,
-    DamagedError,
-    plain,
-    ranks_in,
-    read_content,
-    read_manifest,
-    remove,
-    rotate,
-    set_aside_after,
-    step_folder,
-    steps_in,
-    write_files,
-)
+from packsaddle.checkpoint.files import CheckpointError, DamagedError, Manifest, plain
 from packsaddle.checkpoint.own_state import own_state
 from packsaddle.checkpoint.parts import (
     Parts,
-    T,
     check_fit,
     check_names,
     check_parts,
@@ -37,12 +23,24 @@ from packsaddle.checkpoint.parts import (
     shapes,
 )
 from packsaddle.checkpoint.reshard import resharded
+from packsaddle.checkpoint.saves import (
+    Content,
+    Found,
+    Save,
+    agreed,
+    find,
+    proposed,
+    remove,
+    saves_in,
+    set_aside_all,
+    write_save,
+    writing,
+)
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, ProcessGroup, resolve
-from packsaddle.version import __version__
 
-Content = dict[str, Any]  # content of one worker's tensor file
+_STEPS = r"step-\d{8,18}"  # names of saves in a checkpoint folder
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,15 @@ def save_checkpoint(
     """Write this worker's files of a step to FOLDER/step-STEP/, and remove all but the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Workers may use one shared folder or a folder each.
-    Earlier steps are removed only after all workers have written this one. Returns the step's folder.
+    If the folder has the step already, its files are not overwritten: the new folder is step-STEP-2, and so on. Earlier
+    steps, and earlier saves of this step, are removed only after all workers have written this one, so whenever
+    processes are killed, `load_checkpoint` finds a save whose files are all of one call. Returns the step's folder.
 
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, which
     consists of tensors and plain types. `process_group` is the group of the workers; by default it is torch's default
     group if there is one, else this process alone.
 
-    Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
+    Raises CheckpointError on every worker, with earlier saves unchanged, if a worker cannot write its files; the
     message names the worker and the reason. Also raises CheckpointError if `keep` is below 2 or `step` below 0, if
     `step` differs between workers, if a state has values other than tensors and plain types, or if the folder has
     checkpoints of later steps, since `load_checkpoint` would load one of these instead.
@@ -94,25 +94,53 @@ def save_checkpoint(
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "saves a checkpoint")
     collectives = ObjectCollectives(group, device_of(parts))
-    run_on_all(collectives, partial(_check_numbers, step, keep))
-    _check_same_step(step, collectives)
-    # Check if the step's folder exists before the next collective: after it, another worker may create the folder.
-    target = step_folder(folder, step)
-    is_new = not target.exists()
+
+    # Agree on the step, and on the folder and the identity of the new save.
+    proposal = run_on_all(collectives, partial(_proposed, folder, step, keep))
+    steps, proposals = zip(*collectives.gather((step, proposal)), strict=True)
+    _check_same_step(steps)
+    save, identity = agreed(folder, _name(step), proposals)
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step))
 
-    # Remove the step if a worker could not write it. If all workers could, remove earlier steps.
-    identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
+    # Write the save on all workers or on none. Then remove the oldest steps.
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
-    write = partial(write_files, folder, content, **identity, shapes=module_shapes)
-    try:
-        run_on_all(collectives, partial(_write, target, write))
-    except CheckpointError:
-        if is_new:  # otherwise the folder may contain a complete earlier save of this step, so keep it
-            remove(target)
-        raise
-    run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))
-    return target
+    write_save(save, identity, content, collectives, step=step, shapes=module_shapes)
+    run_on_all(collectives, partial(writing, save.path, partial(_rotate, folder, keep)))
+    return save.path
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(save: Save) -> int:
+    return int(save.name.removeprefix("step-"))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps that have a save in a checkpoint folder, in ascending order, except saves that were set aside
+    (renamed) as unusable."""
+    return sorted({_step(save) for save in saves_in(folder, _STEPS) if not save.aside})
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    """Remove from a checkpoint folder the saves of all steps that are older than the `keep` newest steps."""
+    oldest = steps_in(folder)[-keep:][0]
+    for save in saves_in(folder, _STEPS):
+        if _step(save) < oldest:
+            remove(save)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove all saves in a checkpoint folder."""
+    for save in saves_in(folder, _STEPS):
+        remove(save)
+
+
+def _proposed(folder: Path, step: int, keep: int) -> tuple[int, str]:
+    """Check the numbers that were passed to `save_checkpoint`, and return this worker's proposal for the new save."""
+    _check_numbers(step, keep)
+    return proposed(folder, _name(step))
 
 
 def _check_numbers(step: int, keep: int) -> None:
@@ -122,10 +150,9 @@ def _check_numbers(step: int, keep: int) -> None:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
 
 
-def _check_same_step(step: int, collectives: ObjectCollectives) -> None:
-    """Raise CheckpointError on all workers if their values of `step` differ; collective. Files of different steps are
-    not one checkpoint."""
-    steps = collectives.gather(step)
+def _check_same_step(steps: Sequence[int]) -> None:
+    """Raise CheckpointError if the workers' steps, given by rank, differ. Files of different steps are not one
+    checkpoint."""
     for worker, other in enumerate(steps):
         if other != steps[0]:
             raise CheckpointError(
@@ -142,22 +169,13 @@ def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int) -> Co
     extra = plain(extra, "extra")
 
     # Later steps in the folder belong to another run, and would be loaded in place of this step.
-    later = [s for s in _write(step_folder(folder, step), partial(steps_in, folder)) if s > step]
+    later = [s for s in steps_in(folder) if s > step]
     if later:
         raise CheckpointError(
             f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save to "
             f"another folder"
         )
     return {"parts": states, "extra": extra}
-
-
-def _write(target: Path, work: Callable[[], T]) -> T:
-    """Call `work`, a part of writing the step's folder `target`, and return its result. Raises CheckpointError in place
-    of an OSError."""
-    try:
-        return work()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror}") from None
 
 
 def load_checkpoint(
@@ -204,146 +222,59 @@ def restore(
     them. If the folder has only one step, whose save was interrupted, return a `Checkpoint` whose step is -1."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "loads a checkpoint")
-    return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
+    collectives = ObjectCollectives(group, device_of(parts))
+    found = find(folder, _STEPS, collectives, partial(_check_manifest, parts))
+    if found.save is not None:
+        return _load(found, parts, collectives)
+
+    # A single step whose save was interrupted is set aside: the run ended during its first save.
+    if not found.problems:
+        return None
+    if not found.interrupted or len({save.name for save in found.problems}) > 1:
+        reasons = "; ".join(f"{_shown(save)}: {problem}" for save, problem in found.problems.items())
+        raise CheckpointError(f"{folder} has no intact checkpoint: {reasons}")
+    run_on_all(collectives, partial(set_aside_all, found.problems))
+    return Checkpoint(-1, {}, group.size, _notes(found))
 
 
-class _Restoring:
-    """One call of `restore`: finds the newest intact step and loads it. Every method is collective."""
-
-    def __init__(self, folder: Path, parts: Parts, collectives: ObjectCollectives) -> None:
-        self._folder, self._parts, self._collectives = folder, parts, collectives
-        self._rank, self._size = collectives.group.rank, collectives.group.size
-
-    def run(self) -> Checkpoint | None:
-        surveys_here = self._collectives.gather(_survey(self._folder))
-        seen = [{int(step): found for step, found in survey.items()} for survey in surveys_here]
-        problems: dict[int, str] = {}  # error message for each unusable step
-        damaged = False
-
-        # Find the newest intact step. For each newer step, collect the error that makes it unusable.
-        for step in sorted({step for survey in seen for step in survey}, reverse=True):
-            surveys = [survey.get(step, {}) for survey in seen]
-            workers, problem, unfinished = saved_by(surveys)
-            if not problem:
-                holders = holders_of(workers, surveys)
-                mine = [i for i, holder in enumerate(holders) if holder == self._rank]
-                read = partial(_read_files, self._folder, step, mine, self._parts)
-                try:
-                    contents = run_on_all(self._collectives, read)
-                except DamagedError as error:
-                    problem = str(error)
-                else:
-                    return self._load(step, contents, holders, problems)
-            problems[step] = problem
-            damaged = damaged or not unfinished
-
-        # A single, unfinished step is set aside: the run ended during its first save.
-        if not problems:
-            return None
-        if damaged or len(problems) > 1:
-            reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
-            raise CheckpointError(f"{self._folder} has no intact checkpoint: {reasons}")
-        run_on_all(self._collectives, lambda: set_aside_after(self._folder, -1))
-        return Checkpoint(-1, {}, self._size, _notes(problems))
-
-    def _load(
-        self, step: int, contents: dict[int, Content], holders: list[int], problems: Mapping[int, str]
-    ) -> Checkpoint:
-        workers, notes = len(holders), _notes(problems)
-        if workers == self._size:
-            # Load this worker's own file. If only another worker can read the file, receive the content from that
-            # worker.
-            for i, holder in enumerate(holders):
-                if holder != i:
-                    sent = self._collectives.send(contents.get(i), holder)
-                    if self._rank == i:
-                        contents[i] = sent
-            content = contents[self._rank]
-        else:
-            content = self._collectives.send(contents.get(0), holders[0])
-            run_on_all(self._collectives, lambda: check_names(self._parts, content["parts"]))
-            mine = [of_worker["parts"] for of_worker in contents.values()]
-            content["parts"] = resharded(self._parts, content["parts"], mine, workers, self._collectives)
-            notes += (
-                f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
-                f"{self._size}: each loads the mean of parameters, optimizer states and error memories",
-            )
-        run_on_all(self._collectives, lambda: check_fit(self._parts, content["parts"]))
-        run_on_all(self._collectives, lambda: set_aside_after(self._folder, step))
-        load_all(self._parts, content["parts"], self._collectives)
-        return Checkpoint(step, content["extra"], workers, notes)
+def _check_manifest(parts: Parts, save: Save, manifest: Manifest) -> None:
+    """Raise DamagedError if a manifest is of another step than its folder, and CheckpointError if the modules among
+    `parts` have other shapes."""
+    if manifest.step != _step(save):
+        raise DamagedError(f"{save.path}/worker-{manifest.rank}.json is of step {manifest.step}")
+    for name in modules(parts):
+        if name in manifest.shapes:
+            check_shapes(name, manifest.shapes[name], shapes(parts[name].state_dict()))
 
 
-def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
+def _load(found: Found, parts: Parts, collectives: ObjectCollectives) -> Checkpoint:
+    """Load the save that was found into `parts`, converted to this number of workers; collective. Newer saves, which
+    are not whole, are set aside."""
+    assert found.save is not None
+    workers, size, step, notes = len(found.holders), collectives.group.size, _step(found.save), _notes(found)
+    if workers == size:
+        content = found.own(collectives)
+    else:
+        content = found.of_rank(0, collectives)
+        run_on_all(collectives, lambda: check_names(parts, content["parts"]))
+        mine = [of_worker["parts"] for of_worker in found.contents.values()]
+        content["parts"] = resharded(parts, content["parts"], mine, workers, collectives)
+        notes += (
+            f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
+            f"{size}: each loads the mean of parameters, optimizer states and error memories",
+        )
+    run_on_all(collectives, lambda: check_fit(parts, content["parts"]))
+    run_on_all(collectives, partial(set_aside_all, found.problems))
+    load_all(parts, content["parts"], collectives)
+    return Checkpoint(step, content["extra"], workers, notes)
+
+
+def _notes(found: Found) -> tuple[str, ...]:
     return tuple(
-        f"the checkpoint of step {step} is incomplete or damaged, and is set aside: {problem}"
-        for step, problem in problems.items()
+        f"the checkpoint of {_shown(save)} is incomplete or damaged, and is set aside: {problem}"
+        for save, problem in found.problems.items()
     )
 
 
-def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """Read all manifests in a checkpoint folder. Returns, by step and rank, the number of workers according to the
-    manifest, or the error message if the manifest cannot be read."""
-    found: dict[int, dict[int, int | str]] = {}
-    for step in steps_in(folder):
-        found[step] = {}
-        for rank in ranks_in(step_folder(folder, step)):
-            try:
-                found[step][rank] = read_manifest(folder, step, rank).workers
-            except CheckpointError as error:
-                found[step][rank] = str(error)
-    return found
-
-
-def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Determine if a checkpoint of a step is intact. Returns a tuple (workers, error, interrupted).
-
-    `surveys` contains, for each current worker, the result of `_survey` for the step. If the manifests of all workers
-    that saved the step are present, the tuple is (the number of these workers, "", False). Otherwise `workers` is 0,
-    `error` is the reason, and `interrupted` is True if an interrupted save explains this reason.
-    """
-    ranks: dict[int, set[int]] = {}
-    for survey in surveys:
-        for rank, found in survey.items():
-            if isinstance(found, int):
-                ranks.setdefault(found, set()).add(int(rank))
-
-    # A checkpoint is intact if the manifests of all workers that saved it are present.
-    for workers, present in ranks.items():
-        if present == set(range(workers)):
-            return workers, "", False
-
-    # Report damaged files rather than missing files, since an interrupted save explains only missing files.
-    errors = [found for survey in surveys for found in survey.values() if isinstance(found, str)]
-    if errors:
-        return 0, errors[0], False
-    if not ranks:
-        return 0, "the files of all workers are missing", True
-    workers = min(ranks)
-    missing = sorted(set(range(workers)) - ranks[workers])
-    return 0, f"the files of worker {missing[0]} of {workers} are missing", True
-
-
-def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return, for each worker i that saved a step, the rank of the current worker that reads the files of worker i.
-    This rank is i modulo the number of current workers if the worker of that rank has the files. Otherwise it is the
-    lowest rank that has them."""
-    found = []
-    for i in range(workers):
-        owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]
-        found.append(next((r for r in owners if r % len(surveys) == i % len(surveys)), owners[0]))
-    return found
-
-
-def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict[int, Content]:
-    found = {}
-    for rank in ranks:
-        manifest = read_manifest(folder, step, rank)
-        for name in modules(parts):
-            if name in manifest.shapes:
-                check_shapes(name, manifest.shapes[name], shapes(parts[name].state_dict()))
-        content = read_content(folder, manifest)
-        if content.keys() != {"parts", "extra"}:
-            raise DamagedError(f"{step_folder(folder, step)}/worker-{rank}.pt was not made by save_checkpoint")
-        found[rank] = content
-    return found
+def _shown(save: Save) -> str:
+    return f"step {_step(save)}" + f" in {save.path.name}" * (save.number > 1)

@@ -1,5 +1,6 @@
 """The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine."""
 
+import ctypes
 import importlib
 import importlib.metadata
 import ipaddress
@@ -132,7 +133,7 @@ def network() -> Iterator[Fact]:
     address.
     """
     names = [name for _, name in socket.if_nameindex()]
-    others = [name for name in names if not name.startswith("lo")]
+    others = reachable_interfaces()
     yield Fact("network", "interfaces", ", ".join(names))
 
     # Find the address, and the reason why gloo uses it.
@@ -155,10 +156,62 @@ def network() -> Iterator[Fact]:
     if is_reachable:
         yield Fact("network", "gloo", f"listens on {address}: {why}")
     else:
-        where = f"here to one of {', '.join(others)}" if others else "after connecting this host to a network"
+        found = ", ".join(f"{name} ({address})" for name, address in others.items())
+        choice = "here to one of " if len(others) > 1 else "here to "
+        where = choice + found if others else "after connecting this host to a network"
         advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME on each, {where}"
         value = f"listens on {address}, which no other host can reach: {why}"
         yield Fact("network", "gloo", value, "warning", advice)
+
+
+class _Interface(ctypes.Structure):
+    """The first fields of C's `struct ifaddrs`, which are the same on Linux and macOS: one address of an interface."""
+
+
+_Interface._fields_ = [
+    ("next", ctypes.POINTER(_Interface)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
+_UP, _LOOPBACK, _POINT_TO_POINT, _RUNNING, _NO_ARP = 0x1, 0x8, 0x10, 0x40, 0x80  # flags of interfaces
+
+
+def reachable_interfaces() -> dict[str, str]:
+    """Return an address of each network interface at which other hosts may reach this one, by name.
+
+    The interface is up and connected, is not the loopback interface or a dummy, and has an address that is not
+    link-local. IPv4 addresses are preferred.
+    """
+    c, first = ctypes.CDLL(None), ctypes.POINTER(_Interface)()
+    if c.getifaddrs(ctypes.byref(first)):
+        return {}
+    found: dict[str, str] = {}
+    entry = first
+    while entry:
+        one = entry.contents
+        is_connected = one.flags & _UP and one.flags & _RUNNING and not one.flags & _LOOPBACK
+        is_dummy = one.flags & _NO_ARP and not one.flags & _POINT_TO_POINT  # a tunnel is point to point
+        address = _address_at(one.address) if is_connected and not is_dummy else None
+        if address is not None and not address.is_link_local:
+            name = one.name.decode()
+            if name not in found or (address.version == 4 and ":" in found[name]):
+                found[name] = str(address)
+        entry = one.next
+    c.freeifaddrs(first)
+    return found
+
+
+def _address_at(pointer: int | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address in C's `struct sockaddr` at a pointer. Returns None for other families, or a null pointer."""
+    if pointer is None:
+        return None
+    # Linux stores the family in two bytes, and macOS a length and the family in one byte each.
+    family = ctypes.string_at(pointer, 2)
+    kind = family[1] if sys.platform == "darwin" else int.from_bytes(family, sys.byteorder)
+    if kind == socket.AF_INET:
+        return ipaddress.IPv4Address(ctypes.string_at(pointer + 4, 4))
+    return ipaddress.IPv6Address(ctypes.string_at(pointer + 8, 16)) if kind == socket.AF_INET6 else None
 
 
 def _usable_address(host: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Live progress on stderr: a progress bar or lines of text, each with an upper bound on the time left."""
+"""Live progress on stderr: a progress bar or lines of text, with an upper bound on the time left if steps are equal."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,18 +13,20 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 
 
 @contextmanager
-def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
+def countdown(label: str, total: int, *, quiet: bool, equal: bool = True) -> Iterator[Report]:
     """Context manager that shows progress on stderr, as a bar on a terminal and as lines of text in a file or a pipe.
 
-    It yields a function to be called with the current step, at most `total`, and a text to show. The time left is
-    extrapolated to step `total`, so it is an upper bound if the work may end earlier. With `quiet` nothing is shown.
+    It yields a function to be called with the current step, at most `total`, and a text to show. If all steps take
+    about equally long (`equal`), the time left is shown as well. It is extrapolated to step `total`, so it is an upper
+    bound if the work may end earlier. With `quiet` nothing is shown.
     """
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None
     elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}, left at most"))
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        text = "{task.fields[text]}" + ", left at most" * equal
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(text), *[TimeRemainingColumn()] * equal)
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
@@ -36,8 +38,8 @@ def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             now = time.monotonic()
             if now - printed >= _BETWEEN_LINES and step:
                 printed = now
-                left = (now - begin) / step * (total - step)
-                console.print(f"{label}: {text}, {time_left(left)}", highlight=False, soft_wrap=True, markup=False)
+                left = f", {time_left((now - begin) / step * (total - step))}" * equal
+                console.print(f"{label}: {text}{left}", highlight=False, soft_wrap=True, markup=False)
 
         yield report
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from packsaddle.errors import ConfigError
 from packsaddle.numerics.devices import has_streams
 
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # backend without copies to the host, by type of device
@@ -29,7 +30,16 @@ def local_device() -> torch.device:
     kind = accelerator()
     if kind is None:
         return torch.device("cpu")
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK") or 0) % torch.accelerator.device_count())
+    return torch.device(kind, launched_number("LOCAL_RANK", 0) % torch.accelerator.device_count())
+
+
+def launched_number(name: str, default: int) -> int:
+    """Return a number that the launcher has set as the environment variable `name`, such as LOCAL_RANK, or `default` if
+    the variable is not set. Raises ConfigError if the variable is no integer of 0 or more."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name} must be an integer of 0 or more, as torchrun sets it, got {text!r}")
+    return int(text)
 
 
 def direct_backend(processes: int) -> str | None:

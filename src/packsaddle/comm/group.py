@@ -247,10 +247,11 @@ def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[TorchGr
 
 def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
     """Return the group to train in, as `resolve` does. Raises RuntimeError if a launcher started several processes
-    (WORLD_SIZE) but torch.distributed has no process group. An explicit `Solo()` is accepted."""
+    (WORLD_SIZE) but torch.distributed has no process group, and ConfigError if WORLD_SIZE is not a number. An explicit
+    `Solo()` is accepted."""
     group = resolve(process_group)
     is_alone = process_group is None and _ambient.get() is None and isinstance(group, Solo)
-    if is_alone and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if is_alone and devices.launched_number("WORLD_SIZE", 1) > 1:
         raise RuntimeError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so each process "
             f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from packsaddle.comm.devices import direct_backend
+from packsaddle.comm.devices import direct_backend, launched_number
 from packsaddle.comm.failures import TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
@@ -35,7 +35,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     Its backend is NCCL (xccl on XPU) if every worker has a GPU, and otherwise gloo. A collective raises
     PeerLostError if it takes longer than `timeout`, by default the default timeout of torch.distributed. Raises
     ConfigError if the group cannot be initialized."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_size = launched_number("LOCAL_RANK", 0), launched_number("LOCAL_WORLD_SIZE", 1)
     direct = direct_backend(local_size)
     if direct is not None:
         torch.accelerator.set_device_index(local_rank)

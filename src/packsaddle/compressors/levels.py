@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.parts import Expected, octets, require
+from packsaddle.compressors.parts import Expected, check_padding, octets, require
 from packsaddle.errors import MessageError
 from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.kernels import kernel
@@ -172,6 +172,7 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
     A code is the sum level + top of an integer level, which is from -top to top. On the CPU, raises MessageError if a
     code is above 2 * top. On a GPU the codes are not checked, since the check would synchronize.
     """
+    check_padding("levels", packed, d * bits)
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and codes.device.type == "cpu" and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)
@@ -216,6 +217,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
         raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
+    check_padding("levels", coded[2:start], 2 * count * width)
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
@@ -227,6 +229,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     if not fit or start + sum(lengths) + nonzero != len(coded):
         raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
     *bodies, signs = torch.split(coded[start:], [*lengths, nonzero])
+    check_padding("levels", signs, (going_on or [0])[0])
     codes = coded.new_full((d,), top)
     if not layers:
         return codes

@@ -70,6 +70,14 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
             raise MessageError(name, f"{expected[name]} for {d} coordinates", found)
 
 
+def check_padding(part: str, packed: Tensor, bits: int) -> None:
+    """Raise MessageError if the bits after the first `bits` are not 0 in the last byte of `packed`, uint8[...]. The
+    error names `part`, the part of the message that contains `packed`. No-op on a GPU: the check would synchronize."""
+    unused = -bits % 8
+    if unused and packed.device.type == "cpu" and len(packed) and (end := int(packed[-1])) & ((1 << unused) - 1):
+        raise MessageError(part, f"packed in {bits} bits, and zeros in the rest of the last byte", f"{end:08b} in it")
+
+
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
     """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`. The error names `part`, the part of the
     message that contains the numbers. NaNs are not an error. No-op on a GPU: the check would synchronize."""

@@ -20,7 +20,7 @@ from packsaddle.compressors.levels import (
     level_bytes,
     unpack_levels,
 )
-from packsaddle.compressors.parts import Expected, floats, octets
+from packsaddle.compressors.parts import Expected, check_padding, floats, octets
 from packsaddle.compressors.values import (
     ValueFormat,
     add_values,
@@ -85,6 +85,9 @@ class Sign(Compressor):
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return {"signs": octets(math.ceil(d / 8)), "scales": floats(len(self._sizes(d)))}
+
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> None:
+        check_padding("signs", parts["signs"], d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         signs, sizes, first = message.parts["signs"], self._sizes(len(out)), 0

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.parts import Expected, check_magnitudes, floats, octets
+from packsaddle.compressors.parts import Expected, check_magnitudes, check_padding, floats, octets
 from packsaddle.compressors.wire import pack, unpack
 from packsaddle.errors import MessageError
 from packsaddle.numerics.devices import widened
@@ -125,15 +125,41 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
-    """Raise MessageError if a value or a scale in `parts`, the parts of a message, is out of range for the format
-    `how`. The dtypes and lengths of `parts` must match `value_parts`. No-op on a GPU: the check would synchronize."""
-    on_cpu = parts["values"].device.type == "cpu"
-    if how in _PACKED and on_cpu and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
-        most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
-        if most > _MOST_SCALE:
-            raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
-    elif how in _DTYPES and how not in _LARGEST:
-        check_magnitudes("values", parts["values"], 1.0)
+    """Raise MessageError if `parts`, the parts of a message, contain a value or a scale that `encode_values` never
+    writes in the format `how`. The dtypes and lengths of `parts` must match `value_parts`. No-op on a GPU: the check
+    would synchronize."""
+    coded = parts["values"]
+    if how is None or coded.device.type != "cpu" or not len(coded):
+        return
+    if how not in _LARGEST and how not in _PACKED:
+        check_magnitudes("values", coded, 1.0)
+        return
+    # Codes of values that are not finite are arbitrary.
+    if not bool(parts["unit" if how in _PACKED else "scales"].isfinite().all()):
+        return
+    if how == "int8":
+        if int(coded.min()) < -_LARGEST[how]:
+            raise MessageError("values", f"codes of at least {-_LARGEST[how]}", int(coded.min()))
+        return
+    most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
+    if most > _MOST_SCALE:
+        raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
+    *packed, used = torch.split(coded, [len(coded) - 1, 1])
+    check_padding("values", packed[0], _PACKED[how] * int(used))
+    if how == "int4" and _has_zero_code(packed[0], is_odd=bool(used & 1)):
+        raise MessageError("values", "codes of at least 1 in four bits", 0)
+
+
+def _has_zero_code(packed: Tensor, *, is_odd: bool) -> bool:
+    """Return True if one of the four-bit codes in `packed`, uint8[n], is 0. If `is_odd` is True, the last four bits are
+    no code."""
+    whole = packed[: len(packed) - is_odd]
+    if is_odd and int(packed[-1]) < 16:
+        return True
+    if loop := kernel("has_zero_code", device=packed.device):
+        found: bool = loop(whole)
+        return found
+    return bool(len(whole)) and (int(whole.min()) < 16 or int((whole & 15).min()) == 0)
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int) -> Tensor:

@@ -1,12 +1,14 @@
-"""The common interface of `CompressedSGD`, the hooks and `LocalUpdates`, and a registry of the optimizers whose updates
-they exchange.
+"""The common interface of `CompressedSGD`, the hooks and `LocalUpdates`, and registries of what they exchange: the
+optimizers whose updates, and the parameters whose gradients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from packsaddle.feedback.optimizers import with_members
 from packsaddle.feedback.state import State
@@ -70,3 +72,17 @@ def exchange_of(optimizer: object) -> Exchanging | None:
         return optimizer
     found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None
     return None if found is None else found()
+
+
+_hooked: Any = WeakTensorKeyDictionary()
+
+
+def register_hook(hook: Exchanging, parameters: Iterable[Tensor]) -> None:
+    """Register `hook` as the hook that exchanges the gradients of these parameters."""
+    for p in parameters:
+        _hooked[p] = ref(hook)
+
+
+def has_hook(parameters: Iterable[Tensor]) -> bool:
+    """Return True if a hook of packsaddle exchanges the gradients of one of these parameters."""
+    return any(p in _hooked and _hooked[p]() is not None for p in parameters)

@@ -25,6 +25,7 @@ from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import Rounded
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import AnyCompression, Compression
+from packsaddle.feedback.exchanging import register_hook
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler, parameters_of
 from packsaddle.feedback.slices import Place, places, strides_of_view
@@ -126,6 +127,7 @@ def register_ddp_hook(
     for each in optimizers:
         hook.protect(each)
     on_buckets(model, hook)
+    register_hook(hook, (place.parameter for place in found))
     _guard(model, hook)
     return hook
 

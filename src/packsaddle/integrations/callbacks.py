@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.checkpoint.parts import check_names
+from packsaddle.checkpoint.parts import check_names, run_on_all
 from packsaddle.checkpoint.reshard import resharded
-from packsaddle.checkpoint.save_load import holders_of, saved_by
-from packsaddle.comm.communicator import Communicator, ObjectCollectives, check_agreement
+from packsaddle.checkpoint.saves import Found, agreed, find, proposed, saves_in, write_save
+from packsaddle.comm.communicator import Communicator, ObjectCollectives
+from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import resolve, training_group
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import AnyCompression, Compression
@@ -28,6 +28,7 @@ from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.local.watch import persistent_buffers
 
+_SAVES = "packsaddle"  # name of the saves, i.e. of the folder with workers' states in a framework's checkpoint
 NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 
 
@@ -234,116 +235,89 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     return found if exchange.contraction is None else found | {"mu": exchange.contraction}
 
 
+@names_call("save_state")
 def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path) -> None:
-    """Save the state of `exchange`, a hook or local updates, to the file packsaddle-RANK.pt in `folder`, atomically.
+    """Save the state of `exchange`, a hook or local updates, to the folder `folder`/packsaddle; collective.
 
-    RANK is this worker's global rank. Call on every worker: states differ between workers, and each state is as large
-    as the model, so they are not gathered on one worker. The call is collective only if an exchange is in progress. If
-    there are several hooks or local updates, such as those of two models, save each to a folder of its own. No-op if
-    `exchange` is None, which is the result of `attach` with one worker.
+    Each worker writes a file of its own, since states differ between workers, and each state is as large as the model.
+    A state that `folder` has already is not overwritten: the new one is saved to packsaddle-2, and so on. The earlier
+    one is removed after all workers have written theirs, so whenever processes are killed, `load_state` finds files
+    that are all of one call. If there are several hooks or local updates, such as those of two models, save each to a
+    folder of its own. No-op if `exchange` is None, which is the result of `attach` with one worker.
+
+    Raises CheckpointError on every worker, with an earlier state unchanged, if a worker cannot write its files. With
+    local updates, raises RuntimeError if the workers' calls differ, for example because only rank 0 saves.
     """
-    if exchange is not None:
-        content = {"workers": resolve(None).size, "state": exchange.state_dict()}
-        write_whole(_path(folder), partial(torch.save, content))
+    if exchange is None:
+        return
+    (exchange.local if isinstance(exchange, WorkerState) else exchange).check_call("saves a checkpoint")
+    collectives = ObjectCollectives(exchange.channel.group, exchange.device)
+    proposal = run_on_all(collectives, partial(proposed, Path(folder), _SAVES))
+    save, identity = agreed(Path(folder), _SAVES, collectives.gather(proposal))
+    write_save(save, identity, exchange.state_dict(), collectives, step=exchange.steps, shapes={})
 
 
+@names_call("load_state")
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path) -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
     Returns True if `exchange` was restored. Returns False, with a warning and nothing changed, if no worker has a file.
     If `exchange` is None, which is the result of `attach` with one worker, the function returns False, and warns if
-    there are files.
+    there are files. If the last call of `save_state` was interrupted, the state of the call before it is loaded, with a
+    warning.
 
     If the files were saved by a run with another number of workers, a warning is issued. Tensors that differed between
     workers in that run, such as error memories, are then set to their mean (see `load_checkpoint`). Raises ValueError,
-    with nothing changed, in three cases: only some workers have a file, the files are of different steps, or a file
-    does not fit `exchange`, for example because it was saved with another seed.
+    with nothing changed, in three cases: there are files, but not those of all workers in one call of `save_state`, a
+    file is damaged, or a file does not fit `exchange`, for example because it was saved with another seed.
     """
+    folder = Path(folder)
     if exchange is None:
-        if saved := _survey(folder):
+        if saves_in(folder, _SAVES):
             warnings.warn(
-                f"{folder} has the error memories of {len(saved)} workers' hook, which one worker does not use",
-                stacklevel=2,
+                f"{folder} has error memories of several workers, which one worker does not use", stacklevel=2
             )
         return False
-
-    # If the number of workers has changed since the files were saved, convert the saved states to the current number.
-    collectives = ObjectCollectives(exchange.channel.group, exchange.device)
-    surveys = collectives.gather(_survey(folder))
-    workers, *_ = saved_by(surveys)
-    if workers not in (0, resolve(None).size):
-        exchange.load_state_dict(_resharded(exchange, folder, holders_of(workers, surveys), collectives))
-        if collectives.group.rank == 0:
-            warnings.warn(
-                f"the state in {folder} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
-                f"{resolve(None).size}: each has the means of what differed between them, such as error memories",
-                stacklevel=2,
-            )
-        return True
-
-    # If the number of workers has not changed since the files were saved, read this worker's own file.
-    path = _path(folder)
-    state = _read(path)["state"] if path.exists() else None
-    found = {"steps of the saved state": "no file" if state is None else state["steps"]}
     whose = "hook: its error memory starts at zero"
     if isinstance(exchange, WorkerState):
         whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
 
-    # Raise an error if the workers' files are of different steps, or if only some workers have a file.
-    try:
-        check_agreement(exchange.channel, found, exchange.device)
-    except ValueError as error:
-        raise ValueError(
-            f"{path.parent} has no packsaddle-RANK.pt of one step for each of {exchange.channel.group.size} workers "
-            f"(were there as many when it was saved?). Without these files there is no state of packsaddle's {whose}. "
-            f"{error}"
-        ) from error
-    if state is None:
+    # Find the last state of which all files are there.
+    collectives = ObjectCollectives(exchange.channel.group, exchange.device)
+    found = find(folder, _SAVES, collectives)
+    problems = "; ".join(f"{save.path}: {problem}" for save, problem in found.problems.items())
+    if found.save is None:
+        if any(collectives.gather(bool(list(folder.glob("packsaddle-*.pt"))))):
+            problems = f"{folder} has packsaddle-RANK.pt of an earlier version of packsaddle; use that version"
+        if problems:
+            raise ValueError(f"{problems}. Without these files there is no state of packsaddle's {whose}")
         warnings.warn(f"{folder} has no state of packsaddle's {whose}", stacklevel=2)
         return False
+
+    # If the number of workers has changed since the files were saved, convert the states to the current number.
+    workers, size = len(found.holders), collectives.group.size
+    state = found.own(collectives) if workers == size else _resharded(exchange, found, collectives)
     exchange.load_state_dict(state)
+    if collectives.group.rank == 0 and problems:
+        warnings.warn(f"an earlier state is loaded than the last one, which is incomplete: {problems}", stacklevel=2)
+    if collectives.group.rank == 0 and workers != size:
+        warnings.warn(
+            f"the state in {folder} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by {size}: each "
+            f"has the means of what differed between them, such as error memories",
+            stacklevel=2,
+        )
     return True
 
 
-def _path(folder: str | Path, rank: int | None = None) -> Path:
-    """Return the path of the file in which `save_state` saves the state of the worker with the global rank `rank`, by
-    default this worker's own rank."""
-    return Path(folder) / f"packsaddle-{resolve(None).rank if rank is None else rank}.pt"
-
-
-def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    return found
-
-
-def _survey(folder: str | Path) -> dict[int, int]:
-    """Read the files packsaddle-RANK.pt in a folder. Return a dict that maps the RANK of each file to the number of
-    workers of the run that saved the file."""
-    files = {path.stem.removeprefix("packsaddle-"): path for path in Path(folder).glob("packsaddle-*.pt")}
-    return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
-
-
-def _resharded(
-    exchange: DDPHook | WorkerState, folder: str | Path, holders: list[int], collectives: ObjectCollectives
-) -> dict[str, Any]:
-    """Return this worker's state, converted from the files of a run with another number of workers; collective.
-
-    Each file is read by one worker: the worker with the rank holders[i] reads the file that the worker of rank i saved.
-    `collectives` exchanges the parts of the states between the workers. Raises ValueError, on every worker, if the
-    files are of different steps or cannot be converted.
-    """
-    ranks = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
-    states = {i: _read(_path(folder, i))["state"] for i in ranks}
-    steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
-    if len(steps) > 1:
-        raise ValueError(f"{folder} has packsaddle-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
-
-    # Convert the parts of the state to the current number of workers. The scaler's state is copied from worker 0.
+def _resharded(exchange: DDPHook | WorkerState, found: Found, collectives: ObjectCollectives) -> dict[str, Any]:
+    """Return the state of this worker, converted from the files of another number of workers; collective. Raises
+    ValueError on every worker if the files cannot be converted."""
+    # Convert the parts of the state. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
-    first = collectives.send(states.get(0), holders[0])
-    template, *mine = [state.get("parts", {"hook": state}) for state in (first, *states.values())]
+    first = found.of_rank(0, collectives)
+    template, *mine = [state.get("parts", {"hook": state}) for state in (first, *found.contents.values())]
     check_names(parts, template)
-    converted = resharded(parts, template, mine, len(holders), collectives)
+    converted = resharded(parts, template, mine, len(found.holders), collectives)
     return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 

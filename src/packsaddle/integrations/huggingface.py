@@ -102,7 +102,7 @@ class PacksaddleCallback(_Attached):
     contraction, i.e. the fraction of the squared norm that compression keeps, is measured every `logging_steps` steps.
     If `compressor` is a `Compression`, it sets the interval instead.
 
-    Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
+    Every worker saves its own state in the trainer's checkpoint folders, as packsaddle/worker-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores this state from the checkpoint. With one worker nothing is attached,
     and a warning is issued. `hook` is the DDPHook; further calls of `train` use the same DDPHook.
     """
@@ -125,9 +125,9 @@ class LocalUpdatesCallback(_Attached):
     call of `train` raises RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt. A resumed run restores this state as with `PacksaddleCallback`, even if its number of workers is
-    different (see `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is the
-    LocalUpdates; further calls of `train` use the same LocalUpdates.
+    packsaddle/worker-RANK.pt. A resumed run restores this state as with `PacksaddleCallback`, even if its number of
+    workers is different (see `load_checkpoint`). With one worker nothing is sent, and a warning is issued. `local` is
+    the LocalUpdates; further calls of `train` use the same LocalUpdates.
     """
 
     _makes = LocalUpdates

@@ -105,7 +105,7 @@ class PacksaddleCallback(_Attached):
     contraction, i.e. the fraction of the squared norm that compression keeps, is measured every `log_every_n_steps`
     steps. If `compressor` is a `Compression`, it sets the interval instead.
 
-    Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt. This file is
+    Every worker saves its own state next to the checkpoint, in the folder CHECKPOINT.packsaddle. This folder is
     removed with the checkpoint, and `Trainer.fit(ckpt_path=...)` loads it. With one worker nothing is attached, and a
     warning is issued. `hook` is the DDPHook; it is None before training and with one worker.
     """

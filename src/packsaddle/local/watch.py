@@ -28,7 +28,7 @@ from packsaddle.comm.group import Group
 from packsaddle.comm.modules import is_averaged_by_ddp, recorded_modules
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.feedback.exchanging import Exchanging, exchange_of
+from packsaddle.feedback.exchanging import Exchanging, exchange_of, has_hook
 from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
 from packsaddle.local.anchor import Trained
@@ -288,6 +288,7 @@ def check_first_step(
     if channel.group.size == 1:
         return
     # Gather a fingerprint of the parameters at which each worker started, and one of its gradients.
+    parameters = list(parameters)
     gradients: list[Any] = [local_part(p.grad) for p in parameters if p.grad is not None]
     gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
@@ -309,10 +310,15 @@ def check_first_step(
     values = int(digest(torch.tensor([len(together.unique())], device=anchors[0].device)))
     if not values:
         return
-    found = (
-        f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are exchanged as "
-        f"well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all workers have the same "
-        f"batch: give each its own, by a DistributedSampler or as data[rank::workers]"
+    found = f"gradients are equal bit for bit on all {len(prints)} workers at the first step"
+    if has_hook(parameters):
+        raise RuntimeError(
+            f"{found}, since a hook of packsaddle exchanges them (register_ddp_hook), and LocalUpdates would exchange "
+            f"the same changes again: use either the hook or LocalUpdates"
+        )
+    found += (
+        ": either they are exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), "
+        "or all workers have the same batch: give each its own, by a DistributedSampler or as data[rank::workers]"
     )
     if values >= _PROOF:
         raise RuntimeError(found)

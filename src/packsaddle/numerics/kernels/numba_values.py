@@ -131,6 +131,19 @@ def _pack_four_bits(v: Array, scales: Array, block: int, packed: Array) -> None:
             packed[start // 2 + j] = (codes[2 * j] << 4) | codes[2 * j + 1]
 
 
+def has_zero_code(packed: Tensor) -> bool:
+    """Return True if one of the four-bit codes in `packed`, uint8[n], two in each byte, is 0."""
+    return bool(_has_zero_code(packed.numpy()))
+
+
+@compiled_loop
+def _has_zero_code(packed: Array) -> bool:
+    found = False
+    for code in packed:  # without a branch, so that many bytes are checked by one instruction
+        found |= (code < 16) | (code & 15 == 0)
+    return found
+
+
 def add_four_bits(packed: Tensor, block: int, scales: Tensor, out: Tensor, alpha: float) -> None:
     """Decode the output of `pack_four_bits`, and add alpha times the values to out, float[k], in place. `scales` must
     have the dtype of out."""
