@@ -8,7 +8,7 @@ COMMANDS = Group(
     "The lab of packsaddle: train from configuration files, compare the runs, and certify the points they reached.",
     ImportedCommands(
         {
-            "demo": Entry("Show an escape from a saddle, and local updates on a slow link.", "lab.cli.demo"),
+            "demo": Entry("Show an escape from a saddle, and training over a slow link.", "lab.demo.command"),
             "init": Entry("Write a configuration file with a comment on every key.", "lab.cli.run"),
             "run": Entry("Train from a TOML configuration, in one process or several.", "lab.cli.run"),
             "certify": Entry("Certify a run's last point: saddle or second-order stationary.", "lab.cli.certify"),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.models import make_task
-from lab.runs.tasks.text import load_text
+from lab.tasks import DataConfig, ModelConfig
+from lab.tasks.models import make_task
+from lab.tasks.text import load_text
 
 
 def _network(name: Any, *shape: int, classes: int = 10) -> nn.Module:

@@ -45,8 +45,7 @@ from lab.race.inner import Half, held_out_loss, make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.target_settings import steps_and_loss
 from lab.race.workload import LIBRARY, evenly_spaced, load_library
-from lab.runs import DataConfig, ModelConfig
-from lab.runs.tasks import Batches, Dataset, load_data, make_task, shard
+from lab.tasks import Batches, DataConfig, Dataset, ModelConfig, load_data, make_task, shard
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.study import Data, Scale, Study
-from lab.runs import AnyCompressor, Config, DataConfig, ModelConfig
+from lab.runs import AnyCompressor, Config
 from lab.runs.report import Curve
+from lab.tasks import DataConfig, ModelConfig
 from packsaddle.compressors import Identity, RandomK
 
 Norm = Literal["all", "worker", "group"]
@@ -24,7 +25,7 @@ COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {
 def study(scale: Scale, data: Data) -> Study:
     """Return the study of RandomK at four ratios, with batch normalization over all workers.
 
-    `lab.runs.tasks.models` explains the alternatives to it.
+    `lab.tasks.models` explains the alternatives to it.
     """
     settings = {name: config(scale, data, c, label) for name, (label, c) in COMPRESSORS.items()}
     return Study("fig1", scale, settings, 3 if scale != "smoke" else 1)

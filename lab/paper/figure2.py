@@ -7,8 +7,9 @@ from typing import Any
 from lab.paper import drawing
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.study import Data, Scale, Study
-from lab.runs import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConfig, NoiseConfig
+from lab.runs import AnyCompressor, CertifyConfig, Config, NoiseConfig
 from lab.runs.report import Curve
+from lab.tasks import DataConfig, ModelConfig
 from packsaddle.compressors import Identity, RandomK, TopK
 
 # The loss if every output pixel has the same, best gray value: the variance of all pixels of MNIST.

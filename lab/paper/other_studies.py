@@ -9,16 +9,9 @@ from typing import Any
 
 from lab.paper import figure1, figure2
 from lab.paper.study import Data, Scale, Study
-from lab.runs import (
-    AnyCompressor,
-    Config,
-    DataConfig,
-    EscapeConfig,
-    LocalConfig,
-    ModelConfig,
-    NoiseConfig,
-)
+from lab.runs import AnyCompressor, Config, EscapeConfig, LocalConfig, NoiseConfig
 from lab.runs.report import Curve
+from lab.tasks import DataConfig, ModelConfig
 from packsaddle.compressors import (
     QSGD,
     AdaptiveTopK,

@@ -200,15 +200,3 @@ class StudyFolder:
     def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:
         """Return the runs that are not finished."""
         return [sub_run for sub_run in sub_runs if not self.is_done(sub_run)]
-
-    def progress(self, sub_run: SubRun) -> float:
-        """Return the fraction of a run that is done, from the last epoch in its metrics."""
-        if self.is_done(sub_run):
-            return 1.0
-        try:
-            with (self.run(sub_run) / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - 65536))
-                last = [line for line in file.read().split(b"\n")[:-1] if line][-1]
-            return min(1.0, float(json.loads(last)["epoch"]) / sub_run.config.epochs)
-        except (OSError, IndexError, ValueError, KeyError):
-            return 0.0

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +18,9 @@ import numpy as np
 
 from lab.docs import charts
 from lab.paper import drawing
-from lab.paper.progress import StudyProgress
-from lab.paper.runner import default_jobs, in_parallel
 from lab.paper.study import Scale, check_folder, make_folder
 from lab.paper.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
+from lab.pool import in_parallel
 from lab.runs import RunFolder, check_free, commit, environment, locked, written
 from lab.runs.report import COLOURS
 from packsaddle.errors import require
@@ -240,7 +239,7 @@ def _tabulated(
 ) -> list[dict[str, Any]]:
     lines = _measured(folder / "runs.jsonl")
     done = {Job(**{key: line[key] for key in Job.__dataclass_fields__}) for line in lines}
-    lines += _measure([job for job in wanted if job not in done], len(wanted), folder, jobs or default_jobs())
+    lines += _measure([job for job in wanted if job not in done], folder, jobs)
     rows = steps(lines)
     RunFolder(folder).write_json("environment.json", {**environment(version, 1, "cpu"), "scale": scale})
     RunFolder(folder).write_json("table1.json", table(rows))
@@ -272,21 +271,11 @@ def _measured(record: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _measure(missing: Sequence[Job], all_of_them: int, folder: Path, jobs: int) -> list[dict[str, Any]]:
-    if not missing:
-        return []
+def _measure(missing: Sequence[Job], folder: Path, jobs: int | None) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    done = dict.fromkeys((str(i) for i in range(all_of_them - len(missing))), 1.0)
-    with StudyProgress("table1", all_of_them) as progress:
-
-        def look(active: Collection[Job]) -> None:
-            progress.show({**done, **dict.fromkeys(map(str, active), 0.0)}, set(map(str, active)))
-
-        for job, result in in_parallel(measure, missing, jobs, look):
-            RunFolder(folder).append("runs.jsonl", {**result, "commit": commit()})
-            found.append(result)
-            done[f"{job}"] = 1.0
-        look(())
+    for _, result in in_parallel(measure, missing, "table1", jobs):
+        RunFolder(folder).append("runs.jsonl", {**result, "commit": commit()})
+        found.append(result)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from lab.paper.problems import Cosine, Oracle, PhaseRetrieval, Problem, QuadraticQuartic
 from lab.paper.proof import Method
 from lab.paper.proof.trajectory import Run
+from lab.pool import Report
 from packsaddle.comm import choose
 from packsaddle.compressors import AdaptiveTopK, Compressor, Identity, RandomK, SketchTopK, TopK
 from packsaddle.theory import PRACTICAL, Assumptions, Constants, Plan, plan
@@ -141,7 +142,7 @@ def stationary(problem: Problem, x: torch.Tensor, a: Assumptions) -> bool:
     return float(torch.linalg.eigvalsh(hessian)[0]) >= -a.curvature
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job, report: Report = lambda _: None) -> dict[str, Any]:
     """Do one run, and return its settings, plan and measurements as plain types."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -161,6 +162,7 @@ def measure(job: Job) -> dict[str, Any]:
     first = half = None
     for t in range(limit + 1):
         if t % stride == 0:
+            report(t / max(1, limit))
             x = run.x
             if not bool(torch.isfinite(x).all()):
                 break

@@ -23,7 +23,7 @@ from lab.race.peers import CannotRunError, Racer, enter
 from lab.race.race import settle
 from lab.race.recipe import Kind, Recipe
 from lab.race.workload import TrainingWorkload, evenly_spaced
-from lab.runs.tasks import Dataset
+from lab.tasks import Dataset
 from packsaddle.comm import Group, process_group
 
 _HELD_OUT = 512  # number of held-out examples for a validation loss, evenly spaced

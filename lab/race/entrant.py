@@ -22,7 +22,7 @@ from lab.race.inner import make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.target_settings import Method
 from lab.race.workload import Batch
-from lab.runs.tasks import Task
+from lab.tasks import Task
 from packsaddle import Compression, Identity, LocalUpdates, OuterSGD, register_ddp_hook
 from packsaddle.comm import Group, ring_all_reduce
 

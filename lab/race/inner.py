@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lab.runs.tasks import Dataset
+from lab.tasks import Dataset
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Message
 

@@ -23,7 +23,7 @@ from lab.race import torchft_diloco
 from lab.race.contenders import ALONE, DENSE, Contender
 from lab.race.recipe import CONSTANT, Recipe
 from lab.race.workload import Batch
-from lab.runs.tasks import Task
+from lab.tasks import Task
 from packsaddle import CompressedSGD, Compression, LocalUpdates, OuterSGD, Overlap, register_ddp_hook
 from packsaddle.comm import Bytes, ring_all_gather, ring_all_reduce
 from packsaddle.compressors import TopK

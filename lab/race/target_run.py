@@ -27,7 +27,7 @@ from lab.race.inner import held_out_loss
 from lab.race.race import settle
 from lab.race.target_settings import Method, TargetSettings, alone, rate_of
 from lab.race.workload import Batch, TrainingWorkload, evenly_spaced
-from lab.runs.tasks import Batches, Dataset, make_task, shard
+from lab.tasks import Batches, Dataset, make_task, shard
 from packsaddle.comm import Group, process_group
 from packsaddle.options import build
 from packsaddle.plan import Timing

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lab.race.inner import Half
-from lab.runs import ModelConfig
+from lab.tasks import ModelConfig
 from packsaddle.compressors import Compressor, parse_compressor
 from packsaddle.errors import ConfigError
 from packsaddle.options import build

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lab.race.library import SHA256, library_text
-from lab.runs import DataConfig, ModelConfig
-from lab.runs.tasks import (
+from lab.tasks import (
     Batches,
+    DataConfig,
     Dataset,
     Images,
+    ModelConfig,
     Task,
     Text,
     cut_text,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from lab.runs.config import Config
-from lab.runs.tasks.models import Task, WorkerBatchNorm2d
+from lab.tasks.models import Task, WorkerBatchNorm2d
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.simulation import SimulatedGroup
 

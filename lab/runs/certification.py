@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lab.runs.config import Config
 from lab.runs.run_folder import damaged, read_object
-from lab.runs.tasks.images import Dataset, load_data
-from lab.runs.tasks.models import Task, make_task, task_loss
-from lab.runs.tasks.sharding import Examples
+from lab.tasks.images import Dataset, load_data
+from lab.tasks.models import Task, make_task, task_loss
+from lab.tasks.sharding import Examples
 from packsaddle.cli.findings import Finding, Questions, read_weights
 from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import resolve

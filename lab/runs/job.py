@@ -16,9 +16,9 @@ from lab.runs.config import Config, first_difference
 from lab.runs.folder_lock import FolderLock, check_free, locked
 from lab.runs.run_checkpoints import NEVER, STOPPED, CheckpointPolicy, LoadingError, find, state_of
 from lab.runs.run_folder import RunFolder, environment
-from lab.runs.tasks.sharding import shard
 from lab.runs.trackers import TrackerName, require_tracker, tracked
 from lab.runs.trainer import Trainer
+from lab.tasks.sharding import shard
 from packsaddle.cli.folders import make_new, written
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.cost_model import RingAllReduce

@@ -17,9 +17,9 @@ from torch import Tensor
 from lab.runs.config import Config
 from lab.runs.run_folder import RunFolder
 from lab.runs.step_stability import CoordinateStep, largest_overshoot
-from lab.runs.tasks.images import Dataset
-from lab.runs.tasks.models import Task, task_loss
-from lab.runs.tasks.sharding import Batches, Calendar, Examples
+from lab.tasks.images import Dataset
+from lab.tasks.models import Task, task_loss
+from lab.tasks.sharding import Batches, Calendar, Examples
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger

@@ -1,4 +1,4 @@
-"""Configurations to start from: the presets of `python -m lab init`, the demo's runs, and their TOML text."""
+"""Configurations to start from: the presets of `python -m lab init`, and their TOML text."""
 
 import dataclasses
 import inspect
@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lab.runs.config import (
-    AnyCompressor,
     CertifyConfig,
     Config,
-    DataConfig,
     EscapeConfig,
     LocalConfig,
-    ModelConfig,
     NoiseConfig,
 )
-from packsaddle.compressors import Identity, RandomK, Sign, TopK
+from lab.tasks.options import DataConfig, ModelConfig
+from packsaddle.compressors import RandomK, Sign, TopK
 from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
@@ -118,76 +116,6 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)
 
 
-EPOCHS = 60.0
-# The loss of the best constant output, i.e. the mean variance of a pixel of the training digits.
-PLATEAU = 0.0735
-
-
-def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Config]:
-    """Return the four configurations of the demo's first part, by folder name.
-
-    They differ only in label, compressor and noise.
-    """
-    settings: dict[str, tuple[str, AnyCompressor, float]] = {
-        "dense": ("dense", Identity(), 0.0),
-        "dense-noise": ("dense + noise", Identity(), 0.003),
-        "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),
-        "topk-noise": ("TopK 1% + noise", TopK(0.01), 0.003),
-    }
-    shared = Config(  # also validates `epochs`, before the noise schedule is computed from it
-        data=DataConfig("digits"),
-        model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
-        lr=1.0,
-        epochs=epochs,
-        batch_size=max(1, 32 // max(1, workers)),
-        seed=seed,
-        workers=workers,
-        log_every=23,
-        plateau=PLATEAU,
-    )
-
-    # Noise is lowered from 60% to 85% of the epochs, so that the loss can settle.
-    found = {}
-    for name, (label, compressor, std) in settings.items():
-        noise = NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs)
-        found[name] = replace(shared, compressor=compressor, noise=noise, label=label)
-    return found
-
-
-def local_demo_configs(workers: int, epochs: float, seed: int = 0) -> dict[str, Config]:
-    """Return the three configurations of the demo's second part, by folder name.
-
-    AdamW trains for as many steps in each. "alone" has one worker's batch. "dense-adamw" has the batches of all workers
-    in one process, which is what DistributedDataParallel computes. "local-updates" has the workers.
-    """
-    local = LocalConfig("adamw", every=8, betas=(0.9, 0.99), warm_up=0.1 * epochs, schedule="cosine", clip=1.0)
-    dense = replace(local, every=1, mean_momentum=0.0)
-    alone = replace(dense, warm_up=dense.warm_up / workers)
-    shared = Config(
-        data=DataConfig("text"),
-        model=ModelConfig("char-transformer"),
-        lr=0.008,
-        epochs=epochs,
-        batch_size=8,
-        compressor=Identity(),
-        weight_decay=0.1,
-        local=dense,
-        seed=seed,
-        log_every=25,
-    )
-    return {
-        "alone": replace(shared, label="one machine alone", epochs=epochs / workers, local=alone),
-        "dense-adamw": replace(shared, label=f"dense training, {workers} workers", batch_size=8 * workers),
-        "local-updates": replace(
-            shared,
-            label=f"local updates, {workers} workers",
-            compressor=Sign(per_tensor=True),
-            local=local,
-            workers=workers,
-        ),
-    }
-
-
 TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnist-autoencoder", "resnet18"]
 
 
@@ -227,7 +155,18 @@ TASKS: dict[TaskName, Task] = {
     ),
     "digits": Task(
         "A deep autoencoder on scikit-learn's digits, from a start where SGD without noise stalls at a saddle.",
-        replace(demo_configs(2)["randomk-noise"], label=""),
+        Config(
+            data=DataConfig("digits"),
+            model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
+            lr=1.0,
+            epochs=60.0,
+            batch_size=16,
+            workers=2,
+            compressor=RandomK(0.01),
+            noise=NoiseConfig(0.003, lower_from=36.0, lower_until=51.0),
+            log_every=23,
+            plateau=0.0735,  # the loss of the best constant output
+        ),
     ),
     "mnist-autoencoder": Task(
         "The paper's deep MNIST autoencoder (its footnote 7 and Figure 2).",

@@ -17,10 +17,10 @@ from lab.runs.progress import live, megabytes
 from lab.runs.run_checkpoints import FINAL_WEIGHTS, NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from lab.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from lab.runs.run_folder import RunFolder
-from lab.runs.tasks.images import load_data
-from lab.runs.tasks.models import Task, average_buffers, connect, make_task
-from lab.runs.tasks.sharding import Calendar, deal, shard
 from lab.runs.training import CompressedTraining, LocalTraining, Training
+from lab.tasks.images import load_data
+from lab.tasks.models import Task, average_buffers, connect, make_task
+from lab.tasks.sharding import Calendar, deal, shard
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint
 from packsaddle.comm.communicator import Communicator, check_agreement

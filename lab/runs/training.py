@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lab.runs.config import Config, LocalConfig
-from lab.runs.tasks.sharding import Calendar
+from lab.tasks.sharding import Calendar
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger

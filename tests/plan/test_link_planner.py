@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab import toys
-from lab.runs.tasks.images import load_data
-from lab.runs.tasks.models import make_task
 from lab.runs.templates import TASKS
+from lab.tasks.images import load_data
+from lab.tasks.models import make_task
 from packsaddle import QSGD, LowRank, RandomK, Rounded, TopK
 from packsaddle.cli.plan_link_text import LinkPlan, methods
 from packsaddle.plan import link as link_planner

@@ -32,10 +32,8 @@ __all__ = [
 ]
 
 
-def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False, lead: str = "") -> Path:
+def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
     """Write an HTML page, figures and CSV tables to a new folder, and return the path of index.html.
-
-    The page begins with the sentence `lead`.
 
     Raises ConfigError if the folder exists and `overwrite` is False, or if it cannot be written. Raises
     MissingExtraError without the plot extra.
@@ -44,7 +42,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False, 
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)
     curves = [curve(setting) for setting in found]
-    page, figure = render(found, curves, lead), figures.draw(found, curves)
+    page, figure = render(found, curves), figures.draw(found, curves)
     if not folder.is_dir():
         make_new(folder)
     with written(folder):

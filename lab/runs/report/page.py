@@ -20,8 +20,8 @@ from packsaddle.messages import printable
 _DASHES = {"-": "", "--": "6 4", ":": "2 3"}  # matplotlib's line styles in SVG
 
 
-def render(settings: Sequence[Setting], curves: Sequence[Curve], lead: str = "") -> str:
-    """Return the report on `settings` and their `curves` as HTML, with the sentence `lead` at its beginning.
+def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
+    """Return the report on `settings` and their `curves` as HTML.
 
     Raises MissingExtraError without the plot extra.
     """
@@ -38,7 +38,6 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve], lead: str = "")
     }
     page: str = templates.from_string(template).render(
         title=title(runs),
-        lead=lead,
         axes=axes,
         against=[*axes][1:],
         charts=charts,

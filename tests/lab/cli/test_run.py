@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
 
-from lab.cli.demo import link_conclusion, link_rows
 from lab.runs import run_folder
-from lab.runs.report.tables import Row
 
 CONFIG = (
     PLAIN
@@ -106,48 +103,6 @@ def test_bad_input_is_one_line_and_code_2(
     names = {"CONFIG": config, "EMPTY": empty}
     refused(capsys, message, "lab", *(names.get(a, a) for a in arguments))
     assert not list(empty.iterdir())
-
-
-@pytest.mark.slow
-def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's whole path in a second or two; its runs at full length are `make demo`."""
-    short = ("--epochs", "0.5", "--text-epochs", "0.05")
-    assert command("lab", "demo", "--serial", *short, "--out", tmp_path / "demo") == 0
-    out = capsys.readouterr().out
-    for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
-        assert f"run {i} of 4, {label}: " in out
-    for part in ("saddle", "slow-link"):
-        assert "<svg" in (tmp_path / "demo" / part / "report" / "index.html").read_text()
-    summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/*/summary.json")}
-    assert summaries["dense"]["compression"] == 1.0
-    assert summaries["randomk-noise"]["compression"] > 40
-    assert summaries["topk-noise"]["compression"] > 25
-    # Each worker makes the same number of steps in the three runs of the second part.
-    assert len({summaries[name]["steps"] for name in ("alone", "dense-adamw", "local-updates")}) == 1
-
-
-def demo_row(**values: Any) -> Row:
-    return replace(Row("", 0, True, None, None, None, None, None, None, 1.0, None, 1.0), **values)
-
-
-def test_the_demo_computes_the_times_of_a_link() -> None:
-    """Computing, and then the bytes over 50 Mbit/s; dense training, which was one process, as long as its workers."""
-    runs = (2.2, 200.0, 8.0), (2.0, 250.0, 19.0), (2.1, 2.5, 10.0)
-    alone, dense, local = link_rows([demo_row(test_loss=a, megabytes=b, seconds=c) for a, b, c in runs], 2)
-    # In a ring of two workers each sends as many bytes as a vector has.
-    assert (alone.megabytes, dense.megabytes, local.megabytes) == (0.0, 250.0, 2.5)
-    assert (alone.seconds, dense.seconds, local.seconds) == pytest.approx((8.0, 10.0 + 40.0, 10.0 + 0.4))
-    assert "1/100 of the bytes" in link_conclusion([alone, dense, local])
-
-
-def test_demo_plateau_is_the_best_constant() -> None:
-    from lab.runs.config import DataConfig
-    from lab.runs.tasks.images import load_images
-    from lab.runs.templates import PLATEAU
-
-    images = load_images(DataConfig("digits"), None, train=True)
-    pixels = images.pixels(torch.arange(len(images)))
-    assert float((pixels - pixels.mean(0)).square().mean()) == pytest.approx(PLATEAU, rel=0.01)
 
 
 def test_a_run_records_the_commit_and_if_its_code_had_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,11 @@ from lab.paper import figure1, figure2
 from lab.paper.results import by_setting
 from lab.paper.studies import REPRODUCTIONS
 from lab.paper.study import Study
-from lab.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from lab.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, NoiseConfig
 from lab.runs.job import How, Job, can_be_fused, fastest_simulation
 from lab.runs.report.settings import settings
 from lab.runs.run_folder import read_runs
+from lab.tasks import ModelConfig
 from packsaddle.cli.folders import make_new
 from packsaddle.compressors import (
     QSGD,

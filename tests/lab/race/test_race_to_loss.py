@@ -30,7 +30,7 @@ from lab.race.time_to_loss import (
     verdicts,
 )
 from lab.race.workload import TrainingWorkload, load_library
-from lab.runs.config import DataConfig
+from lab.tasks import DataConfig
 from packsaddle.comm.group import resolve
 
 IMAGES = TrainingWorkload("mnist-autoencoder", 4)

@@ -16,8 +16,7 @@ from lab.race import target_settings
 from lab.race.entrant import enter
 from lab.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
 from lab.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
-from lab.runs import ModelConfig
-from lab.runs.tasks import Task, make_task
+from lab.tasks import ModelConfig, Task, make_task
 from packsaddle.comm.group import resolve
 
 ROOT = Path(__file__).parents[3]

@@ -10,10 +10,10 @@ from commandline import command
 from scipy.stats import binomtest
 
 from lab.runs.certification import Audit, read_config
-from lab.runs.config import DataConfig
 from lab.runs.run_folder import read_runs
-from lab.runs.tasks.images import load_images
-from lab.runs.tasks.models import make_task
+from lab.tasks import DataConfig
+from lab.tasks.images import load_images
+from lab.tasks.models import make_task
 from packsaddle import Verdict, certify
 from packsaddle.cli.findings import Questions
 from packsaddle.curvature.certificate import Share, draw_iterates

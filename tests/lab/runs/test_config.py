@@ -15,8 +15,8 @@ from lab.runs.config import (
     EscapeConfig,
     load,
 )
-from lab.runs.tasks.sharding import Calendar
 from lab.runs.training import LocalTraining
+from lab.tasks.sharding import Calendar
 from packsaddle.compressors import compressors, describe, identify
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.errors import ConfigError

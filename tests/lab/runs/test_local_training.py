@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lab.runs.config import Config, load
 from lab.runs.run_folder import RunFolder
-from lab.runs.tasks.images import load_data
-from lab.runs.tasks.models import make_task
-from lab.runs.tasks.sharding import Calendar, deal
 from lab.runs.trainer import Trainer
 from lab.runs.training import LocalTraining, make_inner
+from lab.tasks.images import load_data
+from lab.tasks.models import make_task
+from lab.tasks.sharding import Calendar, deal
 from packsaddle import LocalUpdates, Overlap, simulate
 from packsaddle.cli.folders import make_new
 from packsaddle.errors import ConfigError

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.images import Images, load_images
-from lab.runs.tasks.models import make_task, mnist_autoencoder
-from lab.runs.tasks.sharding import Batches, Calendar, deal, shard
+from lab.tasks import DataConfig, ModelConfig
+from lab.tasks.images import Images, load_images
+from lab.tasks.models import make_task, mnist_autoencoder
+from lab.tasks.sharding import Batches, Calendar, deal, shard
 from packsaddle.errors import ConfigError
 
 

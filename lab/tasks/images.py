@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.runs.config import DataConfig
-from lab.runs.tasks.text import load_text
+from lab.tasks.options import DataConfig
+from lab.tasks.text import load_text
 from packsaddle.errors import ConfigError, require
 from packsaddle.numerics.seeds import Stream, generator
 

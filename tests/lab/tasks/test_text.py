@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab.runs.config import DataConfig
-from lab.runs.tasks.sharding import shard
-from lab.runs.tasks.text import UNKNOWN, Text, load_text
+from lab.tasks import DataConfig
+from lab.tasks.sharding import shard
+from lab.tasks.text import UNKNOWN, Text, load_text
 
 CPU = torch.device("cpu")
 WORDS = ("saddle", "mule", "a long way", "packs?", "\u00fcber", "noise,", "42")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lab.runs.config import ModelConfig
+from lab.tasks.options import ModelConfig
 from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import ConfigError, require
 

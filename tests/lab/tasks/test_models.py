@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lab.runs.config import DataConfig, ModelConfig
-from lab.runs.tasks.models import Task, make_task
-from lab.runs.tasks.text import Text, load_text
+from lab.tasks import DataConfig, ModelConfig
+from lab.tasks.models import Task, make_task
+from lab.tasks.text import Text, load_text
 
 CPU = torch.device("cpu")
 

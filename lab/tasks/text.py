@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lab.runs.config import DataConfig
+from lab.tasks.options import DataConfig
 from packsaddle.errors import ConfigError, read_text
 
 UNKNOWN = 0  # the code of every character outside the vocabulary

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lab.runs.tasks.images import Dataset
+from lab.tasks.images import Dataset
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
 

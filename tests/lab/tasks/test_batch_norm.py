@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab.runs.tasks.models import WorkerBatchNorm2d, average_buffers, connect
+from lab.tasks.models import WorkerBatchNorm2d, average_buffers, connect
 from packsaddle import simulate
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
