@@ -35,10 +35,10 @@ quick: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n auto --dist loadgroup -m "not process and not slow and not nightly"
 
-# With the real Lightning, transformers, accelerate, TRL, PEFT, torchft and trackers, which `make test` does without (700 MB, some minutes).
+# With the real Lightning, transformers, accelerate, TRL, PEFT, and torchft, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]' trl peft
-	$(BIN)/pytest -q tests/integrations tests/lab/runs/test_trackers.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,torchft]' trl peft
+	$(BIN)/pytest -q tests/integrations
 	$(BIN)/pytest -q tests/local/test_elastic_workers.py tests/comm/test_network_faults.py
 	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py

@@ -13,7 +13,6 @@ from lab.cli.console import dated, print_runs
 from lab.runs.config import Config, load
 from lab.runs.run_folder import Run, read_runs
 from lab.runs.templates import TASKS, TaskName, template
-from lab.runs.trackers import TrackerName
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
@@ -38,7 +37,6 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7
         "simulation": "serial batched fused",
         "checkpoint": "resume checkpoint_every",
         "worker": "timeout elastic",
-        "tracking": "track",
     }
 )
 def run(
@@ -55,7 +53,6 @@ def run(
     resume: Path | None = None,
     checkpoint_every: int | None = None,
     timeout: Seconds | None = None,
-    track: tuple[TrackerName, ...] = (),
     elastic: str | None = None,
 ) -> None:
     """Train from a TOML configuration, in one process or several.
@@ -88,7 +85,6 @@ def run(
         checkpoint_every: Steps between checkpoints; by default about one epoch and at least 30 s. 0: none.
         timeout: Time after which a worker that waits for the others fails, such as 90s or 5min; by default 30min with
             gloo.
-        track: Trackers that also record the metrics, into the run folder; wandb records offline.
         elastic: URL of a torchft_lighthouse. Run as one worker that may join and leave; needs [local] in the file.
     """
     from lab.runs.job import Job, train_under_launcher
@@ -114,7 +110,7 @@ def run(
         loaded = tuple(map(check_elastic, loaded))
         check_lighthouse(elastic)
     folder = resume or out or dated(config.stem if config else "run")
-    again = {"--checkpoint-every": checkpoint_every, "--timeout": timeout, "--track": " ".join(track) or None}
+    again = {"--checkpoint-every": checkpoint_every, "--timeout": timeout}
     with config_errors("--"):
         every = 0 if elastic else checkpoint_every
         saving = CheckpointPolicy(every, hint=_resume_command(folder, how, workers, data_dir, again))
@@ -123,7 +119,6 @@ def run(
         (folder,),
         data_dir,
         download,
-        track=track,
         saving=saving,
         resume=resume is not None,
         timeout=None if timeout is None else timedelta(seconds=timeout),

@@ -16,7 +16,6 @@ from lab.runs.config import Config, first_difference
 from lab.runs.folder_lock import FolderLock, check_free, locked
 from lab.runs.run_checkpoints import NEVER, STOPPED, CheckpointPolicy, LoadingError, find, state_of
 from lab.runs.run_folder import RunFolder, environment
-from lab.runs.trackers import TrackerName, require_tracker, tracked
 from lab.runs.trainer import Trainer
 from lab.tasks.sharding import shard
 from packsaddle.cli.folders import make_new, written
@@ -69,7 +68,6 @@ class Job:
     data_dir: Path | None = None
     download: bool = False
     quiet: bool = False
-    track: tuple[TrackerName, ...] = ()  # trackers that also record rank 0's metrics
     saving: CheckpointPolicy = NEVER
     # True: continue the run in `folders[0]`, the only folder, if it has begun; `configs` may then be empty.
     resume: bool = False
@@ -79,8 +77,6 @@ class Job:
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for anything that would make a worker fail at its start. Call before launching workers."""
         self._check_simulation(how)
-        for name in self.track:
-            require_tracker(name)
         for config in self.configs:
             trainer = Trainer(config, self.data_dir, self.download)
             for worker in range(workers):
@@ -177,10 +173,7 @@ class Job:
             with written(path):
                 if is_first:
                     self._describe(RunFolder(path), config, str(trainer.device), trainer.group.size)
-                trackers = self.track if is_first else ()
-                with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
-                    folder.is_stopped = not trainer.run(folder, quiet=self.quiet, saving=self.saving, count=count)
-                if folder.is_stopped:
+                if not trainer.run(RunFolder(path), quiet=self.quiet, saving=self.saving, count=count):
                     return False
         return True
 
