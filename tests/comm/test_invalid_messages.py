@@ -83,7 +83,7 @@ def train(setting: str, exchange: str, corrupted: int | None, *, sizes: bool = F
                 opt.step()
         else:
             opt.step()
-    return weight.detach(), [(skip.step, skip.workers, str(skip)) for skip in opt.skips]
+    return weight.detach(), [(skip.index, skip.workers, str(skip)) for skip in opt.skips]
 
 
 def with_and_without(setting: str, exchange: str, sizes: bool) -> Any:

@@ -94,7 +94,7 @@ KEPT: dict[str, tuple[Compressor, int, dict[str, Tensor], str]] = {
         {"levels": octets(119, 119, 119, 135), "scales": ONE * math.inf},
         "not finite",
     ),
-    "signs beyond the last coordinate": (Sign(), 9, {"signs": octets(255, 255), "scales": ONE}, "finite"),
+    "signs beyond the last coordinate": (Sign(), 9, {"signs": octets(255, 255), "scales": ONE}, "refused"),
     "a sketch of NaNs": (SketchTopK(k=1, rows=3, columns=4), 300, NANS, "finite"),
     "a count of values that is not their number": (TopK(0.5, values="int2"), 8, INT2, "refused"),
     "scales above the unit": (

@@ -204,7 +204,7 @@ def in_one_shard() -> dict[str, Any]:
     gradients = [p.grad.to_local() for p in model.parameters()]  # type: ignore[union-attr]
     return {
         "NaN": {bool(g.isnan().all()) for g in gradients if g.numel()},
-        "skips": [(skip.step, skip.workers, skip.parameter) for skip in hook.skips],
+        "skips": [(skip.index, skip.workers, skip.parameter) for skip in hook.skips],
         "steps": hook.steps,
         "bytes": (hook.uncompressed.payload, 2 * 8 * sum(p.to_local().numel() for p in model.parameters())),  # type: ignore[attr-defined]
     }

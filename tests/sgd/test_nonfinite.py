@@ -71,7 +71,7 @@ def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any
         "resets": [(r.step, r.committed, r.distance) for r in opt.resets],
         "vectors": {i: {name: v.clone() for name, v in of.items()} for i, of in state["state"].items()},
     }
-    skips = [(s.step, s.workers, s.parameter) for s in opt.skips]
+    skips = [(s.index, s.workers, s.parameter) for s in opt.skips]
     return {"state": kept, "steps": opt.steps, "skipped": opt.skipped, "skips": skips}
 
 

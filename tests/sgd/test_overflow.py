@@ -46,7 +46,7 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
     return {
         "state": {"x": x, "noise": state["noise"], "aggregator": state["aggregator"], "vectors": vectors},
         "steps": opt.steps,
-        "skips": [(s.step, s.workers) for s in opt.skips],
+        "skips": [(s.index, s.workers) for s in opt.skips],
         "finite": all(bool(v.isfinite().all()) for v in [*x, *(v for of in vectors.values() for v in of.values())]),
     }
 

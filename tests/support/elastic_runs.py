@@ -97,7 +97,7 @@ def results(worker: Worker) -> dict[str, Any]:
     local = worker.local
     assert local._workers is not None
     counts = [local.steps, local.rounds, local.position, local.skipped, local.workers]
-    skips = [(skip.step, skip.workers) for skip in local.skips]
+    skips = [(skip.index, skip.workers) for skip in local.skips]
     return {
         "x": [worker.x(), worker.anchor()],
         "e": local.pending(),

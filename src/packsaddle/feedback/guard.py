@@ -49,34 +49,38 @@ class NonFiniteError(GuardError):
 class Skip:
     """The record of a skipped step, or with local updates of a rejected round, with its cause."""
 
-    step: int  # index t of the skipped step or round; the next step or round has the same index
+    index: int  # index t of the skipped step or rejected round; the next step or round has the same index
     # Ranks of the workers that sent an invalid vector or message. The list of a hook may be incomplete.
     workers: tuple[int, ...]
     parameter: str  # name of the first invalid parameter of the worker workers[0]
-    message: str = ""  # the error in the message of workers[0]; "": its message is valid, but its vector is invalid
-    is_round: bool = False  # True: a round of local updates, whose index is `step`; False: a step
+    error: str = ""  # the error in the message of workers[0]; "": its message is valid, but its vector is invalid
+    is_round: bool = False  # True: a round of local updates; False: a step
 
     @classmethod
-    def of(cls, step: int, reports: Mapping[int, Report], unnamed: str, *, is_round: bool = False) -> "Skip":
-        """Return the record of the skipped step `step`, from the workers' reports.
+    def of(cls, index: int, reports: Mapping[int, Report], unnamed: str, *, is_round: bool = False) -> "Skip":
+        """Return the record of the skipped step or rejected round with this index, from the workers' reports.
 
-        `reports` maps ranks to reports. If all of them are valid, the name of the invalid parameter is `unnamed`. If
-        `is_round` is True, `step` is the index of a round of local updates.
+        `reports` maps ranks to reports. If all of them are valid, the name of the invalid parameter is `unnamed`.
         """
         found = {worker: report for worker, report in reports.items() if report}
         for report in found.values():
             if report.kind == "message":
-                return cls(step, (report.worker,), "", report.name, is_round)
+                return cls(index, (report.worker,), "", report.name, is_round)
         prefix = "the local update of " if is_round else ""
         named = next((prefix + report.name for report in found.values()), unnamed)
-        return cls(step, tuple(found), named, is_round=is_round)
+        return cls(index, tuple(found), named, is_round=is_round)
 
-    def __str__(self) -> str:
-        index = f"{'round' if self.is_round else 'step'} {self.step}"
-        if self.message:
-            return f"{index}: {self.message}"
+    @property
+    def message(self) -> str:
+        """The record as a sentence, such as "round 3: w is not finite on worker 0"."""
+        index = f"{'round' if self.is_round else 'step'} {self.index}"
+        if self.error:
+            return f"{index}: {self.error}"
         where = f" on {numbered('worker', self.workers)}" if self.workers else ""
         return f"{index}: {self.parameter} is not finite{where}"
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Skips:
@@ -100,7 +104,7 @@ class Skips:
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
-        is_mine = skip.message or skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
+        is_mine = skip.error or skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
         if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
             row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
             outcome = "the round is rejected" if skip.is_round else "the step is skipped"
@@ -124,7 +128,7 @@ class Skips:
             raise NonFiniteError(
                 f"{self.list[-1]}; {in_a_row} consecutive {one}{'s' * (in_a_row > 1)} {done}, more than "
                 f"max_skipped={self.most}. "
-                f"{same} {'Check the memory and the network of that worker' if self.list[-1].message else _ADVICE}"
+                f"{same} {'Check the memory and the network of that worker' if self.list[-1].error else _ADVICE}"
             )
 
     def fields(self) -> list[Value]:

@@ -367,7 +367,7 @@ class GradientHook(Records, ABC):
                 reports = (report for r in self._pass if (report := r.full_report()))
                 skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):
-                    skip = replace(skip, message="another worker has received an invalid message")
+                    skip = replace(skip, error="another worker has received an invalid message")
                 self._skips.record(skip)
             self._steps += applied
             self._pass, self._codes, self._outcome = [], [], None

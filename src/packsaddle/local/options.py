@@ -333,7 +333,7 @@ class LocalOptions(Option):
             raise TypeError(f"escape must be an Escape or None, got {self.escape!r}")
         outer: Any = self.outer
         if not (outer is None or callable(outer)) or isinstance(outer, type):
-            expected = "OuterSGD(), or a function of the anchor's tensors that returns a torch optimizer"
+            expected = "OuterSGD(), OuterAgreement(), a function of the anchor's tensors that returns a torch optimizer"
             found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
             # A class such as torch.optim.SGD could be called too, but would then use its default learning rate, 0.001.
             if isinstance(outer, type):

@@ -12,7 +12,7 @@ workers, and then calls the `Reactions` to its end.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -77,7 +77,10 @@ class LocalUpdates(Records, Exchanging):
     exchanges the changes of the parameters since the last round. Do not exchange gradients as well: no
     DistributedDataParallel between workers (if a framework wraps the model in it, see `keep_gradients_local`). Between
     rounds each worker has its own parameters. The anchor is the parameters last agreed on by all workers: evaluate and
-    save it (`at_anchor`, `state_dict_of`), and call `flush` at the end.
+    save it (`at_anchor`, `state_dict_of`).
+
+    Call `flush` at the end, or train in `with LocalUpdates(...) as local:`, which calls `flush` when its block ends
+    without an exception. After an exception it does not, since the other workers may not be there to take part.
 
     Args:
         optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
@@ -459,6 +462,14 @@ class LocalUpdates(Records, Exchanging):
         # A worker that has joined within this call continues at the step count of the worker that sent its state.
         self.steps = max(self.steps, self._workers.steps)
         return applied
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Call `flush` if the block has ended without an exception."""
+        if kind is None:
+            self.flush()
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:

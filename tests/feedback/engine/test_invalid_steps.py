@@ -53,7 +53,7 @@ def trained(front: str, way: str, value: float, whose: tuple[int, ...], has_them
     state = one.everything()
     for part in ("engine", "optimizer"):
         state[part] = {k: v for k, v in state[part].items() if k not in ("skips", "guard", "ledger")}  # they count them
-    skips = [(s.step, s.workers) for s in one.engine.skips]
+    skips = [(s.index, s.workers) for s in one.engine.skips]
     return {"state": state, "steps": one.engine.steps, "skips": skips, "skipped": one.engine.skipped}
 
 

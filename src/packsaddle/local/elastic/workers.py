@@ -337,7 +337,7 @@ class ElasticWorkers:
         if 2 * reports > self._group.size - 1:
             raise GuardError(
                 f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
-                f"({self._reactions.outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
+                f"({self._reactions.outcomes.skips.list[-1].error}): check its memory and its network, and restart it"
             )
         return is_applied
 
