@@ -14,7 +14,7 @@ from lab.pool import Report
 from lab.tasks import Batches, DataConfig, load_text, shard
 from lab.tasks.models import CharTransformer
 from packsaddle import LocalUpdates, simulate
-from packsaddle.comm.communicator import ring_all_reduce
+from packsaddle.comm import ring_all_reduce
 
 WORKERS, BATCH, LR, EVERY = 2, 8, 0.008, 8
 LINKS = (10, 50, 200)  # Mbit/s

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.tasks.options import ModelConfig
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm import Communicator
 from packsaddle.errors import ConfigError, require
 
 Norm = Literal["worker", "all", "group"]

@@ -19,8 +19,10 @@ ALLOWED = {
     "packsaddle.numerics.seeds": "examples/reference.py draws the random numbers of CompressedSGD",
     "packsaddle.comm.devices": "lab/bench/gpu.py lists the accelerators",
     "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
-    "packsaddle.messages": "lab/paper/progress.py prints what a terminal must not obey",
-    "packsaddle.cli.progress": "lab/paper/progress.py says the time left as a plan does",
+    "packsaddle.messages": "lab/pool.py prints what a terminal must not obey",
+    "packsaddle.cli.progress": "lab/pool.py says the time left as a plan does",
+    "packsaddle.cli.folders": "lab/demo/command.py makes its folder as the commands do",
+    "packsaddle.cli.certificate_figure": "lab/demo/story.py draws in the colors of the certificate's figure",
 }
 
 

@@ -61,6 +61,7 @@ class Skip:
         """Return the record of the skipped step or rejected round with this index, from the workers' reports.
 
         `reports` maps ranks to reports. If all of them are valid, the name of the invalid parameter is `unnamed`.
+        `is_round` is True for a round of local updates.
         """
         found = {worker: report for worker, report in reports.items() if report}
         for report in found.values():
