@@ -1,6 +1,6 @@
 """The files through which a step and a round of local updates run: `python -m lab.bench.trace`.
 
-Two simulated workers train a small network by LocalUpdates with its defaults. While worker 0 makes an inner step, each
+Two workers train a small network by LocalUpdates with its defaults. While worker 0 makes an inner step, each
 call of a Python function of packsaddle is recorded. A hop is a call from one file of packsaddle to another; frames of
 torch between the two are skipped. The script prints the number of files, of hops, and of lines in these files, for a
 step without an exchange and for a step that ends a round.
@@ -9,14 +9,15 @@ step without an exchange and for a step that ends a round.
 import argparse
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 import packsaddle
+from packsaddle.comm import launch, process_group
 
 ROOT = str(Path(packsaddle.__file__).parent)
 
@@ -51,34 +52,28 @@ class Trace:
         return sum(len(Path(name).read_text().splitlines()) for name in self.files)
 
 
-def trace_step(rank: int, *, steps: int, **options: object) -> Trace:
-    """Train one simulated worker for `steps` inner steps, and return the trace of the last step."""
+def trace_step(steps: int) -> Trace:
+    """Train this worker for `steps` inner steps, and return the trace of the last step. Use it in a process that
+    `launch` has started."""
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
-    model = torch.nn.Sequential(*layers[:-1])
+    model, trace = torch.nn.Sequential(*layers[:-1]), Trace()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    local = packsaddle.LocalUpdates(optimizer, model=model, **options)  # type: ignore[arg-type]
-    data = torch.randn(64, 64, generator=torch.Generator().manual_seed(rank))
-    trace = Trace()
-    for step in range(steps):
-        optimizer.zero_grad()
-        (model(data) - data).square().mean().backward()
-        if step == steps - 1:
-            with trace:
+    with process_group(None), packsaddle.LocalUpdates(optimizer, model=model):
+        data = torch.randn(64, 64, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+        for step in range(steps):
+            optimizer.zero_grad()
+            (model(data) - data).square().mean().backward()
+            with trace if step == steps - 1 else nullcontext():
                 optimizer.step()
-        else:
-            optimizer.step()
-    local.flush()
     return trace
 
 
-def traces(workers: int = 2) -> dict[str, Trace]:
+def traces() -> dict[str, Trace]:
     """Return worker 0's trace of the third step, which exchanges nothing, and of the 16th, which ends the second
     round."""
-    found = {}
-    for name, steps in (("step without an exchange", 3), ("step that ends a round", 16)):
-        found[name] = packsaddle.simulate(partial(trace_step, steps=steps), workers)[0]
-    return found
+    names = {"step without an exchange": 3, "step that ends a round": 16}
+    return {name: launch(trace_step, (steps,), 2) for name, steps in names.items()}
 
 
 def main() -> None:

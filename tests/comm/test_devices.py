@@ -14,7 +14,7 @@ from packsaddle.comm import devices
 from packsaddle.comm.group import TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.background import Background
-from packsaddle.numerics.transfers import to_host
+from packsaddle.numerics.devices import to_host
 
 Gloo = Callable[..., list[Any]]
 
@@ -159,12 +159,13 @@ def test_a_captured_step_raises(front: str, monkeypatch: pytest.MonkeyPatch) -> 
     model(torch.ones(2, 40)).sum().backward()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     call: Callable[[], object] = sgd.step
+    device = torch.device("cpu")
+    monkeypatch.setattr(devices, "has_graphs", lambda found: found == device)
+    monkeypatch.setattr("packsaddle.local.updates.has_graphs", lambda found: found == device)
     if front == "CompressedSGD":
         call = CompressedSGD(model.parameters(), 0.1, TopK(0.1)).step
     else:
         local = LocalUpdates(sgd, every=2)
-    device = torch.device("cpu")
-    monkeypatch.setattr(devices, "_has_graphs", lambda found: found == device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured in a CUDA graph, whose replays would never exchange anything"):
         call()

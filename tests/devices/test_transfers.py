@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pretended_device import start
 
-from packsaddle.numerics.transfers import Readback, read
+from packsaddle.numerics.devices import Readback, read
 
 
 def _read(library: Path) -> list[Any]:

@@ -23,8 +23,7 @@ from torch import Tensor
 from packsaddle.comm.group import Group
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.errors import MessageError
-from packsaddle.numerics.devices import to_device
-from packsaddle.numerics.transfers import read
+from packsaddle.numerics.devices import read, to_device
 from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]

@@ -87,14 +87,15 @@ def use_in_current_stream(tensor: Tensor) -> None:
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
 
-def _has_graphs(device: torch.device) -> bool:
+def has_graphs(device: torch.device) -> bool:
+    """Return True if work on a device can be captured in a CUDA graph."""
     return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
 
 
 def check_not_capturing(call: str, device: torch.device) -> None:
     """Raise RuntimeError if a CUDA graph is being captured on `device`. The caller runs code on the host, which a
     replay of the graph would not repeat. `call` is the name by which the error message calls the caller."""
-    if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
+    if has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
             f"backward pass alone, and step outside of the graph"

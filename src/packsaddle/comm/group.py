@@ -22,8 +22,7 @@ from torch import Tensor
 
 from packsaddle.comm import devices
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
-from packsaddle.numerics.devices import to_device
-from packsaddle.numerics.transfers import assign, to_host
+from packsaddle.numerics.devices import assign, to_device, to_host
 
 ProcessGroup = dist.ProcessGroup
 # Size in bytes of the largest tensor that an all-gather between more than two workers sends by an all-to-all, i.e.

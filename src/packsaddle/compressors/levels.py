@@ -22,9 +22,8 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.parts import Expected, check_padding, octets, require
 from packsaddle.errors import MessageError
-from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.devices import indices_where, read, to_device
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import indices_where, read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 # For large levels, Rice codes are chosen if their length is below this multiple of the length of the code in layers,

@@ -31,10 +31,9 @@ from packsaddle.compressors.values import (
     value_retention,
 )
 from packsaddle.errors import check_integers
-from packsaddle.numerics.devices import wide, widened
+from packsaddle.numerics.devices import indices_where, read, wide, widened
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
-from packsaddle.numerics.transfers import indices_where, read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
 _MOST_LEVELS = 1 << 23  # largest valid `levels`: float32 represents all integers up to this number exactly

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.parts import require
+from packsaddle.numerics.devices import indices_where
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import indices_where
 
 _SLAB = 1 << 18  # numbers expanded to bits at a time, a multiple of 8, to bound scratch memory
 

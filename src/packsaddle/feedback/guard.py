@@ -22,8 +22,8 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
+from packsaddle.numerics.devices import read
 from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_range
-from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 

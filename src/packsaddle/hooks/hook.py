@@ -32,8 +32,8 @@ from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.unused import Usage
+from packsaddle.numerics.devices import Readback
 from packsaddle.numerics.finite import is_finite
-from packsaddle.numerics.transfers import Readback
 from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]

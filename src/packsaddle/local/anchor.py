@@ -29,8 +29,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import Value
 from packsaddle.local.options import Outer
 from packsaddle.messages import shown
-from packsaddle.numerics.devices import to_device
-from packsaddle.numerics.transfers import all_to_host, assign
+from packsaddle.numerics.devices import all_to_host, assign, to_device
 
 
 class Trained:

@@ -94,9 +94,10 @@ class Fragment(Slice):
         parameters x and the local update do not change. Raises ValueError if the exchange does not support the
         compressor.
         """
-        self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
+        if compressor != self.feedback.compressor:
+            self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
+            self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.feedback.choice.aggregator.owners = owners
-        self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:

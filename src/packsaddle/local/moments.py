@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import Shards, local_part
 from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
-from packsaddle.local.anchor import beside, wide_dtype
 from packsaddle.local.options import AnyOuter, OuterAgreement
 from packsaddle.local.round import Ended
 from packsaddle.local.watch import names_of
@@ -111,7 +110,7 @@ class MeanMomentum:
         for i, found in enumerate(moments):
             if found is not None:
                 m, v, update = found
-                norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
+                norms[2 * i] = torch.linalg.vector_norm(m, dtype=_at_least_float32(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
         # Scale each direction d to the norm of its first moment m, and mix it into m. If the scale is not finite, m is
@@ -137,7 +136,8 @@ class MeanMomentum:
         if update is None or "exp_avg" not in state or v is None:
             return None
         m, v = local_part(state["exp_avg"]), local_part(v)
-        return (m, v, beside(m, update, update.dtype)) if m.shape == v.shape == local_part(p).shape else None
+        update = update if update.device == m.device else to_device(update, m.device)
+        return (m, v, update) if m.shape == v.shape == local_part(p).shape else None
 
 
 def _is_torchs(optimizer: Optimizer) -> bool:
@@ -151,4 +151,9 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
     """Return d = sqrt(v) * u, the direction of a first moment m for which Adam's step m / sqrt(v) is along the update
     u. d has at least float32 precision. All tensors are on one device."""
-    return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)
+    dtype = _at_least_float32(m)
+    return v.to(dtype).sqrt() * update.to(dtype).view_as(m)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

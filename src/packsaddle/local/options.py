@@ -395,14 +395,10 @@ class LocalOptions(Option):
         given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
         return cls(compression, **given, **others)
 
-    @property
-    def averages_senders(self) -> bool:
-        return self.compression.exchange == "senders"
-
     def _check_plain(self, where: str) -> None:
         if self.escape is not None:
             raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
-        if self.averages_senders:
+        if self.compression.exchange == "senders":
             raise ValueError(f'exchange must not be "senders" {where}')
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:

@@ -30,8 +30,7 @@ from packsaddle.feedback.round import Round
 from packsaddle.feedback.state import check_tensor
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.fragment import Fragment
-from packsaddle.numerics.devices import wide, widened
-from packsaddle.numerics.transfers import read
+from packsaddle.numerics.devices import read, wide, widened
 
 _LEAST_CLIPPED = 3  # the number of updates from which on a median can tell an outlier
 
@@ -166,7 +165,7 @@ def begin(
             parameters are those of the anchor; None in other rounds.
     """
     options, t, rank = part.options, part.rounds, part.feedback.channel.group.rank
-    noise = None if flush else options.noise.drawn(seed=part.seed, step=t)
+    noise = options.noise.drawn(seed=part.seed, step=t) if options.noise.std and not flush else None
     part.use(flush or options.compression.at(t), None if all(weights) else [i for i, w in enumerate(weights) if w])
     for each in part.trained:
         each.begin_exchange()
@@ -225,7 +224,7 @@ def exchange(begun: Begun, step: int, norms: Tensor | None = None, *, reports: b
                 views[name].mul_(begun.carried)
     # Store the mean as one vector if a delay or an option requires a vector. Otherwise the decoded messages are
     # subtracted from the anchor one after the other.
-    as_vector = begun.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
+    as_vector = begun.later or options.outer is not None or options.mean_momentum > 0 or _averages_senders(part)
     mean = _vector(part, g) if as_vector or begun.is_lengthened else g
     return Sent(begun, mean, factors, residuals, _gather_reports(begun) if reports else [])
 
@@ -242,7 +241,7 @@ def close(sent: Sent, *, agrees: bool, names: Sequence[str] = (), times: Sequenc
     """
     begun, part, exchanging = sent.begun, sent.begun.part, sent.begun.exchanging
     mean, factors = sent.mean, sent.factors
-    if isinstance(mean, Tensor):
+    if isinstance(mean, Tensor) and mean.device.type != "cpu":
         use_in_current_stream(mean)
     # Read the verdict and, if updates are clipped, the clipping factors, for which the host waits once.
     verdict = exchanging.verdict
@@ -404,13 +403,17 @@ def _vector(part: Fragment, g: Averaged) -> Tensor:
     """Return the mean update over workers, whose terms `g` has, as one vector, float[n]. With exchange="senders", each
     coordinate is averaged only over the workers that sent it."""
     n, total = part.compressed_d, g.write_to(part.zeros().flat)
-    if part.options.averages_senders and len(g.mean) > 1:
+    if _averages_senders(part) and len(g.mean) > 1:
         counts = torch.zeros_like(total[:n])
         for term in g.mean:
             sent = term.compressor.support_of(term.message, n)
             counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
         total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
     return total
+
+
+def _averages_senders(part: Fragment) -> bool:
+    return part.options.compression.exchange == "senders"
 
 
 def _gather_reports(begun: Begun) -> list[Report]:
@@ -449,7 +452,8 @@ def _lengthen(sent: Sent) -> None:
     `OuterAgreement`)."""
     assert isinstance(sent.mean, Tensor)
     part, measured = sent.begun.part, sent.begun.exchanging.measured
-    use_in_current_stream(measured)
+    if measured.device.type != "cpu":
+        use_in_current_stream(measured)
     workers = part.feedback.channel.group.size
     lengthen(part.views(sent.mean), measured, part.options.agreement, workers, part.shards)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from packsaddle.numerics.transfers import to_host
+from packsaddle.numerics.devices import to_host
 
 # H, the number of inner steps in a round: a constant, or a function of the number of steps before the round, from 0 on.
 Every = int | Callable[[int], int]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.devices import check_not_capturing
+from packsaddle.comm.devices import check_not_capturing, has_graphs
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.sharding import Shards, is_split, local_part
 from packsaddle.compressors import Compressor, Sign, describe
@@ -46,7 +46,6 @@ from packsaddle.local.watch import (
     check_covers,
     check_not_exchanged,
     check_parameters,
-    exchanged_in,
     named_parameters,
     names_of,
     untrained_tensors,
@@ -225,8 +224,8 @@ class LocalUpdates(Records, Exchanging):
         # Register hooks that count the optimizers' steps, and objects that detect mistakes in the training script.
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = self._workers.is_shared
-        names, checks = names_of(self.optimizers), model is None and is_shared
-        others = OtherOptimizers(list(parameters.values()), names, to.group, checks=checks, is_alone=not is_shared)
+        checks = model is None and is_shared
+        others = OtherOptimizers(parameters.values(), self.optimizers, to.group, checks=checks, is_alone=not is_shared)
         unsent = UnsentSteps(self if self._workers.warns_at_end else None, self._whole.is_left)
         self._watches = Watches(others, unsent)
         if model is not None:
@@ -234,8 +233,10 @@ class LocalUpdates(Records, Exchanging):
             if warn_own_state and is_shared:
                 StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         # The parameters, with a record of when each was frozen, by id, and the device on which they are.
+        self._parameters = list(parameters.values())
         self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
         self._device = next(iter(parameters.values())).device
+        self._has_graphs = has_graphs(self._device)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Methods that run at each inner step.
@@ -243,11 +244,11 @@ class LocalUpdates(Records, Exchanging):
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         self._check_closed("optimizer.step()")
-        check_not_capturing("optimizer.step()", self._device)
-        note_step(exchanged_in(optimizer, self._trained))
+        if self._has_graphs:
+            check_not_capturing("optimizer.step()", self._device)
+        note_step(self._watches.begin(optimizer, self._trained))
         self._set_anchor_before_first_step()
         self._has_begun = True
-        self._watches.others.begin()
         if self._enter():
             self._attempts.are_discarded = True
             # Discard the gradients, which were computed before the other workers' parameters were loaded.
@@ -259,17 +260,13 @@ class LocalUpdates(Records, Exchanging):
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due."""
         # Run the checks of `_before_step` here too, since `_before_step` is not called for a step that a scaler skips.
         self._check_closed("optimizer.step()")
-        self._watches.others.check()
-        self._watches.others.count()
+        self._watches.count()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._enter()
         self.steps += 1
-        # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
-        # fail too.
-        self._watches.unsent.clear()
         with self._without_autocast():
-            self._workers.after_step(self.steps, [each.parameter for each in self._trained.values()])
+            self._workers.after_step(self.steps, self._parameters)
         self._watches.unsent.record(self.steps, exchanged=self._workers.exchanging)
 
     def _without_autocast(self) -> torch.autocast:

@@ -127,15 +127,23 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 class OtherOptimizers:
     """Detects optimizers whose steps `LocalUpdates` does not count, and changes that it does not exchange.
 
-    `parameters` are the exchanged parameters, and `names` the names of the optimizers whose steps are counted. `check`
+    `parameters` are the exchanged parameters, and `optimizers` the optimizers whose steps are counted. `check`
     raises RuntimeError if an optimizer has stepped on a parameter that is not exchanged, but belongs to the same module
     as exchanged parameters, unless `checks` is False. If an optimizer steps on exchanged parameters twice and no step
     is counted, its second step raises RuntimeError; once a step has been counted, there is a warning instead. With
     `is_alone`, i.e. with one worker, nothing is reported.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], names: str, group: Group, *, checks: bool, is_alone: bool) -> None:
-        self._ours, self._names, self._group, self._checks = parameters, names, group, checks
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        optimizers: Sequence[Optimizer],
+        group: Group,
+        *,
+        checks: bool,
+        is_alone: bool,
+    ) -> None:
+        self._ours, self._counted, self._group, self._checks = list(parameters), optimizers, group, checks
         # No changes are to be exchanged, with one worker or since the last flush. Then other optimizers may train.
         self._is_alone = self._is_over = is_alone
         self._has_counted = self._has_warned = False
@@ -165,7 +173,8 @@ class OtherOptimizers:
         if optimizer not in self.stepped:
             self.stepped[optimizer] = {id(p) for p in parameters_of([optimizer]) if p.grad is not None}
             self._has_new = True
-        if not (self._is_over or self._in_step) and exchange_of(optimizer) is None:
+        is_counted = self._is_over or self._in_step or optimizer in self._counted
+        if not is_counted and exchange_of(optimizer) is None:
             self._check_counted(optimizer)
 
     def _check_counted(self, optimizer: Optimizer) -> None:
@@ -176,7 +185,8 @@ class OtherOptimizers:
         if not is_second or self._has_warned or self.stepped[optimizer].isdisjoint(map(id, self._ours)):
             return
         found = (
-            f"{type(optimizer).__name__} steps on parameters that LocalUpdates exchanges, and no step of {self._names} "
+            f"{type(optimizer).__name__} steps on parameters that LocalUpdates exchanges, and no step of "
+            f"{names_of(self._counted)} "
             f"is counted: pass LocalUpdates the optimizer whose step() is called"
         )
         if not self._has_counted:
@@ -413,3 +423,19 @@ class Watches:
 
     others: OtherOptimizers
     unsent: UnsentSteps
+
+    def begin(self, optimizer: Optimizer, trained: Mapping[int, Trained]) -> list[Trained]:
+        """Note that a step of `optimizer` begins, and return its parameters that are exchanged (see
+        `exchanged_in`)."""
+        found = exchanged_in(optimizer, trained)
+        self.others.begin()
+        return found
+
+    def count(self) -> None:
+        """Note that a step has been counted, before the rounds that follow it. Raises RuntimeError if another optimizer
+        has trained parameters that are not exchanged."""
+        self.others.check()
+        self.others.count()
+        # Cancel the warning about a missing `flush` before the rounds: if a collective of a round fails, `flush` would
+        # fail too.
+        self.unsent.clear()

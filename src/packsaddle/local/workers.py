@@ -49,8 +49,7 @@ from packsaddle.local.round import (
 )
 from packsaddle.local.schedule import Pacing, Progress, Schedule, StepClock
 from packsaddle.local.watch import check_first_step
-from packsaddle.numerics.devices import to_device, wide
-from packsaddle.numerics.transfers import Readback
+from packsaddle.numerics.devices import Readback, to_device, wide
 
 T = TypeVar("T")
 _log = logging.getLogger("packsaddle")

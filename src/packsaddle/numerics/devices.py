@@ -1,8 +1,13 @@
-"""Properties of device types (float64, streams, pinned memory), determined without torch.distributed.
+"""Tensors on devices: the widest dtype of a device, and copies between a device and the host with as few waits of the
+host as possible.
 
 These functions are not in `comm.devices`, since compressors and certificates need them, but do not import `comm`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,3 +39,78 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type == "cpu" and has_streams(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def read(*tensors: Tensor) -> list[Any]:
+    """Convert the tensors to Python numbers or nested lists, as `Tensor.tolist` does. The host waits only once for all
+    tensors, which must be on one device."""
+    if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.tolist() for tensor in tensors]
+    # View the tensors as bytes, so that different dtypes can be concatenated.
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    pieces = torch.split(torch.cat(flat).cpu(), [len(piece) for piece in flat])
+    # Copy each part, so that its memory is aligned.
+    return [
+        piece.clone().view(tensor.dtype).view(tensor.shape).tolist()
+        for piece, tensor in zip(pieces, tensors, strict=True)
+    ]
+
+
+class Readback:
+    """An asynchronous copy of a tensor to the host. `tolist` waits for the copy, but not for work that was queued on
+    the device after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._copy = tensor
+        if has_streams(tensor.device):
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = torch.Event(tensor.device)
+            self._event.record(torch.accelerator.current_stream(tensor.device))
+
+    def tolist(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._copy.tolist()
+        return numbers
+
+
+def indices_where(mask: Tensor, n: int) -> Tensor:
+    """Return the indices at which `mask`, bool[d], is True, in increasing order, as int64[n]. There must be exactly n
+    such indices.
+
+    On a GPU their number is not checked, since the host would wait. If there are more than n indices, the first n are
+    returned. If there are fewer, zeros follow the last index.
+    """
+    if mask.device.type == "cpu":  # numpy is four times as fast as torch.nonzero
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static
+        return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)
+    # Write each index where the mask is True to its place among these indices, and every other index to place n.
+    places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
+    found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
+    return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
+
+
+def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host. The host
+    waits once for all copies."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if not has_streams(device):
+        return [tensor.cpu() for tensor in tensors]
+    copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    torch.accelerator.current_stream(device).synchronize()
+    return copies
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a device's tensor to the host. The host waits only for the current stream."""
+    return all_to_host([tensor])[0]
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy `value` to `target`. The host does not wait for a copy from the host to a device with streams."""
+    if target.device != value.device and has_streams(target.device):
+        target.copy_(value.to(target.dtype).pin_memory(), non_blocking=True)
+    else:
+        target.copy_(value)

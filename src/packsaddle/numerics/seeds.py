@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.devices import indices_where, to_device
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import indices_where
 
 _MASK64 = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
