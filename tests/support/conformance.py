@@ -1,12 +1,14 @@
 """The contract of a compressor, as checks on adversarial vectors that do not depend on how it is implemented."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import Compressor, Message
+from packsaddle.errors import MessageError
 
 # Tolerance for means, in standard errors. A correct random compressor fails about one comparison in three million.
 STANDARD_ERRORS = 5.0
@@ -58,6 +60,8 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
         where = f"{compressor!r} on {name!r}"
         check_purity(compressor, v, where)
         check_message(compressor, v, where)
+        if name == "gaussian":  # all of whose coordinates differ
+            check_codes(compressor, v, where)
         if len(v):
             check_contraction(compressor, v, where, seeds)
             check_homogeneity(compressor, v, where)
@@ -93,6 +97,28 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     if compressor.fixed_size:
         zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
         assert zeros.nbytes == message.nbytes == Message(wire).nbytes, f"{where}: is declared fixed_size"
+
+
+def check_codes(compressor: Compressor, v: Tensor, where: str) -> None:
+    """Check that the receiver refuses codes that the sender never writes: a message in which one bit of a packed part
+    is flipped is refused, or decodes to another vector."""
+    message = compressor.encode(v, seed=8, step=9)
+    decoded = torch.zeros_like(v)
+    compressor.add_decoded(message, decoded)
+    flips = [
+        (n, i, bit)
+        for n, p in message.parts.items()
+        if p.dtype == torch.uint8
+        for i in range(len(p))
+        for bit in range(8)
+    ]
+    for name, i, bit in flips:
+        parts = {n: part.clone() for n, part in message.parts.items()}
+        parts[name][i] ^= 1 << bit
+        found = torch.zeros_like(v)
+        with suppress(MessageError):
+            compressor.add_decoded(compressor.receive(parts, len(v), seed=8, step=9), found)
+            assert not torch.equal(found, decoded), f"{where}: bit {bit} of byte {i} of {name} has no meaning"
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, seeds: int) -> None:

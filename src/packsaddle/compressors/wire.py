@@ -86,11 +86,12 @@ def unpack_rice(
 ) -> tuple[Tensor, Tensor]:
     """Invert `pack_rice`: return the n numbers, and a bool[] that is True if `packed` encodes exactly n numbers, all at
     most `most`. With `padded`, any number of zero bytes may follow the quotients; otherwise such bytes make the bool[]
-    False."""
+    False. So does a 1 after the last remainder, in the bits of its byte that are not needed."""
     wrong = packed.new_zeros((), dtype=torch.bool)
+    ends_in_zeros = (packed[-1:] & ((1 << -n * b % 8) - 1) == 0).all()
     if loop := kernel("unpack_rice", device=packed.device):
         found: Tensor | None = loop(packed, n, b, most, dtype, padded)
-        return packed.new_zeros(n, dtype=dtype) if found is None else found, ~wrong if found is not None else wrong
+        return (packed.new_zeros(n, dtype=dtype), wrong) if found is None else (found, ends_in_zeros)
     split = len(packed) - math.ceil(n * b / 8)
     bits = unpack_bits(packed[: max(0, split)], 8 * max(0, split))
     ends = indices_where(bits, n)
@@ -100,6 +101,7 @@ def unpack_rice(
     numbers = (quotients << b) | unpack(packed[split:], b, n)
     # Check the quotients too: a number with a very long quotient could overflow.
     is_whole = (bits.sum() == n) & (padded | (ends[-1] // 8 + 1 == split))
+    is_whole &= ends_in_zeros
     return numbers.to(dtype), is_whole & (quotients.max() <= most >> b) & (numbers.max() <= most)
 
 

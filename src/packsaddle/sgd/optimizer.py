@@ -39,7 +39,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
-from packsaddle.numerics.finite import first_out_of_range, overflow_margin
+from packsaddle.numerics.finite import first_out_of_range, magnitude, overflow_margin
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
@@ -79,7 +79,20 @@ class FlatTarget:
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
         # True if an earlier update was so large that the parameters x could have overflowed; it stays True
-        self.x_was_large = False
+        self._x_was_large = False
+        self._first: float | None = None  # magnitude of x before the first step with weight decay; None: no such step
+
+    def forget_x(self) -> None:
+        """Measure x again before the next step. Call if a state was loaded."""
+        self._first = None
+
+    def decay_may_overflow(self, decay: float) -> bool:
+        """Return True if `decay` times a parameter may overflow. `decay` is the largest weight decay, times the
+        learning rate if that is above 1."""
+        if decay and self._first is None:
+            self._first = float(magnitude(self._flat.x))
+        wide = torch.promote_types(self._flat.x.dtype, torch.float32)
+        return self._x_was_large or not decay * (self._first or 0.0) <= overflow_margin(wide)
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Subtract the mean update g from the parameters x (line 11 of Algorithm 1). If x would overflow, x is
@@ -92,7 +105,7 @@ class FlatTarget:
         if float(magnitude) + self._noise.bound <= overflow_margin(x.dtype):
             return Applied(rounding=self._move(g))
         # The parameters x may overflow: apply the mean, check x, and restore x if it did overflow.
-        self.x_was_large = True
+        self._x_was_large = True
         before, noise = x.clone(), deepcopy(self._noise.outstanding)
         rounding = self._move(g)
         if bool((x.isfinite() | ~before.isfinite()).all()):
@@ -348,7 +361,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
         overflowed = found is not None and bool(found)
-        return GradientUpdate(self._direction, lrs, extras, overflowed, self._target.x_was_large)
+        decay = max(weight_decay * max(lr, 1.0) for weight_decay, lr in zip(decays, lrs, strict=True))
+        return GradientUpdate(self._direction, lrs, extras, overflowed, self._target.decay_may_overflow(decay))
 
     def _finish_step(self, round: Round) -> None:
         """End a step, as applied or as skipped; collective.
@@ -528,6 +542,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.saved_state.load(state)
+        self._target.forget_x()
         self._publish_state()
         self._rates.clear()
         self._drift.resume(self._step)
