@@ -3,6 +3,7 @@
 Whole runs with flushes are compared with the twin in tests/feedback/engine/test_random_local_updates.py.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,6 +24,23 @@ from packsaddle import (
     TopK,
     simulate,
 )
+
+
+def test_a_block_flushes_unless_an_exception_ends_it() -> None:
+    def body(worker: int) -> tuple[bool, bool, bool]:
+        p = nn.Parameter(torch.zeros(8, 8))
+        optimizer, ends = torch.optim.SGD([p], lr=0.1), list[bool]()
+        local = LocalUpdates(optimizer, Identity(), every=4, mean_momentum=0.0)
+        for error in (None, KeyError):
+            with suppress(KeyError), local as found:
+                p.grad = torch.full_like(p, 1.0 + worker)
+                optimizer.step()
+                if error is not None:
+                    raise error
+            ends.append(bool(local.pending().any()))
+        return found is local, *ends  # type: ignore[return-value]
+
+    assert simulate(body, 2) == [(True, False, True)] * 2
 
 
 class Run:

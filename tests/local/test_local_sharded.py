@@ -10,7 +10,7 @@ import torch.distributed as dist
 from specs import local_options
 from torch import Tensor, nn
 
-from packsaddle import Compression, Identity, LocalUpdates, TopK, keep_gradients_local
+from packsaddle import Compression, Identity, LocalUpdates, TopK, Workers, keep_gradients_local
 from packsaddle.comm import Solo
 
 Gloo = Callable[..., list[Any]]
@@ -42,6 +42,30 @@ def train(model: nn.Module, replica: int, steps: int, **options: Any) -> LocalUp
 
 def whole(model: nn.Module) -> list[Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]  # type: ignore[operator]
+
+
+def noisy_shards() -> Tensor:
+    """Return this process's shard after a round of steps by 0."""
+    from torch.distributed.fsdp import fully_shard
+
+    grid = mesh()
+    model = nn.Linear(200, 8, bias=False)
+    nn.init.zeros_(model.weight)
+    fully_shard(model, mesh=grid["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    workers = Workers(grid["replicate"].get_group())
+    LocalUpdates(optimizer, Compression(Identity(), dense_below=0), every=1, noise=1.0, workers=workers)
+    model(torch.ones(2, 200)).sum().backward()
+    optimizer.step()
+    return next(model.parameters()).to_local().detach().flatten()  # type: ignore[attr-defined]
+
+
+def test_shards_have_noise_of_their_own(gloo: Gloo) -> None:
+    """It is identical on all workers, and independent between the shards of one worker."""
+    first, second, *others = gloo(noisy_shards, 4)
+    assert torch.equal(torch.stack(others), torch.stack([first, second]))
+    assert float(first.std()) == pytest.approx(1.0, abs=0.15)
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 5 / 800**0.5
 
 
 def fully_sharded(more: dict[str, float]) -> tuple[list[Tensor], list[Tensor], int]:

@@ -4,6 +4,7 @@ Resumed runs, and those of another number of workers, are in tests/feedback/engi
 """
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,10 @@ from fronts import Training, differences, made
 from local_updates import OUTERS, gradient
 from torch import Tensor, nn
 
-from packsaddle import Compression, Identity, LocalUpdates, simulate
+import packsaddle
+from packsaddle import Compression, Identity, LocalUpdates, TopK, simulate
 from packsaddle.feedback.state import FORMAT
+from packsaddle.local.saved import FREE_ARGUMENTS
 
 Gloo = Callable[..., list[Any]]
 
@@ -48,6 +51,63 @@ MISFITS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"outer": OUTERS["adam"]}, {"outer": OUTERS["adam"]}, {"outer": {}}, "state of AdamW, found that of nothing"),
 ]
+
+
+# Another value of each argument that identifies a run.
+OTHERS: dict[str, Any] = {
+    "optimizer": lambda ps: torch.optim.SGD(ps.values(), lr=0.1),
+    "every": lambda step: 4 if step < 8 else 8,
+    "outer": packsaddle.OuterSGD(),
+    "overlap": 1,
+    "escape": packsaddle.Escape(3, 0.1, lambda: 0.0),
+    "keep_unsent": False,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", inspect.signature(LocalUpdates.__init__.__wrapped__).parameters)  # type: ignore[attr-defined]
+def test_each_argument_is_in_the_identity_of_a_state_or_free(name: str) -> None:
+    """So that no state replaces an argument in silence."""
+    if name == "self" or name in FREE_ARGUMENTS:
+        return
+
+    def made(**options: Any) -> LocalUpdates:
+        parameters = {"w": nn.Parameter(torch.ones(6, 6))}
+        optimizer = options.pop("optimizer", lambda ps: torch.optim.SGD(list(ps.items()), lr=0.1))(parameters)
+        return LocalUpdates(
+            optimizer, Compression(Identity(), dense_below=0), **{"every": 4, "mean_momentum": 0.0} | options
+        )
+
+    with pytest.raises(ValueError, match="but the state was saved with"):
+        made(**{name: OTHERS[name]}).load_state_dict(made().state_dict())
+
+
+def test_a_state_for_other_workers_counts_what_its_weights_were_when_it_was_made() -> None:
+    """The pending update and the start point stay, in the units of the current weight."""
+
+    def body(worker: int) -> None:
+        rng = torch.Generator().manual_seed(worker)
+        p = nn.Parameter(torch.zeros(8, 8))
+        optimizer = torch.optim.SGD([("p", p)], lr=0.1)
+        local = LocalUpdates(
+            optimizer,
+            Compression(TopK(0.2), dense_below=0),
+            every=4,
+            mean_momentum=0.0,
+            workers=packsaddle.Workers(weight="steps", steps=[6, 2]),
+        )
+        for _ in range((6, 2)[worker]):
+            p.grad = torch.randn(8, 8, generator=rng)
+            optimizer.step()
+        state = local.state_dict()
+        there = {**state, "share": (0.5, 1.5)[worker]}  # as if the paces were [2, 6] now
+        (before,), (after,) = state["fragments"], local.for_resharding(there)["fragments"]
+        made, now = (0.75, 0.25) if worker == 0 else (0.25, 0.75)
+        torch.testing.assert_close(now * after["error"]["p"], made * before["error"]["p"])
+        torch.testing.assert_close(after["shift"]["p"] - after["error"]["p"], -before["error"]["p"])
+        assert local.for_resharding(state)["fragments"][0]["shift"] is None
+
+    simulate(body, 2)
 
 
 @pytest.mark.parametrize(("saved", "here", "changes", "message"), MISFITS)

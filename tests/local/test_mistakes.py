@@ -161,6 +161,17 @@ def test_an_optimizer_that_is_not_counted_raises_an_error() -> None:
     simulate(body, 2)
 
 
+def test_a_model_that_is_converted_afterwards_raises_an_error() -> None:
+    model = nn.Linear(40, 40)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    local = LocalUpdates(optimizer)
+    model.to(torch.bfloat16)(torch.ones(2, 40, dtype=torch.bfloat16)).sum().backward()
+    message = r"\[40, 40\] \(weight\) in group 0 of SGD was torch.float32 on cpu .* and is torch.bfloat16 on cpu now"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert local.steps == 0
+
+
 def test_an_optimizer_that_is_not_counted_may_train_after_a_flush() -> None:
     def body(worker: int) -> None:
         model, local = stepped(worker, 6)

@@ -1,12 +1,13 @@
 """The schedule of exchanges equals its definition, for all small settings; paces of workers of unequal speeds."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle.local.schedule import Event, Pacing, Schedule, paces
+from packsaddle.local.schedule import Event, Pacing, Rotation, Schedule, paces
 
 # Numbers of inner steps between exchanges, of fragments, and of a delay.
 SETTINGS = [(every, n, delay) for every in range(1, 13) for n in range(1, every + 1) for delay in range(every)]
@@ -57,6 +58,41 @@ def test_a_pace_spreads_the_steps_of_a_worker_over_the_rounds(
             assert [schedule.after(at + k) for k in range(1, h + 1)] == expected
             at += h
         schedule = schedule.paced(other, at)
+
+
+def test_a_period_may_be_a_function_of_the_step() -> None:
+    """Each round has the length of its first step, and the fragments begin at equal distances before its end."""
+    schedule = Schedule(lambda step: 2 + step // 4, 1, (0, 1), 2)
+    expected, start = list[Event](), 0
+    for _ in range(6):
+        every = 2 + start // 4
+        expected += [Event(True, i, start + every - i * every // 2) for i in (1, 0)]
+        start += every
+    found = [event for n in range(1, start + 1) for event in schedule.after(n)]
+    assert [event for event in found if event.begins] == expected
+    ends = [replace(event, begins=False, tick=event.tick + 1) for event in expected]
+    assert [event for event in found if not event.begins] == [event for event in ends if event.tick <= start]
+    assert schedule.periods()[:4] == [2, 2, 3, 3]  # type: ignore[index]
+    other = Schedule(lambda step: 3, 1, (0, 1), 2)
+    for step in (1, 2, 3):  # a round begins after step 2
+        progress = schedule.progress(step)
+        assert schedule.resumed(progress).after(step + 1) == schedule.after(step + 1)
+        if step == 2:
+            with pytest.raises(ValueError, match=r"every must return the same numbers .* began after step 2 there"):
+                other.check(progress)
+    for wrong in (1, 2.0, True):
+        with pytest.raises(
+            ValueError, match=f"every must return an integer of at least 2 .*got {wrong!r} for the round"
+        ):
+            Schedule(lambda step, n=wrong: n, 1, (0, 1), 2).after(1)
+
+
+def test_elastic_workers_exchange_one_fragment_in_each_round() -> None:
+    rotation = Rotation(6, 3)
+    assert [rotation.is_due(ahead) for ahead in range(4)] == [False, False, True, True]
+    assert [rotation.fragment(rounds) for rounds in range(4)] == [0, 1, 2, 0]
+    assert replace(rotation, own=3).pace == 3
+    assert (Rotation(2, 5).period, Rotation(9, 1).period) == (1, 9)
 
 
 def parts(total: int, workers: int) -> Iterator[tuple[int, ...]]:

@@ -114,6 +114,20 @@ def test_x_never_overflows_however_far_it_has_gone() -> None:
     assert p.item() == 2.0**128 - 2.0**121 - 2.0**120
 
 
+@pytest.mark.parametrize("shape", [(40, 40), (1100, 1000)])  # the memory of the second is changed in place
+def test_weight_decay_of_a_huge_parameter_leaves_e_finite(shape: tuple[int, int]) -> None:
+    x = torch.zeros(shape)
+    x[0, 0] = 1e38
+    p, opt = lone(x, 0.1, TopK(0.01), weight_decay=100.0)
+    feed(p, opt, 1.0, 1.0)
+    assert (opt.steps, opt.skipped) == (0, 2)
+    assert bool(opt.state_dict()["state"][0]["error"].isfinite().all())
+    p.data[0, 0] = 1.0
+    opt.load_state_dict(opt.state_dict())
+    feed(p, opt, 1.0)
+    assert opt.steps == 1
+
+
 def test_nor_by_outstanding_noise() -> None:
     """What was drawn for a step that x could not take is outstanding again."""
     start, first = torch.ones(40, 1), (torch.arange(40) < 4).float()[:, None]
