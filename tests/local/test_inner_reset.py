@@ -9,7 +9,7 @@ from specs import local_options
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
+from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, Overlap, simulate
 from packsaddle.integrations import JoinedOptimizer
 from packsaddle.local.after import clear_nonfinite
 
@@ -166,3 +166,29 @@ def test_values_of_groups() -> None:
     assert (group["lr"], float(d), float(norm), group["limit"]) == (0.5, pytest.approx(1e-6), 0.0, float("inf"))
     assert group["d"] is d
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("bad", [10, 11])
+def test_parameters_of_a_running_exchange_go_back_to_its_beginning(bad: int, reads: bool) -> None:
+    """Unless they were invalid by then: they go back to the anchor. With `reads`, what is pending was looked at."""
+
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+        optimizer = torch.optim.SGD([first, second], lr=1.0)
+        local = LocalUpdates(optimizer, Identity(), every=4, overlap=Overlap(3, 2), keep_unsent=False)
+        begun = torch.zeros(8)
+        for n in range(1, 12):  # the second is exchanged after step 10, the first after 8, and applied after 11
+            first.grad, second.grad = (torch.full((8,), float(n + 10 * rank)) for _ in range(2))
+            if rank == 1 and n in (8, bad):
+                (first if n == 8 else second).grad[3] = torch.nan  # type: ignore[index]
+            optimizer.step()
+            begun = second.detach().clone() if n == 10 else begun
+            if n == 10 and reads:
+                local.pending()
+        assert [skip.workers for skip in local.skips] == [(1,)]
+        return second.detach(), begun, local.anchor()["parameter 1"]
+
+    _, (second, begun, anchor) = simulate(run, 2)
+    assert torch.equal(second, begun if bad == 11 else anchor)
+    assert not torch.equal(second, anchor) or bad == 10

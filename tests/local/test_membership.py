@@ -353,6 +353,30 @@ def test_one_leaves_in_a_round_of_all_that_is_pending() -> None:
     check_nothing_is_lost(simulate(run, 2), pending=False)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_it_is_logged_who_has_left_and_who_is_lost(leaves: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def run(rank: int) -> int:
+        worker = joined()
+        worker.train(5)
+        if rank and leaves:
+            worker.local.leave()
+        else:
+            worker.train(1)
+        if not rank:
+            worker.manager.group = Solo()
+            worker.train(3)
+        return membership(worker).worker
+
+    with caplog.at_level("INFO", "packsaddle"):
+        name = simulate(run, 2)[1]
+    found = {r.levelname: r.getMessage() for r in caplog.records if f"{name:x}" in r.getMessage() and "join" not in r.msg}
+    if leaves:
+        assert found == {"INFO": f"worker {name:x} has left after 2 rounds"}
+    else:
+        assert list(found) == ["WARNING"]
+        assert f"worker {name:x} is gone after 2 rounds, and its updates since" in found["WARNING"]
+
+
 @pytest.mark.parametrize("compressor", [Sign(), Identity()], ids=repr)
 def test_a_second_flush_sends_nothing(compressor: Compressor) -> None:
     def run(rank: int) -> tuple[int, int, int]:
@@ -484,6 +508,34 @@ def test_a_worker_that_starts_elsewhere_is_told() -> None:
 
     with pytest.raises(ConfigError, match="workers must begin at the same parameters"):
         simulate(run, 2)
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_only_a_worker_whose_anchor_differs_loads_another(odd: int) -> None:
+    """Its own is damaged after a round. The others, which are the most, keep theirs, and the round is made again."""
+
+    def run(rank: int) -> tuple[list[int], Worker]:
+        worker, steps = joined(), list[int]()
+        worker.train(3)
+        if rank == 1:
+            states.append(worker.manager.save())
+        if rank == odd:
+            worker.local._fragments[0].anchor.flat[5] += 1.0
+
+        def quorum() -> None:
+            steps.append(worker.manager.step)
+            if not worker.manager.step:
+                worker.manager.load(states[0])
+                worker.manager.step = 2
+
+        worker.manager.before_quorum = quorum
+        worker.train(3)
+        return steps, worker
+
+    states: list[Any] = []
+    found = simulate(run, 3)
+    assert [steps for steps, _ in found] == [[2, 0 if rank == odd else 2] for rank in range(3)]
+    assert all(torch.equal(worker.anchor(), found[1][1].anchor()) for _, worker in found)
 
 
 @pytest.mark.usefixtures("clock")

@@ -55,6 +55,20 @@ def test_what_is_frozen_starts_from_rank_0(with_model: bool, everything: bool) -
     assert sent - equal == expected
 
 
+def test_an_outer_optimizer_is_made_of_the_parameters_values() -> None:
+    """Optimizers such as averages copy them when they are made."""
+    seen = list[torch.Tensor]()
+
+    def outer(anchors: list[torch.Tensor]) -> torch.optim.Optimizer:
+        seen.extend(a.detach().clone() for a in anchors)
+        return torch.optim.SGD(anchors, lr=0.7)
+
+    x = nn.Parameter(torch.linspace(-1, 1, 7))
+    LocalUpdates(torch.optim.SGD([x], lr=0.1), compressor=WHOLE, outer=outer)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], x.detach())
+
+
 def with_gaps() -> tuple[list[float], list[float]]:
     """Parameters in columns of one array, and others beside them."""
     base = torch.arange(12.0).view(6, 2) + 100 * torch.distributed.get_rank()

@@ -175,6 +175,13 @@ def test_random_settings(batch: int, few_objects: None, monkeypatch: pytest.Monk
             raise
 
 
+def test_frozen_parameters_stay_as_paces_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their error memory holds is scaled, which moves the point from which their updates are measured."""
+    monkeypatch.setattr("packsaddle.local.schedule.time", CLOCK)
+    options: dict[str, Any] = {"weight": "steps", "speeds": ((1, 1), (1, 1), (1, 3)), "steps": 18, "freezes": "all"}
+    check(Case(3, TopK(0.3), exchange="direct", keep_unsent=True, dense_below=0, workers=2, seed=1, **options))
+
+
 def test_every_option_is_drawn() -> None:
     cases: list[Case] = list(map(drawn, range(SETTINGS)))
     assert {name for name in OPTIONS if len({repr(getattr(case, name)) for case in cases}) > 1} == OPTIONS

@@ -166,8 +166,6 @@ class Site(ObjectCollectives):
     def totals(self, *numbers: int) -> list[int]:
         """Return each of the `numbers` summed over the processes of this worker; collective over them. The sums are
         int64, modulo 2^64."""
-        if self.size == 1:
-            return list(map(int, numbers))
         totals = torch.tensor(numbers, dtype=torch.int64)
         self.group.all_reduce(totals)
         return totals.tolist()
