@@ -1,14 +1,14 @@
-"""Local training with any optimizer: workers' parameter changes are averaged every H steps. Start with `updates`.
+"""Local training with any optimizer: workers' parameter changes are averaged every H steps. Start with `round`, the
+algorithm, or with `updates`, the class `LocalUpdates`.
 
 - `options`: the classes of options: overlap, workers, the outer optimizer
-- `fragment` and `round`: the parameters that are exchanged together, and one exchange of them
-- `anchor`: the parameters on which all workers last agreed
-- `clipping`: limits the norms of the workers' updates
-- `schedule`: the steps after which each fragment is exchanged
-- `pace`: the numbers of steps of workers with unequal speeds
-- `weights`: the workers' weights in the mean of their updates
-- `after` and `outcomes`: the reactions to the end of an exchange, such as a reset after a rejected exchange
-- `inner` and `start`: checks of the inner optimizers and of the first step
-- `lockstep`: a check before each collective that all workers make the same call
+- `schedule`: the steps at which rounds begin and end, and the paces of workers with unequal speeds
+- `fragment`: the parameters that are exchanged together, and their error memory
+- `anchor`: the parameters on which all workers last agreed, and the outer optimizer
+- `round`: one exchange of a fragment, as four functions in order; agreement of workers and clipping
+- `workers`: what is needed of a set of workers, and the set that does not change
 - `elastic`: workers that join and leave during training
+- `after` and `moments`: the reactions to the end of a round, such as a reset after a rejected one
+- `watch`: checks of the inner optimizers, and of the first step
+- `saved`: what a saved state contains and requires
 """

@@ -98,9 +98,10 @@ class Workers(Option):
         clip: c, at least 1: the norm of a worker's update, before it is multiplied by the weight, is limited to c times
             the median of the norms of the workers' updates in the round. The rest of the update stays in the worker's
             error memory, and is sent in later rounds. If all updates of a worker are limited, its error memory grows
-            (see `Compression.decay`). Each worker scales its own update, so clipping guards against wrong data and
-            faulty hardware, but not against a worker that reports a wrong norm. `LocalUpdates.clips` lists clipped
-            updates. By default there is no limit.
+            (see `Compression.decay`). Norms of 0 do not count, and a round with fewer than three other norms clips
+            nothing, since a median of two updates cannot tell which one is wrong. Each worker scales its own update, so
+            clipping guards against wrong data and faulty hardware, but not against a worker that reports a wrong norm.
+            `LocalUpdates.clips` lists clipped updates. By default there is no limit.
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
             setting of a parameter group, such as the learning rate. If the optimizers should differ, set it to False on
             all workers.
