@@ -1,7 +1,7 @@
 """The commands of the lab: `python -m lab` lists them."""
 
 from packsaddle.cli import Group, ImportedCommands, serve
-from packsaddle_command import Entry
+from packsaddle.cli.commands import Entry
 
 PROGRAM = "python -m lab"
 COMMANDS = Group(

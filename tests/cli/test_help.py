@@ -15,9 +15,9 @@ from nightly import thinned
 import packsaddle_command
 from lab import __main__ as lab
 from packsaddle import __version__
-from packsaddle.cli import COMMANDS, parsing
+from packsaddle.cli import COMMANDS, commands, parsing
+from packsaddle.cli.commands import Entry
 from packsaddle.cli.flags import flags_of, groups_of
-from packsaddle_command import Entry
 
 SOURCE = Path(packsaddle_command.__file__).parent
 QUICK = (["--version"], [], ["-h"], ["--help"], ["help"], ["plan"], ["plan", "--help"], ["help", "plan"])
@@ -50,7 +50,7 @@ def entries(table: Mapping[str, Entry], *names: str) -> Iterator[tuple[tuple[str
 @pytest.mark.parametrize(
     ("group", "names", "summary"),
     [
-        *(pytest.param(COMMANDS, n, s, id=" ".join(n)) for n, s in entries(packsaddle_command.COMMANDS)),
+        *(pytest.param(COMMANDS, n, s, id=" ".join(n)) for n, s in entries(commands.COMMANDS)),
         *(pytest.param(lab.COMMANDS, n, s, id=f"lab {n[0]}") for n, s in entries(lab.COMMANDS.commands.data)),
     ],
 )

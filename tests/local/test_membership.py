@@ -369,7 +369,9 @@ def test_it_is_logged_who_has_left_and_who_is_lost(leaves: bool, caplog: pytest.
 
     with caplog.at_level("INFO", "packsaddle"):
         name = simulate(run, 2)[1]
-    found = {r.levelname: r.getMessage() for r in caplog.records if f"{name:x}" in r.getMessage() and "join" not in r.msg}
+    found = {
+        r.levelname: r.getMessage() for r in caplog.records if f"{name:x}" in r.getMessage() and "join" not in r.msg
+    }
     if leaves:
         assert found == {"INFO": f"worker {name:x} has left after 2 rounds"}
     else:

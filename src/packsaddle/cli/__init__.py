@@ -3,6 +3,8 @@
 import os
 import sys
 
+from packsaddle.cli.commands import ABOUT, VERSION
+from packsaddle.cli.commands import COMMANDS as ENTRIES
 from packsaddle.cli.console import is_first, plain_text, print_table
 from packsaddle.cli.flags import Command
 from packsaddle.cli.parsing import Group, ImportedCommands, Seconds, parse
@@ -10,8 +12,6 @@ from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFaile
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.messages import one_line
-from packsaddle_command import ABOUT, VERSION
-from packsaddle_command import COMMANDS as ENTRIES
 
 __all__ = [
     "COMMANDS",

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
+from packsaddle.cli.commands import asked_for_help, overview
 from packsaddle.cli.flags import Command, arguments_of, flags_of, groups_of
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
 from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
-from packsaddle_command import asked_for_help, overview
 
 # Type of a parameter in seconds, which may be written with a unit, such as 90s.
 Seconds = Annotated[float, "seconds"]
@@ -42,7 +42,7 @@ class Group:
 
 
 class ImportedCommands(UserDict[str, Any]):
-    """The commands in the table of the console script (`packsaddle_command.COMMANDS`), by name. Looking up a command
+    """The commands in a table such as `commands.COMMANDS`, by name. Looking up a command
     imports its module."""
 
     def __getitem__(self, word: str) -> "Command | Group":

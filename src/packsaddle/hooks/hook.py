@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
@@ -25,15 +24,14 @@ from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
-from packsaddle.feedback.memory import ErrorMemory, Update
+from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.report import Report
-from packsaddle.feedback.round import Applied, ErrorFeedback, Round
-from packsaddle.feedback.slices import Shaped, Slice
+from packsaddle.feedback.round import ErrorFeedback, Round
+from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
-from packsaddle.hooks.unused import Usage
+from packsaddle.hooks.gradients import BucketTarget, BucketUpdate, Usage
 from packsaddle.numerics.devices import Readback
-from packsaddle.numerics.finite import is_finite
 from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]
@@ -62,75 +60,6 @@ class HookOptions(Option):
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step. In the first `start_step` steps it is `Identity`, which is lossless."""
         return Identity() if step < self.start_step else self.compression.at(step)
-
-
-@dataclass(frozen=True)
-class BucketUpdate(Update):
-    """The update of the error memory e of a slice (parameters exchanged together): the gradients g plus the noise xi.
-
-    The vector to send is v = decay * e + g / scale + xi, where `scale` is the factor by which a GradScaler has
-    multiplied g.
-    """
-
-    of: Slice
-    gradients: Mapping[str, Tensor]
-    noise: GaussianNoise | None
-    scale: float
-    decay: float = 1.0
-
-    def add(self, base: Shaped, out: Shaped) -> None:
-        """Set `out` to decay * base + g / scale + xi, where `base` is the error memory, g are the gradients and xi is
-        the noise.
-
-        `base` and `out` are float[n], and must not overlap.
-        """
-        for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
-            g = self.gradients[place.name]
-            if self.scale == 1.0:
-                torch.add(g, e, alpha=self.decay, out=v)
-            else:
-                torch.mul(e, self.decay, out=v).add_(g, alpha=1 / self.scale)
-        if self.noise is not None:
-            self.of.add_noise(out.flat, self.noise)
-
-
-@dataclass(frozen=True)
-class BucketTarget:
-    """Writes the mean update of an exchange to the gradients of a slice (parameters exchanged together). The user's
-    optimizer then applies these gradients to the parameters (line 11 of Algorithm 1).
-
-    `used`, bool[p], is False for each parameter whose gradient is not set to its mean, since no worker used the
-    parameter in this pass (see `Usage`). If it is None, all gradients are set.
-    """
-
-    of: Slice
-    gradients: Mapping[str, Tensor]
-    scale: float
-    used: Tensor | None = None
-    defers = True
-
-    def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Set the gradients to the mean update g multiplied by `scale`, the factor of the GradScaler, which will divide
-        them by it.
-
-        `magnitude` is the approximate maximum of the absolute values of g. The rounding error is None if no gradient
-        has 16 bits.
-        """
-        total = self.of.zeros()
-        g.write_to(total.flat)
-        outs = [self.gradients[place.name] for place in self.of.places]
-        for view, out, used in zip(total.views, outs, self.used, strict=True) if self.used is not None else ():
-            view.copy_(torch.where(used, view, out / self.scale))
-        exact = all(out.element_size() >= total.flat.element_size() for out in outs)
-        for view, out in zip(total.views, outs, strict=True):
-            torch.mul(view, self.scale, out=out)
-            if not exact:
-                view.sub_(out, alpha=1 / self.scale)
-        # The result fits if the scaled mean does not overflow the gradients' type, or float32 for 16-bit gradients. The
-        # difference between a 16-bit gradient and the mean is in the rounding error, which must be finite.
-        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in outs}
-        fits = torch.as_tensor(magnitude) * self.scale <= min((torch.finfo(t).max for t in dtypes), default=0.0)
-        return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
 RULES = [

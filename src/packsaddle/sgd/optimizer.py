@@ -5,12 +5,11 @@ Start with `CompressedSGD.step`, which does these things:
 - It computes the update u (module `gradient`).
 - It adds u to the error memory e, compresses the sum v = e + u, and averages the messages over workers (module
   `feedback.round`).
-- It applies the mean to the parameters x on all workers, or on none (`FlatTarget`).
+- It applies the mean to the parameters x on all workers, or on none (module `target`).
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar, overload
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import training_group
@@ -36,92 +34,22 @@ from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, S
 from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.report import Report
-from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
+from packsaddle.feedback.round import ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
-from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
-from packsaddle.numerics.finite import first_out_of_range, magnitude, overflow_margin
+from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip
+from packsaddle.numerics.finite import first_out_of_range
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, Gradient, GradientUpdate, Momentum
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
+from packsaddle.sgd.saved import NUMBERS, RULES, by_index
+from packsaddle.sgd.target import FlatTarget
 
 T = TypeVar("T")  # type of the loss, which the user's closure returns
 # Smallest number of coordinates for which the error memory may be updated in place. A smaller error memory has a second
 # vector instead: both fit a cache, and a rollback is exact.
 _LARGE = 1 << 20
-# Entries that this optimizer adds to each parameter group of a saved state.
-_NUMBERS = ("step", "start_step")
-# Entries of a saved state that torch's checkpoint tools omit, with the values that are loaded instead.
-_DROPPED: dict[str, Any] = {
-    "aggregator": {"compressor": {}, "state": {}},
-    "noise": None,
-    "skips": {"total": 0, "consecutive": 0},
-    "contraction": {"whole": None, "by_tensor": {}, "steps": 0},
-    "ledger": [],
-    "resets": [],
-}
-_RULES = [
-    *(Rule(("state", ANY, name), "error") for name in ("error", "momentum")),
-    Rule(("state", ANY, "start"), "shared"),
-    *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
-    *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
-    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets")),
-]
-
-
-class FlatTarget:
-    """Applies the mean update of an exchange to the parameters x. If x would overflow, it leaves x unchanged, and the
-    step is skipped."""
-
-    defers = False
-
-    def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
-        self._flat, self._memory, self._noise = flat, memory, noise
-        # True if an earlier update was so large that the parameters x could have overflowed; it stays True
-        self._x_was_large = False
-        self._first: float | None = None  # magnitude of x before the first step with weight decay; None: no such step
-
-    def forget_x(self) -> None:
-        """Measure x again before the next step. Call if a state was loaded."""
-        self._first = None
-
-    def decay_may_overflow(self, decay: float) -> bool:
-        """Return True if `decay` times a parameter may overflow. `decay` is the largest weight decay, times the
-        learning rate if that is above 1."""
-        if decay and self._first is None:
-            self._first = float(magnitude(self._flat.x))
-        wide = torch.promote_types(self._flat.x.dtype, torch.float32)
-        return self._x_was_large or not decay * (self._first or 0.0) <= overflow_margin(wide)
-
-    def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Subtract the mean update g from the parameters x (line 11 of Algorithm 1). If x would overflow, x is
-        unchanged.
-
-        `magnitude` is the approximate maximum of the absolute values of g.
-        """
-        # If the change of every parameter is below a bound, no parameter can overflow, so x need not be checked.
-        x = self._flat.x
-        if float(magnitude) + self._noise.bound <= overflow_margin(x.dtype):
-            return Applied(rounding=self._move(g))
-        # The parameters x may overflow: apply the mean, check x, and restore x if it did overflow.
-        self._x_was_large = True
-        before, noise = x.clone(), deepcopy(self._noise.outstanding)
-        rounding = self._move(g)
-        if bool((x.isfinite() | ~before.isfinite()).all()):
-            return Applied(rounding=rounding)
-        x.copy_(before)
-        self._noise.outstanding = noise
-        return Applied(fits=False)
-
-    def _move(self, g: Averaged) -> Tensor | None:
-        """Subtract the mean update g from the parameters x.
-
-        If noise is lazy, first add to g the noise of the coordinates that were sent, for all steps since they were last
-        sent. Returns the rounding error of x, float[d], or None if x is in at least float32.
-        """
-        self._noise.add_outstanding(g)
-        return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
 class CompressedSGD(Records, Exchanging, Optimizer):
@@ -258,7 +186,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._escape = EscapeCheck(escape, self._flat, self._flat.x, self.channel, self.seed) if escape else None
         self.saved_state = State(
             "CompressedSGD",
-            _RULES,
+            RULES,
             self._identity,
             self._saved_fields,
             head=("param_groups", ANY),
@@ -527,7 +455,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return self.saved_state.save(super().state_dict())
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.saved_state.validate(self._by_index(state))
+        self.saved_state.validate(by_index(state, self._group_sizes))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -535,10 +463,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
         Raises ValueError, with nothing changed, if the state does not match this optimizer.
         """
-        state = self._by_index(state_dict)
+        state = by_index(state_dict, self._group_sizes)
         self.saved_state.validate(state)
         # Torch would convert the state to the dtype of the parameters, so pass only the groups to torch.
-        ours = ("format", *_NUMBERS, *self._identity())
+        ours = ("format", *NUMBERS, *self._identity())
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.saved_state.load(state)
@@ -547,26 +475,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._rates.clear()
         self._drift.resume(self._step)
 
-    def _by_index(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a saved state in which the keys of parameters are their indices, and no entry is missing.
-
-        torch's checkpoint tools save only groups and tensors, with names of parameters as keys. The entries that they
-        omit get defaults. Raises ValueError if the groups differ in number or size from those of this optimizer.
-        """
-        groups = state_dict.get("param_groups")
-        if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
-            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
-        for group in groups:
-            if "format" in group:  # `validate` reports a missing format
-                check_format(group["format"], "the state")
-        sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
-        if sizes != here:
-            raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
-        # The keys are indices, or in a state from torch's distributed checkpoints names.
-        keys = [key for group in groups for key in group["params"]]
-        vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(keys)}
-        rest = state_dict if state_dict.keys() & _DROPPED.keys() else _DROPPED
-        return {**rest, "param_groups": groups, "state": vectors}
+    @property
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.param_groups]
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state, in the order in which they are loaded. Each field comes after the
