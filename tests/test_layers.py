@@ -125,14 +125,14 @@ def test_who_imports_torch_distributed() -> None:
 
 
 def test_one_module_knows_the_accelerators_by_name() -> None:
-    """Others use `torch.accelerator`, `comm.devices` and `numerics.devices`."""
+    """Others use `torch.accelerator` and `numerics.devices`."""
     for path in ROOT.rglob("*.py"):
         used = {
             node.attr
             for node in nodes(path)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
         }
-        assert module_name(path) == "comm.devices" or not used & {"cuda", "xpu", "mps"}, path
+        assert module_name(path) == "numerics.devices" or not used & {"cuda", "xpu", "mps"}, path
 
 
 def test_objects_are_registered_and_not_searched_for() -> None:

@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 import packsaddle
 from lab.bench.result import machine
 from packsaddle.comm import Solo, launch, process_group
-from packsaddle.comm.devices import accelerators
 from packsaddle.compressors import compressors, describe
+from packsaddle.numerics.devices import accelerators
 from packsaddle.plan import Timing, side_by_side
 
 SECONDS = 530.0

@@ -1,9 +1,9 @@
 """The files through which a step and a round of local updates run: `python -m lab.bench.trace`.
 
 Two workers train a small network by LocalUpdates with its defaults. While worker 0 makes an inner step, each
-call of a Python function of packsaddle is recorded. A hop is a call from one file of packsaddle to another; frames of
-torch between the two are skipped. The script prints the number of files, of hops, and of lines in these files, for a
-step without an exchange and for a step that ends a round.
+call of a Python function of packsaddle is recorded. A hop is a call from one file of packsaddle to another. Frames of
+torch between the two are skipped, and calls from the training script are not counted. The script prints the number of
+files, of hops, and of lines in these files, for a step without an exchange and for a step that ends a round.
 """
 
 import argparse
@@ -28,13 +28,16 @@ class Trace:
 
     files: Counter[str] = field(default_factory=Counter)  # calls by file
     hops: Counter[tuple[str, str]] = field(default_factory=Counter)  # calls by the caller's file and the called file
+    _script: FrameType | None = None  # the frame of the `with` statement
 
     def __enter__(self) -> "Trace":
+        self._script = sys._getframe(1)
         sys.setprofile(self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        self._script = None
 
     def _record(self, frame: FrameType, event: str, _: object) -> None:
         here = frame.f_code.co_filename
@@ -42,9 +45,9 @@ class Trace:
             return
         self.files[here] += 1
         caller = frame.f_back
-        while caller is not None and not caller.f_code.co_filename.startswith(ROOT):
+        while caller and caller is not self._script and not caller.f_code.co_filename.startswith(ROOT):
             caller = caller.f_back
-        if caller is not None and caller.f_code.co_filename != here:
+        if caller and caller is not self._script and caller.f_code.co_filename != here:
             self.hops[caller.f_code.co_filename, here] += 1
 
     @property

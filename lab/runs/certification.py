@@ -12,9 +12,8 @@ from lab.tasks.images import Dataset, load_data
 from lab.tasks.models import Task, make_task, task_loss
 from lab.tasks.sharding import Examples
 from packsaddle.cli.findings import Finding, Questions, read_weights
-from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import resolve
-from packsaddle.comm.launching import launch, process_group
+from packsaddle.comm.launching import launch, local_device, process_group
 from packsaddle.curvature.hessian import NotFiniteError
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.devices import device_of_doubles

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.comm.devices import accelerators
 from packsaddle.errors import ConfigError, read_text
 from packsaddle.messages import printable, shown
+from packsaddle.numerics.devices import accelerators
 from packsaddle.version import __version__
 
 

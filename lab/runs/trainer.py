@@ -24,8 +24,8 @@ from lab.tasks.sharding import Calendar, deal, shard
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group, Solo, resolve
+from packsaddle.comm.launching import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions

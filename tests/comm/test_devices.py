@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from packsaddle import CompressedSGD, LocalUpdates, Rounded, TopK
-from packsaddle.comm import devices
-from packsaddle.comm.group import TorchGroup
+from packsaddle.comm.group import TorchGroup, accepts, carries, stages
+from packsaddle.comm.launching import direct_backend, local_device
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.background import Background
 from packsaddle.numerics.devices import to_host
@@ -20,7 +20,7 @@ Gloo = Callable[..., list[Any]]
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "carries", "accepts"),
+    ("config", "kind", "is_direct", "is_accepted"),
     [
         ("cpu:gloo,cuda:gloo", "cpu", True, True),
         ("cpu:gloo,cuda:gloo", "cuda", False, True),  # gloo copies to the host itself, and blocks it
@@ -33,13 +33,13 @@ Gloo = Callable[..., list[Any]]
     ],
 )
 def test_which_groups_carry_which_devices(
-    config: str, kind: str, carries: bool, accepts: bool, monkeypatch: pytest.MonkeyPatch
+    config: str, kind: str, is_direct: bool, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     group, device = object(), torch.device(kind)
-    assert devices.carries(group, device) == carries  # type: ignore[arg-type]
-    assert devices.accepts(group, device) == accepts  # type: ignore[arg-type]
-    assert devices.stages(group, device) == (kind != "cpu" and not carries)  # type: ignore[arg-type]
+    assert carries(group, device) == is_direct  # type: ignore[arg-type]
+    assert accepts(group, device) == is_accepted  # type: ignore[arg-type]
+    assert stages(group, device) == (kind != "cpu" and not is_direct)  # type: ignore[arg-type]
 
 
 class Staged(TorchGroup):
@@ -136,20 +136,20 @@ def test_a_stream_in_the_background(blocks: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.local_device() == torch.device("cpu")
-    assert devices.direct_backend(1) is None
+    assert local_device() == torch.device("cpu")
+    assert direct_backend(1) is None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(dist, "is_backend_available", lambda name: name == "nccl")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert devices.local_device() == torch.device("cuda", 1)
-    assert [devices.direct_backend(n) for n in (2, 3)] == ["cuda:nccl", None]
+    assert local_device() == torch.device("cuda", 1)
+    assert [direct_backend(n) for n in (2, 3)] == ["cuda:nccl", None]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
-    assert devices.direct_backend(1) is None
+    assert direct_backend(1) is None
     for text in ("one", "-1", "1.0"):
         monkeypatch.setenv("LOCAL_RANK", text)
         with pytest.raises(ConfigError, match=f"LOCAL_RANK must be an integer of 0 or more, .*, got '{text}'"):
-            devices.local_device()
+            local_device()
 
 
 @pytest.mark.parametrize("front", ["CompressedSGD", "LocalUpdates"])
@@ -160,7 +160,7 @@ def test_a_captured_step_raises(front: str, monkeypatch: pytest.MonkeyPatch) -> 
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     call: Callable[[], object] = sgd.step
     device = torch.device("cpu")
-    monkeypatch.setattr(devices, "has_graphs", lambda found: found == device)
+    monkeypatch.setattr("packsaddle.numerics.devices.has_graphs", lambda found: found == device)
     monkeypatch.setattr("packsaddle.local.updates.has_graphs", lambda found: found == device)
     if front == "CompressedSGD":
         call = CompressedSGD(model.parameters(), 0.1, TopK(0.1)).step

@@ -28,7 +28,7 @@ STEPS: dict[str, Waits] = {
     **dict.fromkeys((*(f"CompressedSGD{options}" for options in ONCE), "torch: DDP, GradScaler"), 1),
     "CompressedSGD, QSGD": 4,
     **dict.fromkeys((f"LocalUpdates{options}" for options in ROUNDS), (0, 0, 0, 1, 1)),
-    "LocalUpdates, elastic": (0, 0, 0, 5, 5),
+    "LocalUpdates, elastic": (0, 0, 0, 4, 4),
     "LocalUpdates, GradScaler": (1, 1, 1, 2, 1),
     "LocalUpdates, Sign two-way": (0, 0, 0, 1, 2),
     **dict.fromkeys((f"LocalUpdates, overlap{options}" for options in OVERLAPS), (0, 1, 0, 0, 2)),

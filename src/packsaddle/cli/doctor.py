@@ -25,12 +25,12 @@ from rich.text import Text
 
 import packsaddle
 from packsaddle.cli.console import is_first, print_table
-from packsaddle.comm.devices import accelerator, accelerators, direct_backend
 from packsaddle.comm.group import backends
-from packsaddle.comm.launching import launch, process_group, under_launcher
+from packsaddle.comm.launching import direct_backend, launch, process_group, under_launcher
 from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_address, reach
 from packsaddle.messages import one_line
 from packsaddle.numerics import kernels
+from packsaddle.numerics.devices import accelerator, accelerators
 
 Verdict = Literal["ok", "note", "warning", "problem"]
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from packsaddle.comm import devices
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
+from packsaddle.errors import ConfigError
 from packsaddle.numerics.devices import assign, to_device, to_host
 
 ProcessGroup = dist.ProcessGroup
@@ -182,10 +182,10 @@ class TorchGroup(StagingGroup):
         return TorchGroup(same_workers(self.process_group, device))
 
     def stages(self, device: torch.device) -> bool:
-        return devices.stages(self.process_group, device)
+        return stages(self.process_group, device)
 
     def accepts(self, device: torch.device) -> bool:
-        return devices.accepts(self.process_group, device)
+        return accepts(self.process_group, device)
 
     @contextmanager
     def naming_lost_workers(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class TorchGroup(StagingGroup):
             # Post a receive that no send matches. When it times out, gloo closes the connections of the group, so that
             # workers that wait for this one fail too and answer the roll call. With NCCL those workers fail at their
             # own timeouts.
-            if devices.carries(self.process_group, _CPU):
+            if carries(self.process_group, _CPU):
                 backend: Any = self.process_group._get_backend(_CPU)
                 for peer in set(range(self.size)) - {self.rank}:
                     with suppress(RuntimeError):
@@ -211,6 +211,29 @@ class TorchGroup(StagingGroup):
 
 
 _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
+
+
+def backend_for(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Return the name of a process group's backend for the type of `device`, such as "gloo". Returns None if the group
+    has no backend for this type."""
+    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
+    return dict(pairs).get(device.type)
+
+
+def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a process group has a backend that exchanges tensors on `device` without copies to the host. gloo
+    does so only for tensors on the CPU: it copies tensors of an accelerator, and blocks the host meanwhile."""
+    return backend_for(group, device) not in ((None,) if device.type == "cpu" else (None, "gloo"))
+
+
+def stages(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if tensors on `device`, an accelerator, are copied to the host for a group's collectives."""
+    return device.type != "cpu" and not carries(group, device)
+
+
+def accepts(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a group can exchange tensors on `device`, either directly or by copies on the host."""
+    return carries(group, device) or backend_for(group, torch.device("cpu")) is not None
 
 
 @contextmanager
@@ -250,7 +273,7 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
     `Solo()` is accepted."""
     group = resolve(process_group)
     is_alone = process_group is None and _ambient.get() is None and isinstance(group, Solo)
-    if is_alone and devices.launched_number("WORLD_SIZE", 1) > 1:
+    if is_alone and launched_number("WORLD_SIZE", 1) > 1:
         raise RuntimeError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so each process "
             f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"
@@ -258,11 +281,20 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
     return group
 
 
+def launched_number(name: str, default: int) -> int:
+    """Return a number that the launcher has set as the environment variable `name`, such as LOCAL_RANK, or `default` if
+    the variable is not set. Raises ConfigError if the variable is no integer of 0 or more."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name} must be an integer of 0 or more, as torchrun sets it, got {text!r}")
+    return int(text)
+
+
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """Return a new process group with the workers and the timeout of `process_group`; collective. The new group has
     the backends of `process_group` if these can exchange tensors on `device`, and otherwise only gloo."""
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
-    backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
+    backend = dist.get_backend_config(process_group) if accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
     # `new_group` returns a placeholder instead of a group only to workers that are not members, but this worker is one.
     assert isinstance(group, dist.ProcessGroup)

@@ -18,15 +18,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from packsaddle.comm.devices import direct_backend, launched_number
 from packsaddle.comm.failures import TerminatedError, failure_of
-from packsaddle.comm.group import Group, TorchGroup
+from packsaddle.comm.group import Group, TorchGroup, launched_number
 from packsaddle.errors import ConfigError
+from packsaddle.numerics.devices import accelerator
+
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # backend without copies to the host, by type of device
 
 
 def under_launcher() -> bool:
     """Return True if torchrun, or another launcher that sets RANK and WORLD_SIZE, started this process."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def local_device() -> torch.device:
+    """Return the accelerator with this process's LOCAL_RANK (0 if unset), or the CPU if there is no accelerator.
+    Processes share accelerators if the machine has fewer accelerators than processes."""
+    kind = accelerator()
+    if kind is None:
+        return torch.device("cpu")
+    return torch.device(kind, launched_number("LOCAL_RANK", 0) % torch.accelerator.device_count())
+
+
+def direct_backend(processes: int) -> str | None:
+    """Return the backend that exchanges tensors of the accelerator without copies to the host, such as "cuda:nccl".
+    Returns None if torch does not have this backend, or if the machine has fewer accelerators than `processes`."""
+    kind = accelerator() or "cpu"
+    name = _BACKENDS.get(kind, "")
+    is_built = bool(name) and dist.is_backend_available(name)
+    return f"{kind}:{name}" if is_built and torch.accelerator.device_count() >= processes else None
 
 
 @contextmanager

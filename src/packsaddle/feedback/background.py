@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from packsaddle.comm.devices import new_stream
+from packsaddle.numerics.devices import new_stream
 
 _PATIENCE = 1.0  # seconds for which the interpreter, when it exits, waits for a running background thread to end
 

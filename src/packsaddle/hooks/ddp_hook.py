@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.devices import check_not_capturing
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, skip, typed
 from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
+from packsaddle.numerics.devices import check_not_capturing
 from packsaddle.numerics.finite import fill_where
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
@@ -29,6 +28,7 @@ from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector
 from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
+from packsaddle.numerics.devices import check_not_capturing
 from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed, mix

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.devices import use_in_current_stream
 from packsaddle.comm.sharding import Shards
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.report import Report
@@ -30,7 +29,7 @@ from packsaddle.feedback.round import Round
 from packsaddle.feedback.state import check_tensor
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.fragment import Fragment
-from packsaddle.numerics.devices import read, wide, widened
+from packsaddle.numerics.devices import read, use_in_current_stream, wide, widened
 
 _LEAST_CLIPPED = 3  # the number of updates from which on a median can tell an outlier
 

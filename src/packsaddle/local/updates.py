@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.devices import check_not_capturing, has_graphs
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.sharding import Shards, is_split, local_part
 from packsaddle.compressors import Compressor, Sign, describe
@@ -51,6 +50,7 @@ from packsaddle.local.watch import (
     untrained_tensors,
 )
 from packsaddle.local.workers import Call, FixedWorkers, WorkerSet
+from packsaddle.numerics.devices import check_not_capturing, has_graphs
 from packsaddle.numerics.seeds import as_seed
 
 

@@ -1,7 +1,7 @@
-"""Tensors on devices: the widest dtype of a device, and copies between a device and the host with as few waits of the
-host as possible.
+"""Devices: accelerators, their streams and widest dtypes, and copies between a device and the host with as few waits of
+the host as possible.
 
-These functions are not in `comm.devices`, since compressors and certificates need them, but do not import `comm`.
+No other module calls torch.cuda, torch.xpu or torch.mps.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,34 @@ def has_streams(device: torch.device | str) -> bool:
     """Return True if a device runs work in several streams, with asynchronous copies of pinned memory. The CPU has no
     streams. MPS has one queue, whose asynchronous copies of pageable memory may read the memory after it is freed."""
     return torch.device(device).type not in ("cpu", "meta", "mps")
+
+
+def new_stream(device: torch.device) -> torch.Stream | None:
+    """Return a new stream of a device, or None if the device does not support several streams. The CPU and MPS do not
+    support them."""
+    return torch.Stream(device) if has_streams(device) else None
+
+
+def use_in_current_stream(tensor: Tensor) -> None:
+    """Prevent the reuse of a tensor's memory, which another stream allocated, before the current stream has used the
+    tensor. Otherwise the other stream could overwrite the memory once the tensor is freed."""
+    if has_streams(tensor.device):
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Return True if work on a device can be captured in a CUDA graph."""
+    return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
+
+
+def check_not_capturing(call: str, device: torch.device) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured on `device`. The caller runs code on the host, which a
+    replay of the graph would not repeat. `call` is the name by which the error message calls the caller."""
+    if has_graphs(device) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
+            f"backward pass alone, and step outside of the graph"
+        )
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -114,3 +142,35 @@ def assign(target: Tensor, value: Tensor) -> None:
         target.copy_(value.to(target.dtype).pin_memory(), non_blocking=True)
     else:
         target.copy_(value)
+
+
+def accelerator() -> str | None:
+    """Return the type of the accelerator that torch can use, such as "mps", or "cuda" for GPUs of NVIDIA and AMD.
+    Returns None if there is no accelerator."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
+def accelerators() -> dict[str, str]:
+    """Return a dict from each accelerator that torch can use to its description, such as "NVIDIA H100, 80 GiB, compute
+    capability 9.0"."""
+    kind = accelerator()
+    if kind is None:
+        return {}
+    return {f"{kind}:{i}": _described(kind, i) for i in range(torch.accelerator.device_count())}
+
+
+def _described(kind: str, index: int) -> str:
+    if kind == "mps":
+        return f"Apple GPU, {torch.mps.recommended_max_memory() / 2**30:.0f} GiB"
+    if kind not in ("cuda", "xpu"):
+        return "not known to packsaddle"
+    of: Any = torch.cuda.get_device_properties(index) if kind == "cuda" else torch.xpu.get_device_properties(index)
+    capability = f", compute capability {of.major}.{of.minor}" if kind == "cuda" else ""
+    return f"{of.name}, {of.total_memory / 2**30:.0f} GiB{capability}"
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has completed its queued work. No-op if there is no accelerator."""
+    if accelerator() is not None:
+        torch.accelerator.synchronize()

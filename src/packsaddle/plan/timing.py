@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from statistics import median
 
-from packsaddle.comm.devices import synchronize
+from packsaddle.numerics.devices import synchronize
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.modules import is_averaged_by_ddp
@@ -37,6 +36,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip
+from packsaddle.numerics.devices import check_not_capturing
 from packsaddle.numerics.finite import first_out_of_range
 from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
