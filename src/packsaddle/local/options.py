@@ -266,7 +266,7 @@ class OuterAgreement(Option):
     The outer step, set by `LocalUpdates.outer`, applies the mean update to the anchor, i.e. to the parameters on which
     all workers last agreed. The mean of the workers' updates has a smaller norm than the updates, since their noise
     cancels in the mean. The mean is multiplied by r^p. Here r is the root mean square of the norms of the updates,
-    divided by the norm of the mean (see `local.agreement`). If all workers send the same update, r is 1. Each exchange
+    divided by the norm of the mean (see `local.round`). If all workers send the same update, r is 1. Each exchange
     sends four more bytes per tensor. The mean update of a `flush` is not multiplied.
 
     Args:
