@@ -7,6 +7,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -59,27 +60,35 @@ OTHERS: dict[str, Any] = {
     "every": lambda step: 4 if step < 8 else 8,
     "outer": packsaddle.OuterSGD(),
     "overlap": 1,
+    "overlap.delay": packsaddle.Overlap(1),
+    "overlap.fragments": packsaddle.Overlap(0, fragments=2),
     "escape": packsaddle.Escape(3, 0.1, lambda: 0.0),
     "keep_unsent": False,
     "seed": 1,
 }
 
 
-@pytest.mark.parametrize("name", inspect.signature(LocalUpdates.__init__.__wrapped__).parameters)  # type: ignore[attr-defined]
+ARGUMENTS = [
+    *inspect.signature(LocalUpdates.__init__.__wrapped__).parameters,  # type: ignore[attr-defined]
+    *(f"overlap.{field.name}" for field in fields(packsaddle.Overlap)),
+]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_each_argument_is_in_the_identity_of_a_state_or_free(name: str) -> None:
-    """So that no state replaces an argument in silence."""
+    """So that no state replaces an argument in silence, nor a field of one that the schedule is made of."""
     if name == "self" or name in FREE_ARGUMENTS:
         return
 
     def made(**options: Any) -> LocalUpdates:
-        parameters = {"w": nn.Parameter(torch.ones(6, 6))}
+        parameters = {"w": nn.Parameter(torch.ones(6, 6)), "b": nn.Parameter(torch.ones(6))}
         optimizer = options.pop("optimizer", lambda ps: torch.optim.SGD(list(ps.items()), lr=0.1))(parameters)
         return LocalUpdates(
             optimizer, Compression(Identity(), dense_below=0), **{"every": 4, "mean_momentum": 0.0} | options
         )
 
     with pytest.raises(ValueError, match="but the state was saved with"):
-        made(**{name: OTHERS[name]}).load_state_dict(made().state_dict())
+        made(**{name.partition(".")[0]: OTHERS[name]}).load_state_dict(made().state_dict())
 
 
 def test_a_state_for_other_workers_counts_what_its_weights_were_when_it_was_made() -> None:
