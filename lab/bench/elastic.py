@@ -171,7 +171,6 @@ class Worker:
 
     def _break(self, number: int) -> None:
         """Make the confirmation of round `number` raise on this worker, after its collective has completed."""
-        assert self.local._workers is not None
         channel, gather, seen = self.local._workers.channel, self.local._workers.channel.gather, [0]
 
         def gathered(parts: Any, **how: Any) -> Any:
@@ -200,7 +199,6 @@ class Worker:
         local, spec = self.local, self.spec
         local.join()
         membership = local._workers.member
-        assert membership is not None
         update, memory = pending(local)
         self.say("join", None, None)
         step = 0
@@ -243,7 +241,6 @@ class Worker:
         """Log a round. `sent` is the local update that was sent, and `freed` the change of the error memory, times the
         worker's part of the mean for which each was made."""
         local, membership = self.local, self.local._workers.member
-        assert membership is not None
         anchor = self.anchor()
         self.log.write(
             event=event,
@@ -262,7 +259,7 @@ class Worker:
             sent=None if sent is None else self.along(sent),
             freed=None if freed is None else self.along(freed),
             pending=self.along(local.pending()),
-            workers=membership.workers,
+            workers=local.workers,
             position=local.position,
             steps=local.steps,
         )

@@ -95,7 +95,6 @@ def catch_up(manager: FakeManager, managers: list[FakeManager]) -> None:
 
 def results(worker: Worker) -> dict[str, Any]:
     local = worker.local
-    assert local._workers is not None
     counts = [local.steps, local.rounds, local.position, local.skipped, local.workers]
     skips = [(skip.index, skip.workers) for skip in local.skips]
     return {
