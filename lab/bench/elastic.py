@@ -198,7 +198,6 @@ class Worker:
     def train(self) -> None:
         local, spec = self.local, self.spec
         local.join()
-        membership = local._workers.member
         update, memory = pending(local)
         self.say("join", None, None)
         step = 0
