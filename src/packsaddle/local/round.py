@@ -1,17 +1,27 @@
 """A round: one exchange of the local updates of a fragment (parameters exchanged together), as four functions in order.
 
-    begin      v = decay e + (s - x) + xi    x: this worker's parameters, which started at s; xi: shared noise
-    exchange   m = mean over i of C(v_i)     C: the compressor; m is the same on all workers
-    close      e <- v - C(v)                 e: the error memory; if the round is rejected, e stays as it was
-    apply      a <- outer step along m       a: the anchor, the parameters last agreed on, identical on all workers
-               x <- s = a - e                s = a without `keep_unsent`; with a delay x keeps its progress meanwhile
+    begin      v = decay f e + (s - x) + xi     x: this worker's parameters, which started at s
+    exchange   q = C(p c v), m = mean of q      C: the compressor; m, the mean over W workers, is identical on all
+    close      e <- v - q / p                   e: this worker's error memory; unchanged if the round is rejected
+    apply      a <- outer step along m          a: the anchor, the parameters last agreed on, identical on all workers
+               x <- s = a - e                   s = a with `keep_unsent=False`
 
-`begin` returns a `Begun`, `exchange` makes a `Sent` of it, and `close` an `Ended`, which `apply` applies. Only
-`exchange` is collective over the workers. It runs immediately, or in the background during the next steps. Workers that
-join and leave during training (elastic workers) vote between `exchange` and `close` to commit or to repeat the round.
+The factors f, p and c are 1 unless workers have weights or clip. p = W w_i / sum_j w_j is the share of worker i with
+weight w_i, f is the worker's former share of the mean over its present one (`Fragment.carried`), and c is at most 1
+(`Workers.clip`). xi is the noise that escapes saddle points (`Noise`), 0 by default. If the round has a delay, x keeps
+the progress that it makes between `begin` and `apply`.
 
-A round is rejected, identically on all workers, if the v of one of them is invalid, i.e. non-finite or too large. The
-rules that scale an update or the mean update, by clipping and by the agreement of workers, are at the end of this file.
+`begin` returns a `Begun`, `exchange` makes a `Sent` of it, and `close` an `Ended`, which `apply` applies. The sets of
+workers in `local.workers` and `local.elastic` call them. Only `exchange` is collective over the workers, except that
+`close` gathers the reports of invalid values if a round is rejected and they are not gathered yet. Fixed workers call
+`exchange` immediately, or in the background during the next steps. Elastic workers, which join and leave during
+training, vote between `exchange` and `close` whether the round is committed or repeated.
+
+A round is rejected, identically on all workers, if the v of one of them is invalid, i.e. non-finite or too large, or if
+one of them received an invalid message. The rules of clipping, and of lengthening m where workers disagree, are at the
+end of this file. In the code, a fragment is a set of parameters that are exchanged together, a worker is a replica of
+the model and may have several processes, each with a shard of it, and in a two-way exchange a worker owns the
+coordinates that it averages for all workers.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,15 +45,16 @@ _LEAST_CLIPPED = 3  # the number of updates from which on a median can tell an o
 
 
 def share_of(weights: Sequence[float], rank: int) -> float:
-    """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers. The plain
-    mean of updates that are scaled by these factors is the weighted mean of the updates, that of federated averaging
-    (McMahan et al. 2017, Algorithm 1)."""
+    """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers, of which at
+    least one is above 0. The plain mean of updates that are scaled by these factors is the weighted mean of the
+    updates, that of federated averaging (McMahan et al. 2017, Algorithm 1)."""
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)
 
 
-# The three values of a round, at three times.
+# The three values of a round, at three times. A `Clip` is a record that a round leaves, and a `SavedExchange` the form
+# of an `Ended` in a checkpoint.
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,15 @@ class Begun:
     # receives the mean, but keeps its own update.
     share: float
     workers: int  # W
-    carried: float  # factor by which the weights have changed since the error memory was made (`Fragment.carried`)
+    # Factor of the error memory, which was made with another share of the mean if weights have changed since
+    # (`Fragment.carried`).
+    carried: float
     later: bool  # True if the exchange has a delay: `due` is later than the beginning
     flush: Compressor | None  # compressor of a flush (an exchange of all pending updates); None: no flush
     frozen: list[str]  # names of the parameters that are frozen on this worker
-    # Copies of the parameters, one per parameter. When the round is applied, the changes of the parameters relative to
-    # these copies are kept. Empty: no changes are kept.
+    # The values, one tensor per parameter, relative to which a parameter's change is kept when the round is applied:
+    # with a delay, copies of the parameters at the beginning of the round; with share 0, copies of the start point.
+    # Empty: no changes are kept.
     before: list[Tensor]
     norm: Tensor | None  # norm of this worker's own update in v, float32[1]; None: updates are not clipped
 
@@ -95,8 +109,8 @@ class Sent:
 
 @dataclass(frozen=True)
 class Clip:
-    """Record of one worker's update that was scaled down in an applied round, since its norm exceeded
-    `Workers.clip`."""
+    """Record of one worker's update that was scaled down in an applied round, since its norm exceeded the limit that
+    `Workers.clip` sets."""
 
     step: int  # index t of the round, counted per fragment (parameters exchanged together)
     worker: str  # rank of the worker; with elastic workers, the worker's name in hexadecimal
@@ -115,7 +129,7 @@ class Ended:
     mean: Averaged | Tensor | None  # m, or None if the round is rejected
     before: list[Tensor]
     frozen: list[str]
-    agrees: bool  # True if the same parameters are frozen on all workers; their anchor then does not change
+    agrees: bool  # True if the same parameters are frozen on all workers; the anchor of these then does not change
     is_flush: bool = False
     is_sent: bool = True  # False if this worker has only received the mean, since its weight is 0
     # True if the round is a flush that has not sent all of v. The parameters then move to the anchor, and not to the
@@ -148,35 +162,37 @@ class SavedExchange:
 def begin(
     part: Fragment, due: int, weights: Sequence[float], *, later: bool = False, flush: Compressor | None = None
 ) -> Begun:
-    """Compute the vector to send, v = decay e + (s - x) + xi. Here e is the error memory, x are the parameters, s is
-    the point at which they continued after the last exchange, and xi is the noise.
+    """Compute the vector to send, v = decay f e + (s - x) + xi. Here e is the error memory, f is `Begun.carried`, x are
+    the parameters, s is the point at which they continued after the last exchange, and xi is the noise.
 
     If v is invalid on a process of this worker, v is replaced by zeros on all of its processes. At frozen parameters v
-    is 0, and their error memory does not change.
+    is 0.
 
     Args:
         part: the fragment (parameters exchanged together).
         due: the time of the schedule at which the round is applied, in ticks (see `Schedule`).
-        weights: the weights of the workers in the mean, by rank. A worker with weight 0 sends zeros, keeps its local
-            update, and averages no chunk for the other workers in a two-way exchange.
+        weights: the weights of the workers in the mean, by rank, of which at least one is above 0. A worker with weight
+            0 sends zeros, keeps its local update, and averages no chunk for the other workers in a two-way exchange.
         later: True if the round is applied at a later step. The changes that the parameters make until then are kept.
         flush: a compressor with which v is sent, without noise, in an exchange of all pending updates, after which the
-            parameters are those of the anchor; None in other rounds.
+            parameters of the workers with a weight above 0 are those of the anchor; None in other rounds.
     """
     options, t, rank = part.options, part.rounds, part.feedback.channel.group.rank
     noise = options.noise.drawn(seed=part.seed, step=t) if options.noise.std and not flush else None
-    part.use(flush or options.compression.at(t), None if all(weights) else [i for i, w in enumerate(weights) if w])
+    senders = None if all(weights) else [i for i, w in enumerate(weights) if w]
+    part.use(options.compression.at(t) if flush is None else flush, owners=senders)
     for each in part.trained:
         each.begin_exchange()
     frozen = part.frozen_next
     part.anchor.subtract_owed()
-    # Compute v. Copy the parameters if inner steps may change them before the round is applied.
+    # Compute v. If this worker sends nothing, copy the start point, relative to which it keeps its whole update.
     share = share_of(weights, rank)
-    kept = [] if share else part.anchor.copy_starts()
+    before = [] if share else part.anchor.copy_starts()
     carried = part.carried(share / len(weights))
     exchanging = part.feedback.round(t)
     exchanging.correct(PseudoGradient(part.anchor, options.compression.decay * carried, noise, frozen))
-    before = [x.clone() for x in part.anchor.tensors()] if later else kept
+    if later and share:
+        before = [x.clone() for x in part.anchor.tensors()]
     begun = Begun(part, t, due, exchanging, share, len(weights), carried, later, flush, frozen, before, None)
     if options.workers.clip is None:
         return begun
@@ -184,16 +200,16 @@ def begin(
 
 
 def exchange(begun: Begun, step: int, norms: Tensor | None = None, *, reports: bool) -> Sent:
-    """Send C(v), multiplied by this worker's weight `Begun.share`, average it over the workers, and compute the
-    residual v - C(v); collective. A worker whose share is 0 sends zeros.
+    """Send q = C(p c v), average q over the workers, and compute the residual v - q / p; collective. Here p is
+    `Begun.share`, and c the factor that clips v. A worker whose share is 0 sends zeros, and has no residual.
 
     This function may run in another thread.
 
     Args:
         begun: the round.
         step: the step under which the ledger records the bytes.
-        norms: the norm of each worker's v, float32[W], by rank, by which v is clipped (see `factors_of`). None: v is
-            not clipped.
+        norms: `Begun.norm` of each worker, float32[W], by rank, as gathered by the caller. By these, v is clipped (see
+            `factors_of`). None: v is not clipped.
         reports: gather the workers' reports of invalid values here, for which the host waits for the device. Otherwise
             `close` gathers them. If the host waits for collectives anyway, they must be gathered here: a collective
             from `close`, in the main thread, could overtake another fragment's exchange in the background.
@@ -209,12 +225,13 @@ def exchange(begun: Begun, step: int, norms: Tensor | None = None, *, reports: b
         scale = begun.share * (1.0 if own_factor is None else own_factor.to(sent))
         return squares_of(part.views(_of_worker(begun, sent, scale)), begun.share)
 
-    # Send C(v). The error memory becomes the residual once the round is closed.
+    # Send q. The residual becomes the error memory once the round is closed.
     g = exchanging.exchange(weight=begun.share, clip=own_factor, measure=squares if begun.is_lengthened else None)
     residuals: dict[str, Tensor] = {}
     if begun.share:
         exchanging.absorb()
-        # Zeros were sent for the frozen parameters, so their error memory must not change.
+        # Zeros were sent for the frozen parameters, so their error memory must count in later rounds as it does now: it
+        # is kept, except for the factor of changed weights.
         if begun.frozen:
             views = part.by_name(exchanging.v)
             residuals = {name: views[name].clone() for name in begun.frozen}
@@ -229,8 +246,9 @@ def exchange(begun: Begun, step: int, norms: Tensor | None = None, *, reports: b
 
 
 def close(sent: Sent, *, agrees: bool, names: Sequence[str] = (), times: Sequence[int] = ()) -> Ended:
-    """Read whether the round is applied or rejected, and commit or roll back the error memory: e becomes v - C(v), or
-    stays as it was. A worker whose share is 0 keeps its error memory in any case.
+    """Read whether the round is applied or rejected, and commit or roll back the error memory: e becomes v - q / p, or
+    stays as it was. A worker whose share is 0 keeps its error memory in any case. The mean update is lengthened if the
+    options ask for it (see `OuterAgreement`), and is set to 0 at parameters that all workers have frozen.
 
     Args:
         sent: the round.
@@ -319,8 +337,9 @@ def roll_back(running: Begun | Sent) -> None:
 
 def unapplied(part: Fragment, ended: Ended | None, weight: float) -> Tensor:
     """Return the updates of this worker that the anchor, on which all workers last agreed, does not include yet,
-    float[n]. `ended` is the fragment's round that is not applied yet, if there is one. `weight` is the part that this
-    worker has in the mean (see `Fragment.unapplied`)."""
+    float[n]. `ended` is the fragment's round that is not applied yet, if there is one. Its mean update of all workers
+    is included, in place of what this worker has sent. `weight` is the part that this worker has in the mean (see
+    `Fragment.unapplied`)."""
     if ended is None or not ended.applied:
         return part.unapplied(weight)
     assert isinstance(ended.mean, Tensor)
@@ -366,7 +385,8 @@ def loaded(part: Fragment, exchange: SavedExchange) -> Ended:
 
 
 def _settle(begun: Begun, *, commit: bool) -> None:
-    """End the exchange of v: commit the new error memory, or roll it back."""
+    """End the exchange of v: commit the new error memory, or roll it back. It is also rolled back if this worker has
+    share 0, in a round that is applied."""
     part = begun.part
     begun.exchanging.close(apply=commit)
     if commit:
@@ -384,18 +404,18 @@ def _of_worker(begun: Begun, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Return the part of the vector `v`, float[n], that is this worker's own update.
 
     In a two-way exchange, at the coordinates that the worker owns, i.e. averages for all workers, v also includes decay
-    e. At these coordinates e is the residual of a mean, which belongs to the updates of all workers. So scale * decay *
-    e is subtracted there, where `scale` is the factor by which `v` was scaled.
+    f e. At these coordinates e is the residual of a mean, which belongs to the updates of all workers. So scale * decay
+    f e is subtracted there, where `scale` is the factor by which `v` was scaled, except at frozen parameters, whose v
+    has no e.
     """
     part, owned = begun.part, begun.part.feedback.owned
     if owned.start == owned.stop:
         return v
-    v = v.clone()
-    decay = part.options.compression.decay * begun.carried
-    v[owned] -= scale * decay * part.feedback.memory.vector[owned]
+    own, sent = v.clone(), part.by_name(v)
+    own[owned] -= scale * part.options.compression.decay * begun.carried * part.feedback.memory.vector[owned]
     for name in begun.frozen:
-        part.by_name(v)[name].zero_()
-    return v
+        part.by_name(own)[name].copy_(sent[name])
+    return own
 
 
 def _vector(part: Fragment, g: Averaged) -> Tensor:
@@ -459,8 +479,9 @@ def _lengthen(sent: Sent) -> None:
 
 # Agreement of workers: the more the workers' updates of a tensor differ, the more their mean is lengthened.
 #
-# The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D
-# has a smaller norm than the updates q_i. With the exponent p in [0, 1] (see `OuterAgreement`), D is multiplied by
+# The noise of the workers' gradients cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded
+# messages), so D has a smaller norm than the updates q_i. With the exponent p in [0, 1] (see `OuterAgreement`), D is
+# multiplied by
 #
 #     r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r clamped to [1, sqrt(W)],
 #
@@ -496,9 +517,8 @@ def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, s
         mean.mul_(factor)
 
 
-# Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
-# `Workers.clip` sets c. With the scale factor s and the compressor C, the worker sends C(s v). The residual v - C(s v)
-# stays in the worker's error memory, so no update is lost.
+# Clipping: a worker's update v is multiplied by a factor c, so that its norm is at most `Workers.clip` times the median
+# norm of all workers' updates. What was not sent stays in the worker's error memory, so no update is lost.
 
 
 def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
