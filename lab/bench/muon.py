@@ -39,12 +39,12 @@ import torch
 from torch import nn
 
 import packsaddle
-from lab.bench.origin import Origin, check_text
-from lab.bench.rows_file import add_rows
+from lab.origin import Origin, check_text
 from lab.race.inner import Half, held_out_loss, make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.target_settings import steps_and_loss
 from lab.race.workload import LIBRARY, evenly_spaced, load_library
+from lab.rows import add_rows
 from lab.tasks import Batches, DataConfig, Dataset, ModelConfig, load_data, make_task, shard
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK

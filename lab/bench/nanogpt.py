@@ -50,10 +50,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 from lab.bench.hosts import Hosts
-from lab.bench.origin import Origin
-from lab.bench.rows_file import add_rows, read_rows
 from lab.bench.texts import Text
+from lab.origin import Origin
 from lab.race.inner import Half, muon
+from lab.rows import add_rows, read_rows
 from packsaddle.comm import process_group, resolve
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"

@@ -2,16 +2,15 @@
 
 import json as json_format
 import math
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from lab.origin import cpu_model
 from packsaddle.cli import print_table
 from packsaddle.errors import ConfigError
 
@@ -45,16 +44,6 @@ def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -
     if torch.device(device).type == "cuda":
         where["gpu"] = torch.cuda.get_device_name(device)
     return where
-
-
-def cpu_model() -> str:
-    """Return the processor's name and the number of logical cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
 
 
 def shown(cell: Any, digits: int = 3) -> str:

@@ -19,7 +19,7 @@ import torch
 from scipy.integrate import quad
 from scipy.special import log_ndtr, ndtri
 
-from lab.docs import charts
+from lab import charts
 from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import choose
 from packsaddle.errors import require

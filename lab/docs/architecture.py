@@ -13,7 +13,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from lab.docs import charts
+from lab import charts
 
 REPOSITORY = Path(__file__).parents[2]
 ROOT = REPOSITORY / "src" / "packsaddle"

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
-from lab.docs import charts
+from lab import charts
 
 WIDTH = 560
 TEXT = 18  # the smallest font size, in units of the canvas

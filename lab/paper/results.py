@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lab.docs import charts
+from lab import charts
 from lab.paper.study import Study
 from lab.runs import RunFolder
 from lab.runs.report import Estimate, Setting, curve, estimate, plateau, write_curves

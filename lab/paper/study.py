@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.runs import Config, RunFolder, commit, configure, make_new, override
+from lab.origin import commit
+from lab.runs import Config, RunFolder, configure, make_new, override
 from lab.runs.config import first_difference
 from packsaddle.errors import ConfigError
 from packsaddle.options import build, plain

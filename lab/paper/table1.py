@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from lab.docs import charts
+from lab import charts
+from lab.origin import commit
 from lab.paper import drawing
 from lab.paper.study import Scale, check_folder, make_folder
 from lab.paper.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
 from lab.pool import in_parallel
-from lab.runs import RunFolder, check_free, commit, environment, locked, written
+from lab.runs import RunFolder, check_free, environment, locked, written
 from lab.runs.report import COLOURS
 from packsaddle.errors import require
 from packsaddle.theory import TABLE_1, Assumptions, plan

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.bench.origin import UNKNOWN, Origin
-from lab.bench.rows_file import add_rows, read_rows
+from lab.origin import UNKNOWN, Origin
 from lab.race.contenders import Contender, parse
 from lab.race.peers import CannotRunError, Racer, enter
 from lab.race.race import settle
 from lab.race.recipe import Kind, Recipe
 from lab.race.workload import TrainingWorkload, evenly_spaced
+from lab.rows import add_rows, read_rows
 from lab.tasks import Dataset
 from packsaddle.comm import Group, process_group
 

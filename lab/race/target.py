@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.bench.hosts import HostFailedError, Hosts, available
-from lab.bench.origin import check_text, described
 from lab.bench.result import Result
+from lab.origin import check_text, described
 from lab.race.target_run import Jobs, TargetRun, TargetStep, Training, load_runs, load_steps, work
 from lab.race.target_settings import Inner, Method, TargetSettings, alone, predicted_steps
 from lab.race.time_to_loss import Rates

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from lab.bench.origin import UNKNOWN, Origin
-from lab.bench.rows_file import add_rows, read_rows
+from lab.origin import UNKNOWN, Origin
 from lab.race.entrant import Entrant, enter
 from lab.race.inner import held_out_loss
 from lab.race.race import settle
 from lab.race.target_settings import Method, TargetSettings, alone, rate_of
 from lab.race.workload import Batch, TrainingWorkload, evenly_spaced
+from lab.rows import add_rows, read_rows
 from lab.tasks import Batches, Dataset, make_task, shard
 from packsaddle.comm import Group, process_group
 from packsaddle.options import build

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.bench.origin import UNKNOWN, Origin
-from lab.bench.rows_file import add_rows, read_rows
+from lab.origin import UNKNOWN, Origin
 from lab.race.contenders import ALONE, DENSE, parse
 from lab.race.curves import Curve
 from lab.race.race import Lap
+from lab.rows import add_rows, read_rows
 from packsaddle.plan import Timing
 
 _TARGET = 0.9  # fraction of dense training's tokens after which its loss is the target

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lab.bench.hosts import Hosts, available
-from lab.bench.origin import Origin, check_text, described
 from lab.bench.result import Result
+from lab.origin import Origin, check_text, described
 from lab.race.contenders import ALONE, DENSE, parse
 from lab.race.curves import Curve, Training, load
 from lab.race.race import Race

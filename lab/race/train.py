@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lab.bench.hosts import HostFailedError, Hosts, available
-from lab.bench.origin import Origin
 from lab.bench.result import Result, machine
+from lab.origin import Origin
 from lab.race.contenders import PEERS
 from lab.race.race import Outcome, Race, in_process_group, step_rows
 from packsaddle.comm import WorkerFailedError, launch

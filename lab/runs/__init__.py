@@ -18,7 +18,7 @@ from lab.runs.config import (
 from lab.runs.folder_lock import check_free, locked
 from lab.runs.job import How, Job, fastest_simulation
 from lab.runs.run_checkpoints import CheckpointPolicy, LoadingError
-from lab.runs.run_folder import Run, RunFolder, commit, environment, read_runs
+from lab.runs.run_folder import Run, RunFolder, environment, read_runs
 from packsaddle.cli.folders import make_new, written
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Run",
     "RunFolder",
     "check_free",
-    "commit",
     "configure",
     "environment",
     "fastest_simulation",

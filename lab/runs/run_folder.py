@@ -11,17 +11,16 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lab.origin import commit
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.errors import ConfigError, read_text
 from packsaddle.messages import printable, shown
@@ -99,21 +98,6 @@ class RunFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         write_whole(self.path / name, lambda file: file.write(content))
-
-
-@cache
-def commit() -> str | None:
-    """Return the commit of the running code, with "+" if the package or the lab has changes; None without git."""
-    # Without optional locks, git leaves no lock file if it is killed.
-    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2])]
-    try:
-        head, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "src", "lab"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changes else "")
 
 
 def environment(version: str, workers: int, device: str) -> dict[str, Any]:

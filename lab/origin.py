@@ -1,14 +1,15 @@
 """The origin of a measured row: machine, versions, date, commit, and text of the training."""
 
+import platform
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-
-from lab.bench.result import cpu_model
-from lab.runs import commit
 
 NOT_RECORDED = "not recorded"
 
@@ -57,3 +58,28 @@ def check_text(origins: Iterable[Origin], text: str, where: object) -> None:
     others = sorted({origin.text for origin in origins} - {"", text})
     if others:
         raise ValueError(f"{where} must have rows of one text, {text}, got {', '.join(others)}: use another file")
+
+
+def cpu_model() -> str:
+    """Return the processor's name and the number of logical cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """Return the commit of the running code, with "+" if the package or the lab has changes; None without git."""
+    # Without optional locks, git leaves no lock file if it is killed.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1])]
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "src", "lab"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
