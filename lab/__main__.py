@@ -5,15 +5,10 @@ from packsaddle.cli.commands import Entry
 
 PROGRAM = "python -m lab"
 COMMANDS = Group(
-    "The lab of packsaddle: train from configuration files, compare the runs, and certify the points they reached.",
+    "The lab of packsaddle. The paper's figures are scripts of their own, python -m lab.paper.figure1, figure2, "
+    "language and table1, and the races are python -m lab.race.",
     ImportedCommands(
-        {
-            "demo": Entry("Show an escape from a saddle, and training over a slow link.", "lab.demo.command"),
-            "init": Entry("Write a configuration file with a comment on every key.", "lab.cli.run"),
-            "run": Entry("Train from a TOML configuration, in one process or several.", "lab.cli.run"),
-            "certify": Entry("Certify a run's last point: saddle or second-order stationary.", "lab.cli.certify"),
-            "report": Entry("Compare runs: tables, figures and an HTML page.", "lab.cli.report"),
-        }
+        {"demo": Entry("Show an escape from a saddle, and training over a slow link.", "lab.demo.command")}
     ),
 )
 

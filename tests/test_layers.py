@@ -142,18 +142,6 @@ def test_objects_are_registered_and_not_searched_for() -> None:
         assert not used & {"get_objects", "get_referrers", "_getframe", "currentframe", "f_back"}, path
 
 
-def test_reports_know_no_algorithm() -> None:
-    paths = list((ROOT.parents[1] / "lab" / "runs" / "report").glob("*.py"))
-    assert len(paths) > 5
-    for path in paths:
-        imported = imports(path)
-        ours = {t for t in imported if t.partition(".")[0] in ALLOWED.keys() | ROOT_MODULES}
-        assert {t for t in ours if not t.startswith(REPORT)} == set(), path
-        lab = {t for t in imported if t.startswith("lab.")}
-        assert {t for t in lab if not t.startswith(("lab.runs.run_folder", "lab.runs.report"))} == set(), path
-        assert {t for t in imported if t.partition(".")[0] == "torch"} == set(), path
-
-
 def test_the_package_imports_no_lab() -> None:
     for name, imported in modules().items():
         assert not {t for t in imported if t.partition(".")[0] == "lab"}, name

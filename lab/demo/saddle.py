@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lab.demo.story import Story
 from lab.pool import Report
-from lab.tasks import Batches, DataConfig, load_images, shard
+from lab.tasks.images import load_images
 from lab.tasks.models import autoencoder
+from lab.tasks.sharding import Batches, shard
 from packsaddle import CompressedSGD, Ramp, RandomK, Search, TopK, certify, simulate
 from packsaddle.compressors import Compressor, Identity
 
@@ -73,7 +74,7 @@ def train(method: Method, report: Report) -> Run:
 
 def _train(method: Method, rank: int, report: Report) -> Run:
     # Each worker has one half of the images. All start with the same weights.
-    images = load_images(DataConfig("digits"), None, train=True)
+    images = load_images("digits", train=True)
     mine = shard(images, "iid", worker=rank, workers=WORKERS, seed=method.seed)
     batches = Batches(mine, BATCH, worker=rank, seed=method.seed)
     with torch.random.fork_rng(devices=[]):

@@ -11,8 +11,9 @@ from torch import nn
 
 from lab.demo.story import Story
 from lab.pool import Report
-from lab.tasks import Batches, DataConfig, load_text, shard
 from lab.tasks.models import CharTransformer
+from lab.tasks.sharding import Batches, shard
+from lab.tasks.text import load_text
 from packsaddle import LocalUpdates, simulate
 from packsaddle.comm import ring_all_reduce
 
@@ -67,7 +68,7 @@ def train(method: Method, report: Report) -> Run:
 
 def _train(method: Method, rank: int, report: Report) -> Run:
     # The data: one half of the text for each worker of local updates, all of it for the single process of the others.
-    text = load_text(DataConfig("text"), None, train=True)
+    text = load_text(train=True)
     local = method.name == "local updates"
     mine = shard(text, "iid", worker=rank, workers=WORKERS if local else 1, seed=method.seed)
     together = WORKERS if method.name == "dense training" else 1  # workers whose batches are computed at once
@@ -86,7 +87,7 @@ def _train(method: Method, rank: int, report: Report) -> Run:
         for group in optimizer.param_groups:
             group["lr"] = LR * rate(step, steps)
         optimizer.zero_grad()
-        inputs, targets = text.batch(batches[step], torch.device("cpu"))
+        inputs, targets = text.batch(batches[step])
         torch.autograd.backward(nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -114,10 +115,10 @@ def rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module) -> float:
-    text = load_text(DataConfig("text"), None, train=False)
+    text = load_text(train=False)
     losses = []
     for index in torch.split(torch.arange(len(text)), 256):
-        inputs, targets = text.batch(index, torch.device("cpu"))
+        inputs, targets = text.batch(index)
         losses.append(nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"))
     return float(torch.stack(losses).sum()) / (len(text) * text.context)
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lab.runs import report
-from lab.runs.report import Curve
-from lab.runs.report.figures import line_style
+from lab.paper.results import Curve
+from packsaddle.cli import certificate_figure
+from packsaddle.cli.certificate_figure import COLOURS
 from packsaddle.errors import require
 
 # The paper's colors: red without noise, green with noise. Dashed and solid lines distinguish the two without colors.
@@ -18,7 +18,7 @@ LABELS = {
     "megabytes": "megabytes",
 }
 LEAST_SEEDS = 3  # of fewer seeds, no quantiles are drawn
-STYLE = report.STYLE | {
+STYLE = certificate_figure.STYLE | {
     "font.size": 12,
     "font.sans-serif": ["DejaVu Sans", "Arial"],  # an SVG repeats the list at every text
     "axes.titlesize": 12,
@@ -28,6 +28,11 @@ STYLE = report.STYLE | {
 }
 _POINTS = 100  # of a curve; a panel is 200 points wide
 WIDTH, _HEIGHT = 6.5, 2.4  # of a figure, and of one row of its panels, in inches
+
+
+def line_style(i: int) -> dict[str, str]:
+    """Return color and dashes of the i-th curve of a figure."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
 def line(axes: Any, curve: Curve, axis: str, quantity: str, label: str, style: dict[str, Any]) -> None:

@@ -1,203 +1,268 @@
-"""A study: runs of several settings, each with several seeds.
+"""What the studies share: their options, and their runs in parallel with one file for each run that is done.
 
-Every run has its own folder, so a resumed study skips its finished runs.
+A study is a script with its data, its model, its training loop and its chart: `figure1`, `figure2` and `language`. A
+run is one setting with one seed. The script's `train` does one run and returns its rows, one for each measurement.
+`lab.paper.results` makes the summary, the curves and the figure from the rows.
 """
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from lab.origin import commit
-from lab.runs import Config, RunFolder, configure, make_new, override
-from lab.runs.config import first_difference
-from packsaddle.errors import ConfigError
-from packsaddle.options import build, plain
+from lab.pool import Report, in_parallel
+from packsaddle import Ledger
+from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.cli.folders import make_new, written
+from packsaddle.compressors import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
+from packsaddle.errors import ConfigError, check_counts, require
+from packsaddle.options.schema import nearest
 
 Scale = Literal["paper", "cpu", "smoke"]
-Data = Literal["mnist", "cifar10", "folder", "text"]
+Row = dict[str, Any]  # numbers and words by column; None: not measured
+S = TypeVar("S")
+# Nine lossy compressors that several studies compare, by short names, with their names in figures.
+NINE: dict[str, tuple[str, Compressor]] = {
+    "randomk": ("RandomK 1%", RandomK(0.01)),
+    "topk": ("TopK 1%", TopK(0.01)),
+    "adaptive": ("AdaptiveTopK 50%", AdaptiveTopK(0.5)),
+    "shared": ("SharedTopK 1%", SharedTopK(0.01)),
+    "sketch": ("SketchTopK 1%", SketchTopK(0.01)),
+    "linear-sketch": ("LinearSketch 1%", LinearSketch(0.01)),
+    "sign": ("Sign", Sign()),
+    "qsgd": ("QSGD", QSGD()),
+    "lowrank": ("LowRank 1", LowRank()),
+}
 
 
 @dataclass(frozen=True)
-class SubRun:
-    """One run of a study: a setting with one seed."""
+class Options:
+    """The options of every study."""
 
-    setting: str  # name of the setting's folder
-    config: Config
+    # paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute
+    scale: Scale = "cpu"
+    # A new folder for the runs and what is made of them; by default one under runs/ named by the time
+    out: Path | None = None
+    # Go on in the folder --out: runs that are done are kept
+    resume: bool = False
+    # Runs at once; by default one per core, on a GPU one
+    jobs: int | None = None
+    # How many seeds per setting, instead of the scale's
+    seeds: int | None = None
+    # Settings to run, by name; by default all
+    only: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """The path of the run's folder inside the study's folder `runs`."""
-        return f"{self.setting}/seed-{self.config.seed}"
+    def __post_init__(self) -> None:
+        check_counts(jobs=self.jobs, seeds=self.seeds)
+        if self.resume and self.out is None:
+            raise ConfigError("--resume needs --out, the folder of the study to continue")
+
+    def chosen(self, settings: Mapping[str, S]) -> dict[str, S]:
+        """Return the settings that `only` names, or all. Raises ConfigError for an unknown name."""
+        for name in self.only:
+            if name not in settings:
+                names = ", ".join(settings)
+                raise ConfigError(f"--only must name some of {names}, got {name!r}{nearest(name, list(settings))}")
+        return {name: setting for name, setting in settings.items() if not self.only or name in self.only}
+
+    def folder(self, study: str, settings: Mapping[str, Any]) -> Path:
+        """Return the folder of a study, which is created, or with `resume` continued.
+
+        Its file study.json has the settings and how they are run. Raises ConfigError if the folder exists without
+        `resume`, or was made by another study, at another scale, or with other settings of the same names.
+        """
+        require("matplotlib", "lab", f"the figure of {study}")  # before the runs, so that none is lost
+        path = self.out or Path("runs") / f"{study}-{datetime.now():%Y%m%d-%H%M%S}"
+        given = {name: repr(setting) for name, setting in settings.items()}
+        words = ["python", *sys.orig_argv[1:]]
+        machine = {"torch": torch.__version__, "python": sys.version.split()[0], "cpus": os.cpu_count()}
+        made = [{"commit": commit(), "command": shlex.join(words), **machine}]
+        if not path.exists():
+            make_new(path)
+        elif not self.resume:
+            raise ConfigError(f"output folder {path} exists; continue it with --resume, or choose another --out")
+        else:
+            # Runs that are done must be of the same study and settings.
+            try:
+                found = json.loads((path / "study.json").read_text())
+                there, known = (found["study"], found["scale"]), dict(found["settings"])
+                made = [*found["made"], *made]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigError(f"--resume: {path} is not the folder of a study (no readable study.json)") from None
+            if there != (study, self.scale):
+                raise ConfigError(f"--resume: {path} holds {there[0]} at scale {there[1]}, not {study} at {self.scale}")
+            for name, setting in given.items():
+                if known.get(name, setting) != setting:
+                    raise ConfigError(f"--resume: {name} in {path} was {known[name]}, and is {setting}")
+            given = known | given
+        write_json(path / "study.json", {"study": study, "scale": self.scale, "settings": given, "made": made})
+        return path
+
+
+@dataclass(frozen=True)
+class Run(Generic[S]):
+    """One run of a study."""
+
+    name: str  # the setting's name
+    setting: S
+    seed: int
+    study: Path  # folder of the study
 
     def __str__(self) -> str:
-        return f"run {self.name}"
-
-
-@dataclass(frozen=True)
-class Study:
-    """The settings and the number of seeds of a study.
-
-    `settings` maps the name of each setting's folder to its configuration; the seed in it is replaced for each run.
-    """
-
-    name: str
-    scale: Scale
-    settings: dict[str, Config]
-    seeds: int  # number of seeds, which are 0 ... seeds - 1
-
-    def sub_runs(self) -> list[SubRun]:
-        """Return all runs, ordered by seed, so that an interrupted study has runs of every setting."""
-        return [
-            SubRun(name, replace(config, seed=seed))
-            for seed in range(self.seeds)
-            for name, config in self.settings.items()
-        ]
-
-    def changed(self, overrides: Sequence[str], seeds: int | None, only: Sequence[str]) -> "Study":
-        """Return the study with `key=value` overrides in every configuration, and with some settings only.
-
-        `seeds` replaces the number of seeds, unless it is None. If `only` is empty, all settings are kept. Raises
-        ConfigError for an unknown setting or an invalid override.
-        """
-        unknown = [name for name in only if name not in self.settings]
-        if unknown:
-            raise ConfigError(f"{self.name} has no setting {unknown[0]!r}; it has {', '.join(self.settings)}")
-        if seeds is not None and seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {seeds}")
-        kept = {name: config for name, config in self.settings.items() if not only or name in only}
-        told = [text for text in overrides if self._varies(text, kept)]
-        settings = {name: _overridden(config, overrides, told) for name, config in kept.items()}
-        return replace(self, settings=settings, seeds=self.seeds if seeds is None else seeds)
-
-    def _varies(self, text: str, kept: Mapping[str, Config]) -> bool:
-        """Return True if the study's settings differ in the key of an override.
-
-        Raises ConfigError if the settings in `kept` differ in it, since the override would remove that difference.
-        """
-        key = override({}, text)
-        if key[0] in ("seed", "label"):
-            instead = "choose how many with --seeds" if key[0] == "seed" else "they name its settings"
-            raise ConfigError(f"--set {text}: a study has {key[0]}s of its own; {instead}")
-        first, value = next((name, _value(config, key)) for name, config in kept.items())
-        for name, config in kept.items():
-            if (other := _value(config, key)) != value:
-                raise ConfigError(
-                    f"--set {text}: {'.'.join(key)} is what settings differ in, {value!r} in {first} and {other!r} in "
-                    f"{name}; choose those with one value by --only"
-                )
-        return any(_value(config, key) != value for config in self.settings.values())
-
-
-def _value(config: Config, key: Sequence[str]) -> Any:
-    """Return the value of a configuration at a dotted key, split into names; None if it has no such key."""
-    found: Any = plain(config)
-    for name in key:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
-def _overridden(config: Config, overrides: Sequence[str], told: Sequence[str]) -> Config:
-    """Return the configuration with overrides; its label names those in `told`.
-
-    If the number of epochs changes, the epochs of the noise schedule and of certificates are scaled with it.
-    """
-    if not overrides:
-        return config
-    changed = configure(plain(config), overrides)
-    share, noise, certify = changed.epochs / config.epochs, changed.noise, changed.certify
-    if share != 1:
-        before = {name: getattr(config.noise, name) for name in ("lower_from", "lower_until")}
-        kept = {name: epoch for name, epoch in before.items() if epoch is not None and epoch == getattr(noise, name)}
-        try:
-            noise = replace(noise, **{name: share * epoch for name, epoch in kept.items()})
-        except ValueError as error:
-            raise ConfigError(f"--set {' '.join(overrides)}: noise: {error}") from None
-        if certify is not None and config.certify is not None and certify.at == config.certify.at:
-            certify = replace(certify, at=tuple(share * epoch for epoch in certify.at))
-    label = f"{changed.label} ({', '.join(told)})" if told else changed.label
-    return replace(changed, noise=noise, certify=certify, label=label)
-
-
-def check_folder(path: Path, name: str, scale: Scale, *, resume: bool) -> None:
-    """Raise ConfigError if a study's folder exists, unless `resume` is True and it belongs to this study and scale."""
-    if not path.exists():
-        return
-    if not resume:
-        raise ConfigError(f"output folder {path} exists; continue it with --resume, or choose another --out")
-    try:
-        found = json.loads((path / "study.json").read_text())
-        there = found["study"], found["scale"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"--resume: {path} is not the folder of a study (no readable study.json)") from None
-    if there != (name, scale):
-        raise ConfigError(f"--resume: {path} holds {there[0]} at scale {there[1]}, not {name} at scale {scale}")
-
-
-def make_folder(path: Path, name: str, scale: Scale) -> None:
-    """Create a study's folder if it does not exist. Raises ConfigError if it cannot be created."""
-    if not path.exists():
-        make_new(path)
-        RunFolder(path).write_json("study.json", {"study": name, "scale": scale, "commit": commit()})
-
-
-@dataclass(frozen=True)
-class StudyFolder:
-    """A study's folder: study.json, the runs in runs/SETTING/seed-N, and the results made from the runs."""
-
-    path: Path
+        return f"run {self.name}, seed {self.seed}"
 
     @property
-    def runs(self) -> Path:
-        """The folder of the runs."""
-        return self.path / "runs"
+    def file(self) -> Path:
+        """The run's rows. The file exists if the run is done."""
+        return self.study / "runs" / f"{self.name}-seed-{self.seed}.csv"
 
-    def run(self, sub_run: SubRun) -> Path:
-        """Return the folder of a run."""
-        return self.runs / sub_run.name
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for the checkpoints of a long run; it is empty when the run is done."""
+        return self.study / "checkpoints" / f"{self.name}-seed-{self.seed}"
 
-    def check(self, study: Study, *, resume: bool) -> None:
-        """Raise ConfigError if the folder exists, unless `resume` is True and its runs belong to this study.
+    def rows(self) -> list[Row]:
+        """Return the rows of a run that is done. Numbers are floats."""
+        with self.file.open(newline="", encoding="utf-8") as file:
+            return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
-        A run belongs to the study if its configuration is unchanged.
+
+def do_runs(
+    study: str,
+    settings: Mapping[str, S],
+    train: Callable[[Run[S], Report], Sequence[Row]],
+    seeds: int,
+    options: Options,
+) -> list[Run[S]]:
+    """Do the runs of a study that are not done, several at once, and return all runs.
+
+    They are ordered by seed, so that an interrupted study has runs of every setting. `train` must be importable by
+    name, or a `functools.partial` of such a function.
+    """
+    kept = options.chosen(settings)
+    folder = options.folder(study, kept)
+    count = seeds if options.seeds is None else options.seeds
+    runs = [Run(name, setting, seed, folder) for seed in range(count) for name, setting in kept.items()]
+    missing = [run for run in runs if not run.file.exists()]
+    with written(folder):
+        (folder / "runs").mkdir(exist_ok=True)
+        for _ in in_parallel(partial(_do, train), missing, study, options.jobs):
+            pass
+    return runs
+
+
+def _do(train: Callable[[Run[S], Report], Sequence[Row]], run: Run[S], report: Report) -> None:
+    rows = train(run, report)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(run.file, lambda file: file.write(text.getvalue().encode()))
+
+
+def _value(cell: str) -> float | str | None:
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+class Measurements:
+    """The measurements of one worker's run: a row for every `every` steps, and at the last step.
+
+    A row has the means, over the steps since the last row, of the loss and of the norm of this worker's gradient.
+    """
+
+    def __init__(self, steps: int, per_epoch: int, every: int, ledger: Ledger) -> None:
+        self.rows: list[Row] = []
+        self._steps, self._per_epoch, self._every, self._ledger = steps, per_epoch, every, ledger
+        self._losses, self._norms, self._last_epoch = list[float](), list[float](), list[float]()
+        self._begin, self._paused = time.perf_counter(), 0.0
+
+    def add(self, step: int, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the loss and the gradients of step `step`, which is counted from 1."""
+        self._losses.append(float(loss.detach()))
+        self._norms.append(float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+        if step > self._steps - self._per_epoch:
+            self._last_epoch.append(self._losses[-1])
+
+    def row(self, step: int) -> Row | None:
+        """Return a new row if one is due after step `step`, otherwise None. The caller may add to it.
+
+        `megabytes` is what this worker has sent since its start; a single worker sends nothing, so its messages are
+        counted. The last row also has `final_loss`, the mean loss of the last epoch.
         """
-        check_folder(self.path, study.name, study.scale, resume=resume)
-        for sub_run in study.sub_runs():
-            there = self._config_of(sub_run)
-            if there is None and not self.is_done(sub_run):
-                continue  # this run has not begun
-            if there != sub_run.config:
-                known = {} if there is None else plain(there)
-                workers = "workers", sub_run.config.workers, known.get("workers")
-                key, now, before = first_difference(plain(sub_run.config), known) or workers
-                raise ConfigError(
-                    f"--resume: {self.run(sub_run)} was made with another configuration: {key} was {before!r}, and is "
-                    f"{now!r}"
-                )
-
-    def make(self, study: Study) -> None:
-        """Create the study's folder if it does not exist. Raises ConfigError if it cannot be created."""
-        make_folder(self.path, study.name, study.scale)
-
-    def _config_of(self, sub_run: SubRun) -> Config | None:
-        """Return the configuration in a run's folder, or None if it cannot be read.
-
-        Keys that did not exist when the run was made have their defaults.
-        """
-        try:
-            return build(Config, json.loads((self.run(sub_run) / "config.json").read_text()))
-        except (OSError, ValueError):
+        if step % self._every and step < self._steps:
             return None
+        moved = [one for purpose, one in self._ledger.by_purpose.items() if purpose != "start"]
+        row: Row = {
+            "step": step,
+            "epoch": step / self._per_epoch,
+            "megabytes": (sum(one.sent for one in moved) or sum(one.payload for one in moved)) / 1e6,
+            "seconds": time.perf_counter() - self._begin - self._paused,
+            "loss": fmean(self._losses),
+            "grad_norm": fmean(self._norms),
+        }
+        if step == self._steps:
+            row["final_loss"] = fmean(self._last_epoch)
+        self._losses, self._norms = [], []
+        self.rows.append(row)
+        return row
 
-    def is_done(self, sub_run: SubRun) -> bool:
-        """Return True if a run is finished: its summary exists, which is written last."""
-        return (self.run(sub_run) / "summary.json").is_file()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after a row, for a checkpoint."""
+        seconds = time.perf_counter() - self._begin - self._paused
+        return {"rows": self.rows, "last_epoch": self._last_epoch, "seconds": seconds}
 
-    def is_begun(self, sub_run: SubRun) -> bool:
-        """Return True if a run has begun with the same configuration, so that it can be resumed."""
-        return self._config_of(sub_run) == sub_run.config
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.rows, self._last_epoch = list(state["rows"]), list(state["last_epoch"])
+        self._begin, self._paused = time.perf_counter() - state["seconds"], 0.0
 
-    def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:
-        """Return the runs that are not finished."""
-        return [sub_run for sub_run in sub_runs if not self.is_done(sub_run)]
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context manager whose time is not counted in `seconds`, for tests and certificates."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+
+def mean_over_workers(workers: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return the rows of worker 0, with the means over workers of losses and norms."""
+    averaged = ("loss", "grad_norm", "final_loss")
+    return [
+        {name: fmean(row[name] for row in same) if name in averaged else value for name, value in same[0].items()}
+        for same in zip(*workers, strict=True)
+    ]

@@ -15,16 +15,18 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from lab import charts
 from lab.origin import commit
 from lab.paper import drawing
-from lab.paper.study import Scale, check_folder, make_folder
+from lab.paper.study import Options, write_json
 from lab.paper.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
 from lab.pool import in_parallel
-from lab.runs import RunFolder, check_free, environment, locked, written
-from lab.runs.report import COLOURS
-from packsaddle.errors import require
+from packsaddle.cli import print_table, serve
+from packsaddle.cli.certificate_figure import COLOURS
+from packsaddle.cli.folders import written
+from packsaddle.errors import ConfigError, require
 from packsaddle.theory import TABLE_1, Assumptions, plan
 
 Run = dict[str, Any]
@@ -222,37 +224,16 @@ def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
 STANDS_FOR = {"uncompressed": "Identity", "SketchTopK": "SketchTopK", "RandomK": "RandomK", "constant": "AdaptiveTopK"}
 
 
-def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: int | None) -> list[dict[str, Any]]:
-    """Make the missing measurements, write the tables and the figure, and return the rows of exponents.
-
-    Raises ConfigError if the folder cannot be used.
-    """
-    wanted = list(few_jobs() if scale == "smoke" else all_jobs())
-    check_free(folder)
-    check_folder(folder, "table1", scale, resume=resume)
-    make_folder(folder, "table1", scale)
-    with locked(folder), written(folder):
-        return _tabulated(wanted, folder, version, scale, jobs)
-
-
-def _tabulated(
-    wanted: Sequence[Job], folder: Path, version: str, scale: Scale, jobs: int | None
-) -> list[dict[str, Any]]:
-    lines = _measured(folder / "runs.jsonl")
+def measurements(wanted: Sequence[Job], folder: Path, jobs: int | None) -> list[Run]:
+    """Return the measurements of `wanted`. Those that are not in the folder's runs.jsonl are made and added to it."""
+    record = folder / "runs.jsonl"
+    lines = _measured(record)
     done = {Job(**{key: line[key] for key in Job.__dataclass_fields__}) for line in lines}
-    lines += _measure([job for job in wanted if job not in done], folder, jobs)
-    rows = steps(lines)
-    RunFolder(folder).write_json("environment.json", {**environment(version, 1, "cpu"), "scale": scale})
-    RunFolder(folder).write_json("table1.json", table(rows))
-    for name, content in (
-        ("shares", shares(lines)),
-        ("saddles", saddles(lines)),
-        ("steps", rows),
-        ("exponents", exponents(rows)),
-    ):
-        _write(content, folder / f"{name}.csv")
-    charts.save(draw(rows, list(COMPRESSORS)), folder / "figure")
-    return exponents(rows)
+    for _, result in in_parallel(measure, [job for job in wanted if job not in done], "table1", jobs):
+        lines.append(result)
+        with record.open("a") as file:
+            file.write(json.dumps({**result, "commit": commit()}) + "\n")
+    return lines
 
 
 def _measured(record: Path) -> list[dict[str, Any]]:
@@ -270,14 +251,6 @@ def _measured(record: Path) -> list[dict[str, Any]]:
         with record.open("a") as file:
             file.write("\n")
     return lines
-
-
-def _measure(missing: Sequence[Job], folder: Path, jobs: int | None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for _, result in in_parallel(measure, missing, "table1", jobs):
-        RunFolder(folder).append("runs.jsonl", {**result, "commit": commit()})
-        found.append(result)
-    return found
 
 
 def table(rows: Sequence[Mapping[str, Any]], d: int = 1_000_000, epsilon: float = 0.1) -> dict[str, Any]:
@@ -304,3 +277,52 @@ def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def table1(options: Options) -> None:
+    """Measure the exponents of Table 1 on problems with known saddles, and print them beside the planned ones.
+
+    Examples:
+        python -m lab.paper.table1 --out table1
+        python -m lab.paper.table1 --scale smoke
+
+    Args:
+        options: Those of every study; --seeds and --only do not apply.
+    """
+    if options.seeds is not None or options.only:
+        raise ConfigError(f"--{'only' if options.only else 'seeds'} does not apply to table1")
+    folder = options.folder("table1", {})
+    with written(folder):
+        lines = measurements(list(few_jobs() if options.scale == "smoke" else all_jobs()), folder, options.jobs)
+        rows = steps(lines)
+        slopes = exponents(rows)
+        write_json(folder / "table1.json", table(rows))
+        tables = {"shares": shares(lines), "saddles": saddles(lines), "steps": rows, "exponents": slopes}
+        for name, content in tables.items():
+            _write(content, folder / f"{name}.csv")
+        charts.save(draw(rows, list(COMPRESSORS)), folder / "figure")
+
+    # Print the exponents.
+    names = ("limit", "planned", "measured", "best", "planned_bytes", "best_bytes")
+    headings = ("limit of T", "planned T", "measured", "measured, best eta", "bytes", "bytes, best eta")
+    shown = Table("compressor", "gradient", "exponent of", *headings)
+    for column in shown.columns[3:]:
+        column.justify = "right"
+    for row in slopes:
+        gradient = "Lipschitz" if row["lipschitz"] else "not Lipschitz"
+        shown.add_row(row["compressor"], gradient, row["against"], *(f"{row[name]:.2f}" for name in names))
+    shown.caption = (
+        "slopes in log-log on known saddles; planned is the slope of the planned T over the same epsilon or d"
+    )
+    print_table(shown)
+    print(f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan table)")
+    print(f"figure: {folder / 'figure-light.svg'}")
+
+
+def main() -> None:
+    """Run the command line."""
+    serve(table1, "python -m lab.paper.table1")
+
+
+if __name__ == "__main__":
+    main()

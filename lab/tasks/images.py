@@ -1,4 +1,4 @@
-"""Images in memory, and the `Dataset` protocol of images and text, used by training and certification."""
+"""Images in memory, and the `Dataset` protocol of images and text."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lab.tasks.options import DataConfig
-from lab.tasks.text import load_text
 from packsaddle.errors import ConfigError, require
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -30,14 +28,11 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of the examples `index`, int64[b], on `device`.
-
-        Floating-point inputs have the type `dtype`.
-        """
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the examples `index`, int64[b]."""
 
     def owners(self, workers: int) -> Tensor:
-        """Return the rank of the worker that owns each example, int64[n], with data.shard = "class"."""
+        """Return the rank of the worker that owns each example, int64[n], if each owns some classes."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +58,28 @@ class Images:
     def pixels(self, index: Tensor) -> Tensor:
         return self.levels[index].to(torch.float32).div_(self.full_scale)
 
-    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        return self.pixels(index).to(device, dtype), self.labels[index].to(device)
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pixels(index), self.labels[index]
 
 
-def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
+def load_images(
+    name: str, data_dir: Path | None = None, *, train: bool, limit: int | None = None, download: bool = False
+) -> Images:
+    """Load the training images, or with `train` False the test images, of a data set.
+
+    `name` is digits, mnist, cifar10, or folder, which stands for images in train/CLASS/* and test/CLASS/*. `limit`
+    selects this many training images. Raises ConfigError if the data are missing or damaged.
+    """
     try:
-        if config.name == "text":
-            return load_text(config, data_dir, train=train)
-        return load_images(config, data_dir, train=train, download=download)
+        images = _load(name, data_dir, train, download)
     except OSError as error:
         raise ConfigError(f"--data-dir {data_dir} cannot be read: {error}") from None
-
-
-def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
-    images = _load(config.name, data_dir, train, download)
-    if config.limit is None or not train:
+    if limit is None or not train:
         return images
-    if config.limit > len(images):
-        raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
+    if limit > len(images):
+        raise ConfigError(f"limit must be at most {len(images)} (the examples of {name}), got {limit}")
     # Choose images at random, since image folders are sorted by class. The choice does not depend on the run's seed.
-    chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[: config.limit]
+    chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[:limit]
     return Images(images.levels[chosen], images.labels[chosen], images.full_scale, images.classes)
 
 

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from lab.tasks.options import ModelConfig
 from packsaddle.comm import Communicator
+from packsaddle.comm.simulation import FusedGroup
+from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import ConfigError, require
+from packsaddle.numerics import Stream, mix
 
 Norm = Literal["worker", "all", "group"]
 _MOMENTUM, _EPS = 0.1, 1e-5
@@ -24,14 +27,14 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 class WorkerBatchNorm2d(nn.Module):
     """Batch normalization of float[b, c, h, w], over each worker's batch ("worker") or all workers' batches ("all").
 
-    The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
-    statistics are first and second moments, whose averages over workers are the moments of all batches. Call `connect`
-    before training with "all".
+    Running statistics are first and second moments, whose averages over workers are the moments of all batches. Call
+    `connect` before training with "all". In a fused simulation, whose one process has the batches of all workers, "all"
+    only counts the bytes that the workers' exchanges would send.
     """
 
-    def __init__(self, channels: int, over: Literal["worker", "all"], parts: int = 1) -> None:
+    def __init__(self, channels: int, over: Literal["worker", "all"]) -> None:
         super().__init__()
-        self.over, self.parts = over, parts
+        self.over = over
         self.channel: Communicator | None = None
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -43,43 +46,34 @@ class WorkerBatchNorm2d(nn.Module):
         if not self.training:
             variance = self.running_square - self.running_mean.square()
             return _normalise(x, self.running_mean, variance.clamp(min=0), self.weight, self.bias)
-        if self.over == "worker":
-            if self.parts == 1:
-                return self._local(x, self.weight, self.bias)
-            # Normalize each worker's part by its own statistics, by folding workers into the channel dimension.
-            n, c, h, w = x.shape
-            apart = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
-            y = self._local(apart, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
-            return y.view(n // self.parts, self.parts, c, h, w).transpose(0, 1).reshape(x.shape)
-
-        # Statistics over all workers: exchange the moments, unless all workers are in this process.
         channel = self.channel
-        if channel is not None and channel.group.size > self.parts:
-            exact = x.to(self.weight.dtype)  # 16 bits are too few for the moments and their difference, the variance
-            local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
-            mean, square = _mean_over_workers(local, channel).chunk(2)
-            self._run(mean.detach(), square.detach())
-            return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
-        # If this process simulates all workers, only count the bytes that their exchanges would send.
-        if channel is not None and self.parts > 1:
+        if self.over == "worker" or channel is None or channel.group.size == 1:
+            return self._local(x)
+        if isinstance(channel.group, FusedGroup):
             for _ in ("forward", "backward"):
                 channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
-        return self._local(x, self.weight, self.bias)
+            return self._local(x)
 
-    def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
-        y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=_EPS)
+        # Statistics over all workers: exchange the moments.
+        exact = x.to(self.weight.dtype)  # 16 bits are too few for the moments and their difference, the variance
+        local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
+        mean, square = _mean_over_workers(local, channel).chunk(2)
+        self._run(mean.detach(), square.detach())
+        return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
+
+    def _local(self, x: Tensor) -> Tensor:
+        mean, variance = torch.zeros_like(self.weight), torch.ones_like(self.weight)
+        options: dict[str, Any] = {"training": True, "momentum": 1.0, "eps": _EPS}
+        y = nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, **options)
         count = x.numel() // x.shape[1]
         # The running variance that batch_norm returns is unbiased; batches are normalized by the biased variance.
-        biased = variance * ((count - 1) / count)
-        self._run(mean.detach(), (biased + mean.square()).detach())
+        self._run(mean.detach(), (variance * ((count - 1) / count) + mean.square()).detach())
         return y
 
     @torch.no_grad()
     def _run(self, mean: Tensor, square: Tensor) -> None:
-        channels = len(self.running_mean)
-        self.running_mean.lerp_(mean.view(-1, channels).mean(0), _MOMENTUM)
-        self.running_square.lerp_(square.view(-1, channels).mean(0), _MOMENTUM)
+        self.running_mean.lerp_(mean, _MOMENTUM)
+        self.running_square.lerp_(square, _MOMENTUM)
 
 
 def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,8 +84,7 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 class _MeanOverWorkers(torch.autograd.Function):
     """Differentiable mean of a tensor over workers.
 
-    Its backward pass averages the gradients, since the total loss is the mean of the workers' losses. Under `vmap` over
-    simulated workers (see `lab.runs.batched`) the tensors of all workers are in this process.
+    Its backward pass averages the gradients, since the total loss is the mean of the workers' losses.
     """
 
     @staticmethod
@@ -106,24 +99,20 @@ class _MeanOverWorkers(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _mean_over_workers(gradients[0], ctx.channel), None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], local: Tensor, channel: Communicator) -> tuple[Tensor, None]:
-        return local.mean(in_dims[0]), None
-
 
 def _mean_over_workers(local: Tensor, channel: Communicator) -> Tensor:
     mean: Tensor = _MeanOverWorkers.apply(local, channel)  # type: ignore[no-untyped-call]
     return mean
 
 
-def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
+def make_norm(channels: int, norm: Norm) -> nn.Module:
     """Return a normalization layer for `channels` channels.
 
     With "group" a group has four channels, or more if there would be more than 32 groups.
     """
     if norm == "group":
         return nn.GroupNorm(max(1, min(32, channels // 4)), channels)
-    return WorkerBatchNorm2d(channels, norm, parts)
+    return WorkerBatchNorm2d(channels, norm)
 
 
 def connect(model: nn.Module, channel: Communicator) -> None:
@@ -213,7 +202,7 @@ def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
     return layer
 
 
-def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
+def mnist_autoencoder(*, sigmoid: bool = True) -> nn.Module:
     """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters, for float[b, 1, 28, 28].
 
     Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The decoder is
@@ -232,29 +221,27 @@ def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
         nn.ReLU(),
         nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1),
     ]
-    return nn.Sequential(*layers, *_last(output))
+    return nn.Sequential(*layers, *([nn.Sigmoid()] if sigmoid else []))
 
 
-def _last(output: str) -> list[nn.Module]:
-    return [nn.Sigmoid()] if output == "sigmoid" else []
+def autoencoder(shape: torch.Size, widths: tuple[int, ...]) -> nn.Module:
+    """Make a fully connected autoencoder with ReLU and a last sigmoid, for float[b, *shape].
 
-
-def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
+    `widths` are the widths of the encoder's layers; the decoder has them in reverse.
+    """
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
     for width_in, width_out in itertools.pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1], *_last(output), nn.Unflatten(1, shape))
+    return nn.Sequential(*layers[:-1], nn.Sigmoid(), nn.Unflatten(1, shape))
 
 
-def resnet(
-    depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker", parts: int = 1
-) -> nn.Module:
+def resnet(depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker") -> nn.Module:
     """Make torchvision's ResNet with `width` channels in its first stage.
 
     `stem` is torchvision's ("imagenet"), or for small images a 3 x 3 convolution without max pooling ("small"). `norm`
-    is batch normalization per worker or over all workers, or group normalization. `parts`: see `WorkerBatchNorm2d`.
+    is batch normalization per worker or over all workers, or group normalization.
     """
     vision = require("torchvision", "vision", f"ResNet-{depth}")
 
@@ -262,7 +249,7 @@ def resnet(
         return channels * width // 64
 
     def norm_layer(channels: int) -> nn.Module:
-        return make_norm(scaled(channels), norm, parts)
+        return make_norm(scaled(channels), norm)
 
     network: nn.Module = getattr(vision.models, f"resnet{depth}")(num_classes=classes, norm_layer=norm_layer)
     if width != 64:
@@ -290,6 +277,19 @@ def _convolution(inside: int, outside: int, size: int, stride: int, padding: int
     convolution = nn.Conv2d(inside, outside, size, stride, padding, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return the network that `make` makes, with initial weights that depend on `seed` only.
+
+    torch's layers can be initialized from the global generator only, whose state is restored.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, int(Stream.INIT)) >> 33)
+        network = make()
+    # Convolutions on a CPU are 25% faster in channels_last, but gradients of narrow ones are wrong in it.
+    layout = torch.contiguous_format if has_narrow_convolutions(network) else torch.channels_last
+    return network.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 class Task(nn.Module):

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lab.tasks.options import DataConfig
 from packsaddle.errors import ConfigError, read_text
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
@@ -37,13 +36,9 @@ class Text:
         """Number of classes to predict: the characters of the vocabulary, and one class for all others."""
         return len(self.vocabulary) + 1
 
-    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the windows `index`, and the character that follows each position, both int64[b, c].
-
-        `dtype` is not used.
-        """
-        at = index[:, None] * self.context + torch.arange(self.context + 1)
-        windows = self.codes[at].to(device, torch.int64)
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the windows `index`, and the character that follows each position, both int64[b, c]."""
+        windows = self.codes[index[:, None] * self.context + torch.arange(self.context + 1)].to(torch.int64)
         return windows[:, :-1], windows[:, 1:]
 
     def owners(self, workers: int) -> Tensor:
@@ -54,34 +49,38 @@ class Text:
         return torch.arange(len(self)) * workers // len(self)
 
 
-def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text:
+def load_text(data_dir: Path | None = None, *, train: bool, context: int = 64, limit: int | None = None) -> Text:
     """Load the training text, or with `train` False the held-out text, which is the last tenth.
 
-    `data.limit` selects the first windows, so that they stay consecutive. Raises ConfigError if the text is missing or
-    too short.
+    The text is that of all .txt and .md files in `data_dir`, by default Python's own language reference. `limit`
+    selects the first windows of the training text. Raises ConfigError if the text is missing or too short.
     """
-    return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
+    codes, vocabulary = _encoded(data_dir)
+    source = data_dir or "pydoc_data.topics"
+    return cut_text(codes, vocabulary, source, train=train, context=context, limit=limit)
 
 
-def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
+def cut_text(
+    codes: Tensor, vocabulary: str, source: object, *, train: bool, context: int = 64, limit: int | None = None
+) -> Text:
     """Cut a text into windows, and return its first nine tenths, or with `train` False its last tenth.
 
     `codes` are the codes of the whole text, int16[n]; `source` is its name in messages. Raises ConfigError if not even
     one window fits.
     """
-    cut, c = len(codes) - len(codes) // 10, config.context
+    cut = len(codes) - len(codes) // 10
     part = codes[:cut] if train else codes[cut:]
-    windows = (len(part) - 1) // c
+    windows = (len(part) - 1) // context
     if windows < 1:
         raise ConfigError(
-            f"{'training' if train else 'test'} text must have more than data.context = {c} characters, "
+            f"{'training' if train else 'test'} text must have more than context = {context} characters, "
             f"got {len(part)} of the {len(codes)} in {source} (the last tenth is the test set)"
         )
-    if train and config.limit is not None:
-        if config.limit > windows:
-            raise ConfigError(f"data.limit must be at most {windows} (the windows of the training text)")
-        windows = config.limit
-    return Text(part[: windows * c + 1], c, vocabulary)
+    if train and limit is not None:
+        if limit > windows:
+            raise ConfigError(f"limit must be at most {windows} (the windows of the training text), got {limit}")
+        windows = limit
+    return Text(part[: windows * context + 1], context, vocabulary)
 
 
 @lru_cache(maxsize=4)  # the workers of a simulation share one copy

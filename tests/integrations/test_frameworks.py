@@ -475,7 +475,7 @@ def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]]
 
 def test_importing_packsaddle_imports_no_framework() -> None:
     code = (
-        "import sys, packsaddle.integrations, lab.runs; "  # and packsaddle.cli, as all forks have
+        "import sys, packsaddle.integrations; "  # and packsaddle.cli, as all forks have
         "print([m for m in "
         "('lightning', 'accelerate', 'transformers', 'tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
     )

@@ -8,8 +8,9 @@ import torch
 from commandline import command, refused
 
 from lab.demo import saddle, slow_link
-from lab.tasks import Batches, DataConfig, load_images, shard
+from lab.tasks.images import load_images
 from lab.tasks.models import autoencoder
+from lab.tasks.sharding import Batches, shard
 from packsaddle.compressors import Identity
 
 
@@ -68,7 +69,7 @@ def test_uncompressed_runs_train_as_torch_does_on_both_workers_batches() -> None
     found = saddle.train(method, lambda _: None)
 
     # The twin: torch's SGD on the mean loss of the two workers' batches.
-    images = load_images(DataConfig("digits"), None, train=True)
+    images = load_images("digits", train=True)
     shards = [shard(images, "iid", worker=w, workers=2, seed=0) for w in range(2)]
     batches = [Batches(mine, saddle.BATCH, worker=w, seed=0) for w, mine in enumerate(shards)]
     with torch.random.fork_rng(devices=[]):
@@ -87,6 +88,6 @@ def test_uncompressed_runs_train_as_torch_does_on_both_workers_batches() -> None
 
 
 def test_the_plateau_is_the_best_constant() -> None:
-    images = load_images(DataConfig("digits"), None, train=True)
+    images = load_images("digits", train=True)
     pixels = images.pixels(torch.arange(len(images)))
     assert float((pixels - pixels.mean(0)).square().mean()) == pytest.approx(saddle.PLATEAU, rel=0.01)

@@ -15,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab import toys
-from lab.runs.templates import TASKS
-from lab.tasks.images import load_data
-from lab.tasks.models import make_task
+from lab.toys import char_transformer
 from packsaddle import QSGD, LowRank, RandomK, Rounded, TopK
 from packsaddle.cli.plan_link_text import LinkPlan, methods
 from packsaddle.plan import link as link_planner
@@ -175,14 +173,10 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
-    """The model that a run of `python -m lab init`'s configuration trains."""
     own = ("--model", "lab.toys:char_transformer", "--input", "int64:64", "--batch", 2)
     assert command("plan", "link", "1gbit", *own, "--optimizer", "sgd", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    config = TASKS["char-transformer"].config
-    text = load_data(config.data, None, train=True)
-    task = make_task(config.model, text.shape, text.classes, 0)
-    assert document["compressed"] + document["dense"] == sum(p.numel() for p in task.parameters())
+    assert document["compressed"] + document["dense"] == sum(p.numel() for p in char_transformer().parameters())
     assert document["fleet"]["compute"] > 0
 
 

@@ -13,7 +13,7 @@ from packsaddle import cli
 LAB = {
     "lab.bench.pieces": "lab.bench.pieces",
     "lab.race": "lab.race.__main__",
-    "lab.paper": "lab.paper.__main__",
+    **{f"lab.paper.{name}": f"lab.paper.{name}" for name in ("figure1", "figure2", "language", "table1")},
     "lab": "lab.__main__",
 }
 

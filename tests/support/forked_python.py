@@ -23,7 +23,6 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.run",
     "packsaddle.cli",
-    "lab.runs.job",
     "packsaddle.numerics.kernels.preloaded",
     # What several programs import.
     "torch.distributed.fsdp",

@@ -31,7 +31,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # Import torch._dynamo and numba in the server: the first optimizer of a process imports the former, which takes as long
 # as importing torch, and the first loop the latter. Processes that commands start in tests come from this server too.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "lab.runs.job", "pytest"]
+    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "packsaddle.cli", "pytest"]
 )
 
 

@@ -26,8 +26,8 @@ def inputs() -> tuple[Tensor, Tensor]:
     )
 
 
-def norm(over: Any, parts: int = 1) -> WorkerBatchNorm2d:
-    module = WorkerBatchNorm2d(C, over, parts).double()
+def norm(over: Any) -> WorkerBatchNorm2d:
+    module = WorkerBatchNorm2d(C, over).double()
     with torch.no_grad():
         module.weight.copy_(torch.linspace(0.5, 1.5, C))
         module.bias.copy_(torch.linspace(-1, 1, C))
@@ -105,11 +105,10 @@ def test_running_moments_are_the_mixture_s(over: str) -> None:
         assert torch.allclose(found["eval"], want.double())
 
 
-@pytest.mark.parametrize("over", ["all", "worker"])
-def test_fused_is_apart(over: Any) -> None:
-    apart = simulate(lambda rank: one_worker(over), W)
+def test_fused_is_apart() -> None:
+    apart = simulate(lambda rank: one_worker("all"), W)
     x, weights = inputs()
-    module, channel = norm(over, parts=W), Communicator(FusedGroup(W), Ledger())
+    module, channel = norm("all"), Communicator(FusedGroup(W), Ledger())
     connect(module, channel)
     y = module(x)
     (y * weights).sum().backward()

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab.tasks import DataConfig
 from lab.tasks.sharding import shard
 from lab.tasks.text import UNKNOWN, Text, load_text
 
-CPU = torch.device("cpu")
 WORDS = ("saddle", "mule", "a long way", "packs?", "\u00fcber", "noise,", "42")
 
 
@@ -28,11 +26,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path | None, *, train: bool = True, **options: Any) -> Text:
-    return load_text(DataConfig("text", **options), folder, train=train)
+    return load_text(folder, train=train, **options)
 
 
 def everything(data: Text) -> tuple[torch.Tensor, torch.Tensor]:
-    return data.batch(torch.arange(len(data)), CPU)
+    return data.batch(torch.arange(len(data)))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -50,7 +48,7 @@ def test_windows_and_targets(folder: Path, train: bool) -> None:
     assert inputs.tolist() == [w[:-1] for w in windows]
     assert targets.tolist() == [w[1:] for w in windows]
     assert (inputs.dtype, targets.dtype) == (torch.int64, torch.int64)
-    assert data.batch(torch.tensor([3]), CPU, torch.float64)[0].tolist() == [windows[3][:-1]]
+    assert data.batch(torch.tensor([3]))[0].tolist() == [windows[3][:-1]]
 
 
 def test_the_vocabulary_leaves_out_what_is_rare(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""The commands of `python -m lab`, and functions that they share."""
