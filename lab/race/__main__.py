@@ -1,219 +1,170 @@
-"""python -m lab.race train | link | loss | target."""
+"""python -m lab.race train | clock | steps | tables: one workload, one table of methods, and what each method costs."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from lab.bench.result import Question, Result
-from lab.race import train
-from lab.race.contenders import FIELD
-from lab.race.curves import Training
-from lab.race.race import Race
-from lab.race.target import Part, TargetRace
-from lab.race.target_settings import TargetSettings
-from lab.race.time_to_loss import Rates
-from lab.race.to_loss import FullRace
-from lab.race.workload import TrainingWorkload
+import torch
+from torch.distributed import is_torchelastic_launched
+
+from lab.race import tables as race_tables
+from lab.race.clock import LOCAL, Job, rates_of, time_steps, time_training
+from lab.race.gpt import BATCH, NETWORKS, RATE, STEPS, WARM_UP, Recipe
+from lab.race.methods import METHODS
+from lab.race.text import Text
+from lab.race.train import make, rows
 from packsaddle.cli import Group, serve
+from packsaddle.comm import process_group
+from packsaddle.errors import ConfigError, check_counts, check_integers
+from packsaddle.options.schema import nearest
 
 
-@dataclass(frozen=True)
-class _Training(Question):
-    """Options of the benchmarks of whole training steps."""
+@dataclass(frozen=True, kw_only=True)
+class Trainings:
+    """What is trained: every combination of these, by nanoGPT's recipe."""
 
-    # The network
-    model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
-    # Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18
-    batch: int | None = None
-    # The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N). Each
-    # may say its own step size, as in 'ddp lr=0.2', and a compressor its noise and momentum, as in 'TopK(0.01)
-    # noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with delay,
-    # fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'.
-    contenders: tuple[str, ...] = FIELD
-    # Step size of those that say none
-    lr: float = 0.1
-    # Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic
-    data_dir: Path | None = None
-    # Turns of each contender
-    rounds: int = 5
-    # Consecutive steps in one turn
-    block: int = 4
-    # Seed of the network and of the batches
-    seed: int = 0
-
-    def race(self) -> Race:
-        batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
-        workload = TrainingWorkload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
-        return Race(workload, self.contenders, self.lr, self.rounds, self.block)
-
-
-@dataclass(frozen=True)
-class Train(_Training):
-    """Time a training step on local processes, compared with torch's own ways to exchange gradients.
-
-    Examples:
-        python -m lab.race train --model resnet18
-        python -m lab.race train --contenders ddp 'RandomK(0.01) noise=0.01' --rounds 3
-    """
-
-    # Worker processes on this machine
-    workers: int = 2
-
-    def run(self) -> list[Result]:
-        return train.race_on_workers(self.race(), self.workers)
-
-
-@dataclass(frozen=True)
-class Link(_Training):
-    """Time training over a rate-limited link, and compare it with the floor by its bytes. (Needs root and iproute2.)
-
-    Hosts are network namespaces on this machine, whose links have a limited rate.
-
-    Examples:
-        python -m lab.race link --rate 100 --model resnet18
-    """
-
-    # Number of hosts; each runs one worker under torchrun
-    hosts: int = 2
-    # Mbit/s of every host's link: of what it receives, and without --up also of what it sends
-    rate: float = 100.0
-    # Mbit/s of what a host sends, where that is another rate
-    up: float | None = None
-
-    def run(self) -> list[Result]:
-        return train.race_on_hosts(self.race(), self.hosts, self.rate, self.up)
-
-
-_PEERS_OF_A_RACE = ("ddp", "ddp-fp16", "powersgd-1", "powersgd-4", "local-sgd-32", "diloco-32", "sparseloco-32")
-_OURS_IN_A_RACE = (
-    "TopK(0.1) hook=bucket",
-    "TopK(0.01) hook=bucket",
-    'TopK(1/16, values="int2") every=2',
-    'TopK(1/16, values="int2") every=8',
-    'TopK(1/48, values="int2") every=32',
-)
-
-
-@dataclass(frozen=True)
-class Loss(Question):
-    """Race to a validation loss: each contender's curve once, its step time on each link, and the time to the loss.
-
-    Step sizes are searched for on one grid, with seed 0; the best of each contender has more seeds. Results in the
-    folder are not made again. (Steps need root and iproute2; diloco-N needs torchft.)
-
-    Examples:
-        python -m lab.race loss --out race
-        python -m lab.race loss --out race --only curves --contenders ddp diloco-32 'TopK(1/48) every=32'
-        python -m lab.race loss --out race --only tables
-    """
-
-    # Folder of curves.csv and steps.csv, which are added to.
-    out: Path = Path("race")
-    # One part: the training curves, the steps on links, or the tables of what is there
-    only: Literal["all", "curves", "steps", "tables"] = "all"
-    # nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
-    # channels, with SGD and momentum.
-    model: Literal["gpt", "gpt-10m", "resnet18", "resnet18-16"] = "gpt"
-    # Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder
-    data_dir: Path | None = None
-    # Numbers of workers, each with a race of its own; in steps each is a host
+    # nanoGPT's input.txt (tinyshakespeare), "library" for the source of Python's standard library, or a file of GPT-2's
+    # tokens in nanoGPT's format, NAME.bin
+    text: str
+    # The file of the rows, to which new ones are added
+    out: Path
+    # Names of methods, such as dense and 'local, agreement'; a wrong one lists all
+    methods: tuple[str, ...] = ("dense", "local, agreement")
+    # Numbers of workers
     workers: tuple[int, ...] = (2,)
-    # As for link. One may train for another number of steps, as in 'TopK(1/48) every=32 steps=1600', and one that names
-    # its lr is listed once for each.
-    contenders: tuple[str, ...] = (*_PEERS_OF_A_RACE, *_OURS_IN_A_RACE)
-    # The grid of step sizes
-    lrs: tuple[float, ...] = (0.001, 0.002, 0.004)
-    # Seeds of each contender at its best step size
-    seeds: int = 3
-    # Steps of a training
-    steps: int = 1000
-    # Steps between evaluations
-    every: int = 50
-    # Examples per worker and step
-    batch: int = 8
-    # Mbit/s of the links; 10/100 is 10 up and 100 down
-    rates: tuple[str, ...] = ("10", "50", "200", "1000")
-    # Turns of each contender on a link
-    rounds: int = 3
-    # Consecutive steps in one turn, at least; whole periods
-    block: int = 2
+    # Seeds of the network and the windows
+    seeds: tuple[int, ...] = (0,)
+    # Lengths in steps, of the whole recipe with its cosine
+    steps: tuple[int, ...] = (STEPS,)
+    # Highest learning rates
+    rates: tuple[float, ...] = (RATE,)
+    # Steps of warm-up
+    warm_up: int = WARM_UP
+    # Windows of a step of one worker
+    batch: int = BATCH
+    # The optimizer inside; muon: for hidden matrices
+    inner: Literal["adamw", "muon"] = "adamw"
+    # Millions of parameters
+    size: Literal["0.05M", "0.1M", "0.3M", "0.8M", "124M"] = "0.8M"
 
-    def run(self) -> list[Result]:
-        workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
-        training = Training(workload, "adamw" if workload.reads_text else "momentum", self.steps, self.every)
-        links = tuple(map(Rates.parse, self.rates))
-        race = FullRace(
-            self.out,
-            training,
-            self.workers,
-            self.contenders,
-            self.lrs,
-            self.seeds,
-            links,
-            rounds=self.rounds,
-            block=self.block,
-        )
-        results = race.run(self.only)
-        if not results:
-            raise ValueError(f"out {self.out} has no curves of ddp and no steps yet")
-        return results
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise ConfigError(f"methods must be of {'; '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
+        for name in ("methods", "workers", "seeds", "steps", "rates"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must have at least one value")
+        check_counts(batch=self.batch, workers=min(self.workers), steps=min(self.steps))
+        check_integers(0, warm_up=self.warm_up, seeds=min(self.seeds))
+        if not all(0 < rate < float("inf") for rate in self.rates):
+            raise ConfigError(f"rates must be positive and finite, got {', '.join(map(str, self.rates))}")
+        if self.warm_up >= min(self.steps):
+            raise ConfigError(f"warm_up must be below steps = {min(self.steps)}, got {self.warm_up}")
+
+    def recipes(self) -> list[Recipe]:
+        """Return the recipes, one for each length and rate."""
+        network = asdict(NETWORKS[self.size])
+        return [
+            Recipe(**network, steps=steps, rate=rate, warm_up=self.warm_up, batch=self.batch, inner=self.inner)
+            for steps, rate in product(self.steps, self.rates)
+        ]
 
 
-_SETTINGS = Path(__file__).parents[2] / "experiments" / "race" / "target" / "settings.toml"
+def train(what: Trainings, /, *, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    """Train with simulated workers, or under torchrun with a process for each; a row has the loss and the bytes sent.
 
-
-@dataclass(frozen=True)
-class Target(Question):
-    """Train on links until a validation loss is reached, by the clock: start, steps and flush of each method.
-
-    The methods and the target are in a settings file. Results in the folder are not made again. (Needs root and
-    iproute2, unless --rates local.)
+    One worker trains with dense alone. Rows that the file has are not made again.
 
     Examples:
-        python -m lab.race target --rates 10 --workers 2 --only steps
-        python -m lab.race target --rates 10 --workers 2 --only plan
-        python -m lab.race target --rates 10 --workers 2 --methods 'Muon, local 8, Sign' 'Muon, local SGD 128'
-        python -m lab.race target --only tables
+        python -m lab.race train --text input.txt --workers 1 2 4 --seeds 0 1 2 --out rows.csv
+        python -m lab.race train --text library --steps 1000 1250 --rates 0.004 0.008 --out rows.csv
+        torchrun --nproc-per-node 2 -m lab.race train --text train.bin --size 124M --device cuda --out rows.csv
+
+    Args:
+        what: What is trained.
+        device: Where; on cuda in bfloat16.
     """
+    text = Text.read(what.text)
+    torch.set_num_threads(1)
+    under_torchrun = is_torchelastic_launched()
+    for name in what.methods:
+        if not (METHODS[name].is_simulated or under_torchrun):
+            raise ConfigError(f"methods {name!r} needs a process for each worker: use torchrun, or clock")
+    with process_group() if under_torchrun else nullcontext():
+        for seed, workers, name, recipe in product(what.seeds, what.workers, what.methods, what.recipes()):
+            if workers > 1 or name == "dense":
+                make(what.out, text, name, workers, seed, recipe, device)
 
-    # TOML file with the target, the training, the links and the methods; by default
-    # experiments/race/target/settings.toml.
-    settings: Path = _SETTINGS
-    # Folder of runs.csv and steps.csv, which are added to; by default that of the settings.
-    out: Path | None = None
-    # One part: the timed steps, the trainings, the list of missing trainings, or the tables of what is there
-    only: Part = "all"
-    # Names of methods in the settings; by default all
-    methods: tuple[str, ...] = ()
-    # Numbers of workers; by default those of the settings
-    workers: tuple[int, ...] = ()
-    # Mbit/s of the links, or local for processes of this machine without a link; by default those of the settings
-    rates: tuple[str, ...] = ()
-    # Number of trainings of each method, with different seeds; by default that of the settings
-    seeds: int | None = None
 
-    def run(self) -> list[Result]:
-        settings = TargetSettings.read(self.settings)
-        race = TargetRace(
-            settings,
-            self.out or self.settings.parent,
-            self.methods or tuple(method.name for method in settings.methods),
-            self.workers or settings.workers,
-            self.rates or settings.rates,
-            self.seeds or settings.seeds,
-        )
-        return race.run(self.only)
+def clock(what: Trainings, /, *, links: tuple[str, ...] = ("10",), every: int = 100) -> None:
+    """Time whole trainings on hosts with a slow link between them; a row has seconds, losses by the way, and bytes.
+
+    With several workers, dense is DistributedDataParallel. One machine alone is dense with --workers 1, and is timed
+    while a second host is as busy. (Links need root and iproute2.)
+
+    Examples:
+        python -m lab.race clock --text input.txt --methods dense --workers 1 --rates 0.004 --out clock.csv
+        python -m lab.race clock --text input.txt --methods 'local, overlap' --steps 1010 --rates 0.008 --out clock.csv
+        python -m lab.race clock --text library --methods 'torchft DiLoCo 32' --links 10 10/100 local --out clock.csv
+
+    Args:
+        what: What is trained.
+        links: Mbit/s of the hosts' links; 10/100 sends at 10 and receives at 100; local is no link.
+        every: Steps between two evaluations, which are not timed.
+    """
+    text = Text.read(what.text)
+    check_counts(every=every)
+    for link in links:
+        rates_of(link) if link != LOCAL else None
+    for seed, link, workers, name, recipe in product(what.seeds, links, what.workers, what.methods, what.recipes()):
+        job = Job(what.text, (name,), workers, seed, recipe, every)
+        time_training(what.out, job, link, max(2, workers), text.digest)
+
+
+def steps(what: Trainings, /, *, links: tuple[str, ...] = ("10",), rounds: int = 3, block: int = 16) -> None:
+    """Time the steps of methods on links, in turns with training alone; a row has the milliseconds of a step.
+
+    Examples:
+        python -m lab.race steps --text input.txt --methods dense 'dense, 16 bits' local --links 10 200 --out steps.csv
+
+    Args:
+        what: What is trained; of lengths and rates the first.
+        links: Mbit/s of the hosts' links; 10/100 sends at 10 and receives at 100; local is no link.
+        rounds: Turns of each method.
+        block: Steps of a turn, at least; whole periods.
+    """
+    text = Text.read(what.text)
+    check_counts(rounds=rounds, block=block)
+    names = tuple(dict.fromkeys(("alone", *what.methods)))
+    for link, workers in product(links, what.workers):
+        job = Job(what.text, names, workers, what.seeds[0], what.recipes()[0], rounds=rounds, block=block)
+        time_steps(what.out, job, link, text.digest)
+
+
+def tables(path: Path = race_tables.ROWS, /, *, sizes: bool = False) -> None:
+    """Print the tables of a file of rows: losses, speed-ups over one machine alone, and their upper limits.
+
+    Args:
+        path: The file; by default experiments/nanogpt/runs.csv.
+        sizes: The gaps to dense training by size of the network instead.
+    """
+    if not path.exists():
+        raise ConfigError(f"path must be a file of rows, got {path}, which does not exist")
+    every = rows(path)
+    print(race_tables.sizes(every) if sizes else race_tables.every_table(every))
 
 
 PROGRAM = "python -m lab.race"
 COMMANDS = Group(
-    "Race packsaddle and its peers: whole training steps, and time to a validation loss.",
-    {"train": Train, "link": Link, "loss": Loss, "target": Target},
+    "Race packsaddle and its peers: losses, bytes and seconds of a small GPT's training.",
+    {"train": train, "clock": clock, "steps": steps, "tables": tables},
 )
 
 
 def main() -> None:
-    """Run the race that the command line names."""
+    """Run the command that the command line names."""
     serve(COMMANDS, PROGRAM)
 
 

@@ -1,15 +1,10 @@
-"""Tables of nanoGPT's recipe (`lab.bench.nanogpt`): losses, speed-ups over one machine alone, and gaps by size.
-
-    python -m lab.bench.speed_ups                                   # of experiments/nanogpt/runs.csv
-    python -m lab.bench.speed_ups experiments/nanogpt/library.csv   # of the second text
-    python -m lab.bench.speed_ups experiments/nanogpt/sizes.csv --sizes
+"""Tables of the race's rows: losses, speed-ups over one machine alone, and gaps by size.
 
 A speed-up compares the times in which W workers and one machine alone reach the loss of the latter after 2,000 steps.
 The length at which W workers reach it is interpolated in the logarithm of the steps. The times are computed: the steps,
 each of 55 ms, and then the bytes over the rate of the link, less what passes during the steps of `overlap`.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +14,11 @@ from pathlib import Path
 
 from scipy.stats import linregress, t
 
-from lab.bench.nanogpt import BATCH, EVERY, GPT, METHODS, RATE, ROWS, STEPS, WARM_UP, Network, rows
+from lab.race.gpt import BATCH, GPT, RATE, STEPS, WARM_UP, Network
+from lab.race.methods import METHODS
 
+FOLDER = Path(__file__).parents[2] / "experiments" / "nanogpt"
+ROWS, CLOCKED, SIZES = FOLDER / "runs.csv", FOLDER / "clock.csv", FOLDER / "sizes.csv"
 LINKS = (10, 50, 200, 1000)  # rates of links, in Mbit/s
 STEP_TIME = 0.055  # seconds of a step of 12 windows, if the worker has a core to itself
 CHARACTERS = 65  # of nanoGPT's text
@@ -78,9 +76,8 @@ class Trial:
 
         The time of an exchange counts only as far as it exceeds the time of the steps that overlap with it.
         """
-        how = METHODS[self.method]
-        overlap = how.get("overlap", 0) if how else 0
-        hidden = overlap * STEP_TIME * self.steps / EVERY  # all methods with overlap have this period
+        how = METHODS.get(self.method, METHODS["dense"])  # rows of earlier commits have other methods too
+        hidden = how.overlap * STEP_TIME * self.steps / how.every
         exchanges = 8 * self.sent / (mbit * 1e6)
         return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
 
@@ -228,21 +225,9 @@ def sizes(found: Sequence[Mapping[str, str]]) -> str:
     return "\n\n".join([_markdown(["million parameters", "steps", "method", "seeds", "dense", "gap"], lines), *slopes])
 
 
-def main() -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("path", type=Path, nargs="?", default=ROWS, help="the file of the rows")
-    parser.add_argument("--sizes", action="store_true", help="print the gaps by size")
-    options = parser.parse_args()
-    every = rows(options.path)
-    if options.sizes:
-        print(sizes(every))
-        return
-    best = searched(every)
-    tables = [table(untuned(every, STEPS)), speed_ups(untuned(every)), table(best), speed_ups(best), limits(best)]
-    tables.append(table(untuned(every, STEPS // 2)))
-    print("\n\n".join(found for found in tables if found.count("\n") > 1))  # without those of a heading alone
-
-
-if __name__ == "__main__":
-    main()
+def every_table(found: Sequence[Mapping[str, str]]) -> str:
+    """Return all tables of a file of trainings, with the recipe's own rate first and then with searched rates."""
+    best = searched(found)
+    tables = [table(untuned(found, STEPS)), speed_ups(untuned(found)), table(best), speed_ups(best), limits(best)]
+    tables.append(table(untuned(found, STEPS // 2)))
+    return "\n\n".join(each for each in tables if each.count("\n") > 1)  # without those of a heading alone
