@@ -72,7 +72,7 @@ class Trainings:
         ]
 
 
-def train(what: Trainings, /, *, device: Literal["cpu", "cuda"] = "cpu") -> None:
+def train(*, what: Trainings, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Train with simulated workers, or under torchrun with a process for each; a row has the loss and the bytes sent.
 
     One worker trains with dense alone. Rows that the file has are not made again.
@@ -98,7 +98,7 @@ def train(what: Trainings, /, *, device: Literal["cpu", "cuda"] = "cpu") -> None
                 make(what.out, text, name, workers, seed, recipe, device)
 
 
-def clock(what: Trainings, /, *, links: tuple[str, ...] = ("10",), every: int = 100) -> None:
+def clock(*, what: Trainings, links: tuple[str, ...] = ("10",), every: int = 100) -> None:
     """Time whole trainings on hosts with a slow link between them; a row has seconds, losses by the way, and bytes.
 
     With several workers, dense is DistributedDataParallel. One machine alone is dense with --workers 1, and is timed
@@ -115,7 +115,7 @@ def clock(what: Trainings, /, *, links: tuple[str, ...] = ("10",), every: int = 
         every: Steps between two evaluations, which are not timed.
     """
     text = Text.read(what.text)
-    check_counts(every=every)
+    _check(every=every)
     for link in links:
         rates_of(link) if link != LOCAL else None
     for seed, link, workers, name, recipe in product(what.seeds, links, what.workers, what.methods, what.recipes()):
@@ -123,7 +123,7 @@ def clock(what: Trainings, /, *, links: tuple[str, ...] = ("10",), every: int = 
         time_training(what.out, job, link, max(2, workers), text.digest)
 
 
-def steps(what: Trainings, /, *, links: tuple[str, ...] = ("10",), rounds: int = 3, block: int = 16) -> None:
+def steps(*, what: Trainings, links: tuple[str, ...] = ("10",), rounds: int = 3, turn: int = 16) -> None:
     """Time the steps of methods on links, in turns with training alone; a row has the milliseconds of a step.
 
     Examples:
@@ -133,13 +133,13 @@ def steps(what: Trainings, /, *, links: tuple[str, ...] = ("10",), rounds: int =
         what: What is trained; of lengths and rates the first.
         links: Mbit/s of the hosts' links; 10/100 sends at 10 and receives at 100; local is no link.
         rounds: Turns of each method.
-        block: Steps of a turn, at least; whole periods.
+        turn: Steps of a turn, at least; whole periods.
     """
     text = Text.read(what.text)
-    check_counts(rounds=rounds, block=block)
+    _check(rounds=rounds, turn=turn)
     names = tuple(dict.fromkeys(("alone", *what.methods)))
     for link, workers in product(links, what.workers):
-        job = Job(what.text, names, workers, what.seeds[0], what.recipes()[0], rounds=rounds, block=block)
+        job = Job(what.text, names, workers, what.seeds[0], what.recipes()[0], rounds=rounds, turn=turn)
         time_steps(what.out, job, link, text.digest)
 
 
@@ -154,6 +154,13 @@ def tables(path: Path = race_tables.ROWS, /, *, sizes: bool = False) -> None:
         raise ConfigError(f"path must be a file of rows, got {path}, which does not exist")
     every = rows(path)
     print(race_tables.sizes(every) if sizes else race_tables.every_table(every))
+
+
+def _check(**counts: int) -> None:
+    try:
+        check_counts(**counts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 PROGRAM = "python -m lab.race"

@@ -47,7 +47,7 @@ class Job:
     recipe: Recipe
     every: int | None = None  # steps between two evaluations of the training
     rounds: int = 3  # timed blocks of each method, which alternate
-    block: int = 16  # steps of a timed block, at least; whole periods
+    turn: int = 16  # steps of a timed block, at least; whole periods
     interface: str = ""  # network interface whose bytes are counted; "": none
 
 
@@ -139,7 +139,7 @@ def timed_steps(job: Job, text: Text) -> dict[str, dict[str, float]]:
     # A rate at which nothing diverges; PowerSGD compresses from the second step on.
     recipe = replace(job.recipe, rate=1e-4, steps=20)
     timed = {name: _entered(METHODS[name], recipe, text, job) for name in job.methods}
-    lengths = {name: -(-job.block // METHODS[name].every) * METHODS[name].every for name in timed}
+    lengths = {name: -(-job.turn // METHODS[name].every) * METHODS[name].every for name in timed}
     for name, each in timed.items():
         each.block(METHODS[name].next_quiet(3))
     taken: dict[str, list[float]] = {name: [] for name in timed}
@@ -152,7 +152,7 @@ def timed_steps(job: Job, text: Text) -> dict[str, dict[str, float]]:
     for name, seconds in taken.items():
         timing = Timing.of(seconds)
         numbers = zip(("ms", "low", "high"), (timing.median, timing.low, timing.high), strict=True)
-        found[name] = {key: round(1000 * value, 3) for key, value in numbers} | {"block": lengths[name]}
+        found[name] = {key: round(1000 * value, 3) for key, value in numbers} | {"turn": lengths[name]}
     return found
 
 

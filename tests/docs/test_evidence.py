@@ -14,16 +14,12 @@ from statistics import fmean, median
 from typing import Any
 
 import pytest
-from stored_rows import at_best_rate, read
+from stored_rows import Row, at_best_rate, dense_steps, raced, read, seconds_of, share_of_computing
 
-from lab.bench import nanogpt
 from lab.bench.result import shown
-from lab.bench.speed_ups import STEP_TIME, gaps, reached, searched, slope, unreached, untuned
-from lab.race.curves import load
-from lab.race.target import TargetRace
-from lab.race.target_run import TargetRun
-from lab.race.target_settings import TargetSettings
-from lab.race.time_to_loss import Entry, computing, entries, load_steps
+from lab.race.gpt import STEPS
+from lab.race.tables import CLOCKED, ROWS, SIZES, STEP_TIME, gaps, reached, searched, slope, unreached, untuned
+from lab.race.train import rows as rows_of
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
@@ -31,7 +27,7 @@ TARGET = RACE / "target"
 SIGN, TOPK, SPARSE = "Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")'
 LINKS = ("10 Mbit/s", "50 Mbit/s", "200 Mbit/s", "1000 Mbit/s")
 PEERS = ("local SGD", "DiLoCo", "PowerSGD", "DDP")  # methods of the races by the clock that are not ours
-FILES = {"Muon": "settings", "AdamW": "adamw"}  # of the races by the clock, by the optimizer inside
+TARGETS = {"Muon": "1.6", "AdamW": "1.9"}  # losses of the races by the clock, by the optimizer inside
 RATES = ("10", "50", "200", "1000")
 # Numbers that are no measurements: periods, rates of links and of learning, sizes, names, and counts of runs.
 SETTINGS = (
@@ -70,18 +66,6 @@ def check(text: str, claims: list[str]) -> None:
     assert re.findall(r".{0,40}\d[\d.,%]*.{0,20}", text) == []
 
 
-@cache
-def races() -> dict[str, Entry]:
-    """The race's trainings of 600 steps by two workers, by method."""
-    curves = [curve for curve in load(RACE / "curves.csv") if (curve.workers, curve.steps) == (2, 600)]
-    return {entry.method: entry for entry in entries(curves)}
-
-
-def raced(method: str) -> tuple[float, float]:
-    """Mean validation loss, and kB a step, of a method in the race."""
-    return fmean(races()[method].losses), races()[method].curves[0].sent / 1000
-
-
 def losses() -> Iterator[str]:
     """Losses and bytes at equal steps."""
     muon, adamw = trained("gpt-w2", "Muon, dense")[0], trained("gpt-w2", "AdamW, dense, beta1 0.8")
@@ -116,7 +100,7 @@ def losses() -> Iterator[str]:
         assert 13 <= round(theirs[1] / ours[1]) <= 14
     yield "DiLoCo with a momentum of 0.5 has a lower loss"
     yield "at 13 to 14 times the bytes"
-    ours, dense = (min(curve.peak_mb for curve in races()[m].curves) for m in (f"{TOPK} every=8", "ddp"))
+    ours, dense = (raced(m)[2] for m in (f"{TOPK} every=8", "ddp"))
     yield f"a process needs {round(ours - dense, -1):.0f} MB more"
 
 
@@ -140,7 +124,8 @@ def clock() -> Iterator[str]:
     assert round(fmean(more_ours) / fmean(more_peer), 2) == round(fmean(ours) / fmean(peer), 2)
     yield f"local updates take {fmean(ours) / fmean(peer):.2f} times as long as local SGD in 16 bits"
     for rate in RATES[2:]:  # every 2 steps is best there
-        mine = [run.total_s for run in trainings("AdamW") if run.method == "AdamW, local 2, Sign" and run.rate == rate]
+        runs = [run for run in trainings("AdamW") if (run["method"], run["rate"]) == ("AdamW, local 2, Sign", rate)]
+        mine = [seconds_of(run) for run in runs]
         assert fmean(mine) == pytest.approx(fmean(best_at("AdamW", rate)[0]))
 
 
@@ -150,13 +135,14 @@ def clock_card() -> Iterator[str]:
         yield from clock_table(inner, workers)
     mean = {m: steps_of("AdamW", m) for m in ("local 8, Sign", "local 8, Sign, overlap 2")}
     yield f"and costs {mean['local 8, Sign, overlap 2'] / mean['local 8, Sign']:.2f} times the steps"
-    race, method = clock_race("Muon"), "Muon, local 8, Sign of all tensors, overlap 2"
-    found = race.predicted(race.settings.method(method), 2, "10")
-    assert found is not None
-    yield f"Predicted for ours at 10 Mbit/s, as steps times the median step, timed in turns: {found[0]:.0f} s "
-    yield f"({found[1]:.0f} to {found[2]:.0f})"
-    mine = [run for run in trainings("Muon") if (run.workers, run.rate, run.method) == (2, "10", method)]
-    yield f"plus {fmean(run.start_s + run.flush_s for run in mine):.0f} s for start and flush"
+    method = "Muon, local 8, Sign of all tensors, overlap 2"
+    steps = [float(run["steps"]) for run in {run["seed"]: run for run in of("Muon", method)}.values()]
+    (*_, step) = (row for row in read(TARGET / "steps.csv") if (row["rate"], row["method"]) == ("10", method))
+    ms, low, high = (float(step[name]) / 1000 for name in ("ms", "low", "high"))
+    yield f"Predicted for ours at 10 Mbit/s, as steps times the median step, timed in turns: {fmean(steps) * ms:.0f} s "
+    yield f"({min(steps) * low:.0f} to {max(steps) * high:.0f})"
+    mine = [run for run in of("Muon", method) if run["rate"] == "10"]
+    yield f"plus {fmean(float(run['start_s']) + float(run['flush_s']) for run in mine):.0f} s for start and flush"
     ours, peer, _ = best_at("Muon", "200", 4)
     yield f"two bits every 4 steps take {fmean(ours) / fmean(peer):.2f} times as long as averages in 16 bits"
     yield from overlaps()
@@ -164,11 +150,8 @@ def clock_card() -> Iterator[str]:
 
 def overlaps() -> Iterator[str]:
     """Ours, and averages in 16 bits that overlap with the next steps."""
-    with (TARGET / "overlap.csv").open(newline="") as file:
-        runs = list(csv.DictReader(file))
-    seconds = {
-        (r["workers"], r["method"]): float(r["start_s"]) + float(r["train_s"]) + float(r["flush_s"]) for r in runs
-    }
+    runs = read(TARGET / "overlap.csv")
+    seconds = {(r["workers"], r["method"]): seconds_of(r) for r in runs}
     steps = [float(r["steps"]) for r in runs if (r["workers"], "SGD" in r["method"]) == ("2", True)]
     peer, more_peer = (min(s for (w, m), s in seconds.items() if w == n and "SGD" in m) for n in "24")
     ours, more_ours = (next(s for (w, m), s in seconds.items() if w == n and "SGD" not in m) for n in "24")
@@ -179,14 +162,14 @@ def overlaps() -> Iterator[str]:
 
 def clock_table(inner: str, workers: int = 2) -> Iterator[str]:
     """The rows of the table of a race, without the names of the methods."""
-    runs = [run for run in trainings(inner) if run.rate in RATES and run.workers == workers]
-    rates = [rate for rate in RATES if any(run.rate == rate for run in runs)]
-    assert all(run.reached for run in runs)
-    for method in {run.method for run in runs}:
-        mine = [run for run in runs if run.method == method]
-        cells = [_range([run.total_s for run in mine if run.rate == rate]) for rate in rates]
-        by_seed = {run.seed: run for run in mine}.values()  # links change neither steps nor bytes
-        steps, sent = (fmean(values) for values in zip(*((r.steps, r.with_ends_mb) for r in by_seed), strict=True))
+    runs = [run for run in trainings(inner) if run["rate"] in RATES and run["workers"] == str(workers)]
+    rates = [rate for rate in RATES if any(run["rate"] == rate for run in runs)]
+    assert all(run["reached"] == "True" for run in runs)
+    for method in {run["method"] for run in runs}:
+        mine = [run for run in runs if run["method"] == method]
+        cells = [_range([seconds_of(run) for run in mine if run["rate"] == rate]) for rate in rates]
+        by_seed = {run["seed"]: run for run in mine}.values()  # links change neither steps nor bytes
+        steps, sent = (fmean(float(run[name]) for run in by_seed) for name in ("steps", "with_ends_mb"))
         yield f" | {steps:.0f} | {' | '.join(cells)} | {sent:,.1f} |".replace("  ", " ")  # as `page` does
 
     best = [best_at(inner, rate, workers) for rate in rates]
@@ -207,36 +190,39 @@ def best_at(inner: str, rate: str, workers: int = 2) -> tuple[list[float], list[
 
     The best has the least mean of those with three seeds.
     """
-    found, mine = dict[str, list[float]](), trainings(inner)
-    for run in sorted(mine, key=lambda run: run.seed):
-        if (run.rate, run.workers) == (rate, workers):
-            found.setdefault(run.method.removeprefix(f"{inner}, "), []).append(run.total_s)
-    whole = {method: seconds for method, seconds in found.items() if len(seconds) == 3}
+    found: dict[str, list[Row]] = {}
+    for run in sorted(trainings(inner), key=lambda run: run["seed"]):
+        if (run["rate"], run["workers"]) == (rate, str(workers)):
+            found.setdefault(run["method"].removeprefix(f"{inner}, "), []).append(run)
+    whole = {method: [*map(seconds_of, runs)] for method, runs in found.items() if len(runs) == 3}
     ours, peers = (
         min((m for m in whole if m.startswith(PEERS) == is_peer), key=lambda m: fmean(whole[m]))
         for is_peer in (False, True)
     )
-    mine = [run for run in mine if (run.method, run.rate, run.workers) == (f"{inner}, {ours}", rate, workers)]
-    limit = clock_race(inner).limit("muon" if inner == "Muon" else "adamw", workers, mine)
-    assert limit is not None
+    # A step alone was timed before and after each run; in the first runs it was only timed in turns with the others.
+    timed = [row["ms"] for row in read(TARGET / "steps.csv") if is_alone(row, inner, workers)]
+    alone = [float(ms) for ms in [run["alone_ms"] for run in found[ours] if run["alone_ms"]] or timed]
+    limit = dense_steps(inner, workers, float(TARGETS[inner])) * fmean(alone) / 1000
     return whole[ours], whole[peers], limit
 
 
-def steps_of(inner: str, method: str, workers: int = 2) -> float:
-    """The mean over seeds of the steps to the target."""
-    which = workers, f"{inner}, {method}"
-    runs = [run for run in trainings(inner) if (run.workers, run.method) == which]
-    return fmean({run.seed: run.steps for run in runs}.values())
+def is_alone(row: Row, inner: str, workers: int) -> bool:
+    return (row["method"], row["workers"]) == (f"{inner.lower()}, alone", str(workers))
+
+
+def steps_of(inner: str, method: str) -> float:
+    """The mean over seeds of two workers' steps to the target."""
+    return fmean({run["seed"]: float(run["steps"]) for run in of(inner, f"{inner}, {method}")}.values())
+
+
+def of(inner: str, method: str) -> list[Row]:
+    """The trainings of a method by two workers."""
+    return [run for run in trainings(inner) if (run["workers"], run["method"]) == ("2", method)]
 
 
 @cache
-def trainings(inner: str) -> list[TargetRun]:
-    return clock_race(inner).trainings()
-
-
-@cache
-def clock_race(inner: str) -> TargetRace:
-    return TargetRace(TargetSettings.read(TARGET / f"{FILES[inner]}.toml"), TARGET, (), (2,), RATES, 3)
+def trainings(inner: str) -> list[Row]:
+    return [run for run in read(TARGET / "runs.csv") if run["target"] == TARGETS[inner]]
 
 
 def trained(setting: str, method: str, *, seeds: int = 3) -> tuple[float, float]:
@@ -255,10 +241,10 @@ def _range(found: list[float]) -> str:
 
 def nano_gpt() -> Iterator[str]:
     """nanoGPT's recipe: losses at its length, and the speed-up over one machine alone."""
-    rows = untuned(nanogpt.rows(nanogpt.ROWS))
+    rows = untuned(rows_of(ROWS))
 
     def loss(workers: int, method: str, seeds: int = 3) -> float:
-        key = str(workers), method, str(nanogpt.STEPS)
+        key = str(workers), method, str(STEPS)
         found = [float(row["loss"]) for row in rows if (row["workers"], row["method"], row["steps"]) == key]
         assert len(found) == seeds
         return fmean(found)
@@ -279,8 +265,8 @@ def nano_gpt() -> Iterator[str]:
     yield f"with a loss {difference:.3f} higher"
     yield f"Four workers needed {by_the_clock('4', '4')[0]:.2f} times less time at 4 Mbit/s"
     alone = fmean(clocked("4", "1", "seconds").values())
-    yield f"compute {alone / nanogpt.STEPS / STEP_TIME:.1f} times as slowly"
-    second = reached(searched(nanogpt.rows(nanogpt.ROWS.with_name("library.csv"))))
+    yield f"compute {alone / STEPS / STEP_TIME:.1f} times as slowly"
+    second = reached(searched(rows_of(ROWS.with_name("library.csv"))))
     text = [[one.speed_up(10) for one in second[key]] for key in ((2, "local, overlap"), (4, "local, agreement"))]
     assert [len(seeds) for seeds in text] == [3, 3]
     yield f"two workers need {fmean(text[0]):.2f} times less time, and four {fmean(text[1]):.2f} times"
@@ -302,7 +288,7 @@ def at_equal_steps(workers: int, steps: int, seeds: int) -> float:
 
 def by_size() -> Iterator[str]:
     """The gap to dense training, by size of the network."""
-    found = gaps(nanogpt.rows(nanogpt.SIZES), "local, agreement")
+    found = gaps(rows_of(SIZES), "local, agreement")
     sizes = [f"{size.parameters / 1e6:.1g}" for size in found]
     yield f"networks of {sizes[0]} to {sizes[-1]} million parameters"
     *means, last = (f"{fmean(size.gaps):.3f}" for size in found)
@@ -321,12 +307,12 @@ def speed_up(workers: int, method: str, mbit: float) -> float:
 @cache
 def best() -> Sequence[Mapping[str, str]]:
     """Return the rows of nanoGPT's recipe at the best of the rates."""
-    return searched(nanogpt.rows(nanogpt.ROWS))
+    return searched(rows_of(ROWS))
 
 
 def clocked(hosts: str, workers: str, column: str) -> Mapping[str, float]:
     """Return a column of the runs by the clock, "seconds" or "loss", by seed: the mean if a seed was run repeatedly."""
-    rows = [row for row in nanogpt.rows(nanogpt.CLOCKED) if (row["hosts"], row["workers"]) == (hosts, workers)]
+    rows = [row for row in rows_of(CLOCKED) if (row["hosts"], row["workers"]) == (hosts, workers)]
     return {s: fmean(float(row[column]) for row in rows if row["seed"] == s) for s in {row["seed"] for row in rows}}
 
 
@@ -335,7 +321,7 @@ def by_the_clock(workers: str, mbit: str) -> tuple[float, float]:
 
     They are means over seeds.
     """
-    assert {row["mbit"] for row in nanogpt.rows(nanogpt.CLOCKED) if row["hosts"] == workers} == {mbit}
+    assert {row["mbit"] for row in rows_of(CLOCKED) if row["hosts"] == workers} == {mbit}
     times, losses = ([clocked(workers, n, column) for n in (workers, "1")] for column in ("seconds", "loss"))
     assert all(of_seeds.keys() == {"0", "1", "2"} for of_seeds in (*times, *losses))
     higher = [losses[0][seed] - losses[1][seed] for seed in losses[0]]
@@ -345,32 +331,33 @@ def by_the_clock(workers: str, mbit: str) -> tuple[float, float]:
 
 def other_tasks() -> Iterator[str]:
     """The pretrained transformer."""
-    rows, dense = read(ROOT / "experiments" / "fine-tuning" / "minilm.csv"), load(RACE / "finetune.csv")
+    rows, dense = read(ROOT / "experiments" / "fine-tuning" / "minilm.csv"), read(RACE / "finetune.csv")
     ours, theirs = (
         [row for row in rows if row["method"] == method and row["rate"] == "0.0003"]
         for method in ("one bit 2, agreement 1, no mm", "dense")
     )
     assert len(ours) == len(theirs) == 3
     lost = fmean(float(row["loss"]) for row in ours) - fmean(float(row["loss"]) for row in theirs)
-    (whole,) = {curve.sent / 1000 for curve in dense if curve.contender == "ddp"}
+    (whole,) = {float(row["sent"]) / 1000 for row in dense if row["contender"] == "ddp"}
     yield f"loses {lost:.3f} to DDP, at a {whole / float(ours[0]['kB_a_step']):.0f}st of the bytes (three seeds)"
 
 
 def shares() -> Iterator[str]:
     """Fractions of the time in which workers compute."""
 
-    def share(table: list[dict[str, Any]], method: str, link: str) -> str:
-        (found,) = [row[link] for row in table if row["contender"] == method]
+    two = [row for row in read(RACE / "steps.csv") if row["workers"] == "2"]
+    large = read(RACE / "steps-10m.csv")
+
+    def share(rows: Sequence[Row], method: str, mbit: float) -> str:
+        found = share_of_computing(rows, method, mbit)
         return "100%" if found >= 0.955 else f"{100 * found:.0f}%"
 
-    table = computing([step for step in load_steps(RACE / "steps.csv") if step.workers == 2])
-    large = load_steps(RACE / "steps-10m.csv")
-    few = share(table, "Identity every=128", LINKS[0]), share(table, f"{SPARSE} every=8", LINKS[0])
-    yield f"10 Mbit/s: dense {share(table, 'ddp', LINKS[0])}, uncompressed every 128 steps {few[0]},"
+    few = share(two, "Identity every=128", 10), share(two, f"{SPARSE} every=8", 10)
+    yield f"10 Mbit/s: dense {share(two, 'ddp', 10)}, uncompressed every 128 steps {few[0]},"
     yield f"`{SPARSE}` every 8 steps {few[1]}."
-    yield f"1,000 Mbit/s: dense {share(table, 'ddp', LINKS[3])}."
-    (alone,) = [step.ms for step in large if step.contender == "alone"]
-    cells = [share(computing(large), m, LINKS[1]) for m in ("ddp", f"{TOPK} every=8", f"{SPARSE} every=32")]
+    yield f"1,000 Mbit/s: dense {share(two, 'ddp', 1000)}."
+    (alone,) = [float(row["ms"]) for row in large if row["contender"] == "alone"]
+    cells = [share(large, m, 50) for m in ("ddp", f"{TOPK} every=8", f"{SPARSE} every=32")]
     yield f"({alone:.0f} ms of computing a step): dense {cells[0]}, `{TOPK}` every 8 steps {cells[1]}, "
     yield f"`{SPARSE}` every 32 steps {cells[2]}."
 
@@ -438,7 +425,7 @@ def test_cards() -> None:
 
 
 def link(name: str) -> dict[str, Any]:
-    """A stored table of `python -m lab.race link`, whose numbers are lab/bench/link.md's."""
+    """A stored table of step times on a link, whose numbers are lab/bench/link.md's."""
     (table,) = json.loads((RACE / "link" / f"{name}.json").read_text())
     return dict(table)
 
