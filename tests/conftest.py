@@ -65,7 +65,7 @@ def first_timings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def hosts_here() -> None:
     """Skip a test of hosts with links between them where this machine cannot make them."""
-    from lab.bench.hosts import available
+    from lab.race.hosts import available
 
     if reason := available():
         pytest.skip(f"a slow link {reason}")

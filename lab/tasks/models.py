@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lab.tasks.options import ModelConfig
 from packsaddle.comm import Communicator
 from packsaddle.comm.simulation import FusedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
-from packsaddle.errors import ConfigError, require
+from packsaddle.errors import require
 from packsaddle.numerics import Stream, mix
 
 Norm = Literal["worker", "all", "group"]
@@ -290,66 +289,3 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     # Convolutions on a CPU are 25% faster in channels_last, but gradients of narrow ones are wrong in it.
     layout = torch.contiguous_format if has_narrow_convolutions(network) else torch.channels_last
     return network.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
-
-
-class Task(nn.Module):
-    """A network with its loss: mean squared reconstruction error, or cross-entropy of images or characters."""
-
-    def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
-        super().__init__()
-        self.reads_text = config.name == "char-transformer"
-        self.classifies = self.reads_text or config.name.startswith("resnet")
-        if self.reads_text != (len(shape) == 1):
-            examples = "data.name = 'text'" if self.reads_text else "images"
-            raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
-
-        # Check that the network supports the shape of the examples, then make it.
-        if self.reads_text:
-            self.network: nn.Module = CharTransformer(
-                classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
-            )
-        elif config.name == "mnist-autoencoder":
-            if tuple(shape) != (1, 28, 28):
-                raise ConfigError(f"model mnist-autoencoder needs 1 x 28 x 28 images, got {list(shape)}")
-            self.network = mnist_autoencoder(config.output)
-        elif config.name == "autoencoder":
-            self.network = autoencoder(shape, config.widths, config.output)
-        else:
-            if shape[0] != 3:
-                raise ConfigError(f"model {config.name} needs images of 3 channels, got {list(shape)}")
-            depth = int(config.name.removeprefix("resnet"))
-            options = {"width": config.width, "stem": config.stem, "norm": config.norm}
-            self.network = resnet(depth, classes, **options, parts=parts)  # type: ignore[arg-type]
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1] and labels int64[b], or windows of text
-        and the characters that follow, int64[b, context] both."""
-        if not self.classifies:
-            return nn.functional.mse_loss(self.network(inputs), inputs)
-        return nn.functional.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
-
-    def correct(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the number of correct predictions in a batch; windows of text count by fraction of characters."""
-        hits = (self._logits(inputs).argmax(-1) == targets).sum()
-        return hits * len(targets) / targets.numel()
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        # Scale pixels from [0, 1] to [-2, 2], which gives natural images about zero mean and unit variance.
-        logits: Tensor = self.network(inputs if self.reads_text else (inputs - 0.5) * 4.0)
-        return logits  # float[b, classes], or float[b, context, classes]
-
-
-def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
-    """Return a new task, whose initial weights depend on `seed` only. The global random state is restored.
-
-    `shape` is the shape of one input; `parts`: see `WorkerBatchNorm2d`.
-    """
-    # torch's layers can be initialized from the global generator only.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Task(config, shape, classes, parts)
-
-
-def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    loss: Tensor = task(*batch)
-    return loss

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.bench.hosts import Hosts
+from lab.race.hosts import Hosts
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist

@@ -83,7 +83,7 @@ def twin(model: nn.Module, lr: float, steps: int, loss_of: Any) -> tuple[list[fl
     for step in range(steps):
         loss = loss_of(model, step)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
         with torch.no_grad():
             for p, g in zip(model.parameters(), gradients, strict=True):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lab.bench.hosts import HostFailedError, Hosts
+from lab.race.hosts import HostFailedError, Hosts
 
 real = pytest.mark.usefixtures("hosts_here")
 
@@ -31,7 +31,7 @@ else:
         link.sendall(bytes(int(sys.argv[3])))
 """
 HOLD = """
-from lab.bench.hosts import Hosts
+from lab.race.hosts import Hosts
 with Hosts(2, 100.0) as hosts:
     print(hosts.name, flush=True)
     hosts.run([["sleep", "1000"]] * 2)
@@ -63,7 +63,7 @@ def test_a_link_keeps_to_its_rate() -> None:
 
 @real
 def test_a_failing_command_says_why_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lab.bench.hosts._GRACE", 0.3)
+    monkeypatch.setattr("lab.race.hosts._GRACE", 0.3)
     with Hosts(2, 100.0) as hosts:
         bad = [sys.executable, "-c", "raise ValueError('no such gradient')"]
         with pytest.raises(HostFailedError, match=r"^host 1 failed: ValueError: no such gradient$"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab.race.inner import muon
+from lab.race.gpt import muon
 
 SHAPES = ((24, 16), (16, 16), (16, 40))
 
