@@ -59,7 +59,7 @@ def rates_of(link: str) -> tuple[float, float]:
         up = down = 0.0
     if not (0.1 <= up <= 100_000 and 0.1 <= down <= 100_000):
         raise ConfigError(
-            f"link must be Mbit/s of 0.1 to 100,000, such as 50 or 10/100 (up and down), or {LOCAL}, got {link}"
+            f"links must be Mbit/s of 0.1 to 100,000, such as 50 or 10/100 (up and down), or {LOCAL}, got {link}"
         )
     return up, down
 

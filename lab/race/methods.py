@@ -127,7 +127,8 @@ def hook(compressor: Compressor) -> Method:
         else:
             averaged = _AveragedGradients(worker.network, compressor)
             worker.exchange, ledger = averaged.exchange, averaged.sgd.ledger
-        worker.sent = lambda: ledger.total.sent
+        start = ledger.total.sent
+        worker.sent = lambda: ledger.total.sent - start
 
     return Method(set_up)
 
@@ -137,7 +138,8 @@ def algorithm_1(compressor: Compressor) -> Method:
 
     def set_up(worker: Worker) -> None:
         sgd = CompressedSGD(worker.network.parameters(), worker.recipe.rate, compressor)
-        worker.optimizers, worker.sent = [sgd], lambda: sgd.ledger.total.sent
+        broadcast = sgd.ledger.total.sent  # of rank 0's parameters
+        worker.optimizers, worker.sent = [sgd], lambda: sgd.ledger.total.sent - broadcast
 
     return Method(set_up)
 

@@ -109,7 +109,7 @@ def test_figure_2_without_compression_and_noise_is_sgd(mnist: Path, tmp_path: Pa
     assert [row["grad_norm"] for row in found] == pytest.approx([np.mean(norms[i : i + 2]) for i in range(0, 10, 2)])
     assert found[-1]["final_loss"] == pytest.approx(np.mean(losses[5:]))
     tests = load_images("mnist", mnist, train=False).pixels(torch.arange(100))
-    assert found[-1]["test_loss"] == pytest.approx(float((model(tests) - tests).square().mean()), rel=1e-5)
+    assert found[-1]["test_loss"] == pytest.approx(float((model(tests) - tests).square().mean().detach()), rel=1e-5)
     assert found[-1]["megabytes"] == pytest.approx(10 * 210_369 * 4e-6, rel=1e-3)  # every gradient, in float32
 
 
@@ -190,7 +190,7 @@ def test_language_without_compression_is_sgd_on_both_batches(tmp_path: Path) -> 
 
 
 def test_local_steps_exchange_at_periods(tmp_path: Path) -> None:
-    """A quarter of the exchanges, and a last one of what is left."""
+    """In six steps one exchange, and a last one of what is left in four bits; the first exchange compares models too."""
     size = language.Size(1.0, 6 * 32, every=6)
     rows = [
         language.train(
@@ -202,7 +202,7 @@ def test_local_steps_exchange_at_periods(tmp_path: Path) -> None:
         for every in (1, 4)
     ]
     once, fourth = (row[-1]["megabytes"] for row in rows)
-    assert 2 / 6 <= fourth / once < 2.1 / 6
+    assert (1 + 1 / 8) / 6 < fourth / once < 2 / 6
 
 
 # Studies.
@@ -273,7 +273,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
     refused(
         capsys, "got 'topkk' (did you mean topk?)", "lab.paper.language", "--only", "topkk", "--out", tmp_path / "x"
     )
-    refused(capsys, "seeds must be at least 1, got 0", "lab.paper.language", "--seeds", "0")
+    refused(capsys, "--seeds must be an integer of at least 1, got 0", "lab.paper.language", "--seeds", "0")
     refused(capsys, "mnist is not in --data-dir", "lab.paper.figure2", "--data-dir", tmp_path)
     assert not (tmp_path / "x").exists()
 

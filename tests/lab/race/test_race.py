@@ -75,19 +75,19 @@ def test_a_worker_follows_the_recipe() -> None:
     for step in range(3):
         windows = text().draw(4, 16, torch.Generator().manual_seed(step))
         worker.step(windows[:, :-1], windows[:, 1:])
-        gradients = torch.autograd.grad(100 * twin(windows[:, :-1], windows[:, 1:]), list(twin.parameters()))
-        norm = torch.cat([g.flatten() for g in gradients]).norm() / 100
+        gradients = torch.autograd.grad(twin(windows[:, :-1], windows[:, 1:]), list(twin.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
         for (name, p), g in zip(twin.named_parameters(), gradients, strict=True):
             m, v = state[name]
-            g = g / 100 * min(1.0, 1.0 / float(norm))
-            m.lerp_(g, 0.1)
-            v.lerp_(g.square(), 0.01)
+            clipped = g * min(1.0, 1.0 / float(norm))
+            m.lerp_(clipped, 0.1)
+            v.lerp_(clipped.square(), 0.01)
             rate = recipe.rate_at(step)
             with torch.no_grad():
                 p *= 1 - rate * (0.1 if p.dim() == 2 else 0.0)
                 p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
-    found, expected = (parameters_to_vector(m.parameters()) for m in (network, twin))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    start, found, expected = (parameters_to_vector(m.parameters()) for m in (GPT(65, 0, recipe), network, twin))
+    assert (found - expected).norm() < 1e-3 * (expected - start).norm()
 
 
 def test_the_card_has_the_tables_of_the_rows() -> None:
@@ -216,7 +216,7 @@ def methods_and_peers() -> dict[str, tuple[float, int]]:
     plain = local(4, compressor=Identity(), mean_momentum=0.0, keep_unsent=False)
     half = local(4, compressor=packsaddle.Compression(Half(), dense_below=0), mean_momentum=0.0, keep_unsent=False)
     found = {"torch": by_hand(4)}
-    for name, method in {"ours": plain, "16 bits": half} | {name: METHODS[name] for name in BY_DDP}.items():
+    for name, method in ({"ours": plain, "16 bits": half} | {name: METHODS[name] for name in BY_DDP}).items():
         trained = train(text(), method, 2, 0, SMALL)
         found[name] = trained.loss, trained.sent
     return found
@@ -234,8 +234,8 @@ def test_methods_that_are_the_same_train_the_same(gloo: Gloo) -> None:
     assert ours[0] == pytest.approx(torchs[0], rel=1e-4)
     assert half[0] == pytest.approx(torchs[0], rel=1e-3)
     assert torchs[1] == 2 * 4 * d
-    assert ours[1] == pytest.approx(2 * 4 * d, abs=1500)  # and the comparison of the start
-    assert half[1] == pytest.approx(2 * 2 * d, abs=1500)
+    assert ours[1] == pytest.approx(3 * 4 * d, abs=1500)  # the flush exchanges too, and models are compared at the start
+    assert half[1] == pytest.approx(3 * 2 * d, abs=1500)
     # Gradients in 16 bits have eleven digits; with an error memory four bits lose little in eight steps.
     dense, sixteen, four, top, low_rank = (first[name] for name in BY_DDP)
     assert (dense[1], sixteen[1]) == (8 * 4 * d, 8 * 2 * d)
