@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.bench.muon import CURVE, Runs
-from lab.bench.nanogpt import ROWS, SIZES, rows
-from lab.bench.speed_ups import LINKS, gaps, reached, searched, unreached
 from lab.docs.canvas import Canvas
-from lab.race.target_run import load_runs
+from lab.race.tables import LINKS, ROWS, SIZES, gaps, reached, searched, unreached
+from lab.race.train import rows
+from lab.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
+_CURVE = 50  # steps between two losses of a curve in experiments/muon
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,15 @@ def losses(canvas: Canvas) -> None:
     plot.frame("Validation loss of a small GPT, two workers", "", "megabytes that a worker has sent")
 
     # Draw the curves, which are means over seeds, and write their names.
-    runs = Runs("gpt-w2", ROOT / "experiments" / "muon" / "gpt-w2.csv")
+    every = read_rows(ROOT / "experiments" / "muon" / "gpt-w2.csv", dict, "training")
     for method, (name, color, at, wrap) in methods.items():
-        best = runs.best(method)
+        # The rows, one for each seed, at the learning rate with the lowest loss of seed 0.
+        mine = [row for row in every if row["method"] == method]
+        first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
+        best = [row for row in mine if row["rate"] == first["rate"]]
         curves = [[float(loss) for loss in row["curve"].split()] for row in best]
         points = [
-            plot.at(CURVE * (i + 1) * float(best[0]["kB_a_step"]) / 1e3, statistics.fmean(found))
+            plot.at(_CURVE * (i + 1) * float(best[0]["kB_a_step"]) / 1e3, statistics.fmean(found))
             for i, found in enumerate(zip(*curves, strict=True))
         ]
         canvas.axes.plot(*zip(*points, strict=True), color=color, lw=3)
@@ -109,9 +112,11 @@ def best(workers: int, *, is_ours: bool) -> dict[float, list[float]]:
     With `is_ours` it is the fastest of packsaddle's methods, otherwise the fastest of all remaining methods.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
-    for run in load_runs(RACE / "target" / "runs.csv"):
-        if (run.workers, run.target, re.match(r"Muon, local \d", run.method) is not None) == (workers, 1.6, is_ours):
-            seconds.setdefault((run.rate, run.method), []).append(run.total_s)
+    for run in read_rows(RACE / "target" / "runs.csv", dict, "training"):
+        mine = int(run["workers"]), float(run["target"]), re.match(r"Muon, local \d", run["method"]) is not None
+        if mine == (workers, 1.6, is_ours):
+            total = sum(float(run[name]) for name in ("start_s", "train_s", "flush_s"))
+            seconds.setdefault((run["rate"], run["method"]), []).append(total)
     whole = {link: [s for (rate, _), s in seconds.items() if rate == str(link) and len(s) == 3] for link in LINKS}
     return {link: min(found, key=statistics.fmean) for link, found in whole.items()}
 

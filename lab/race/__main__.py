@@ -146,6 +146,10 @@ def steps(*, what: Trainings, links: tuple[str, ...] = ("10",), rounds: int = 3,
 def tables(path: Path = race_tables.ROWS, /, *, sizes: bool = False) -> None:
     """Print the tables of a file of rows: losses, speed-ups over one machine alone, and their upper limits.
 
+    Examples:
+        python -m lab.race tables
+        python -m lab.race tables sizes.csv --sizes
+
     Args:
         path: The file; by default experiments/nanogpt/runs.csv.
         sizes: The gaps to dense training by size of the network instead.

@@ -87,8 +87,6 @@ def test_help_before_a_command_is_help_behind_it(words: str, capsys: pytest.Capt
 
 
 FIRST = {
-    "lab run": ["set", "workers", "out"],
-    "lab certify": ["epsilon", "hessian_lipschitz", "examples"],
     "certify-script": ["epsilon", "hessian_lipschitz", "out"],
     "plan theory": ["d", "epsilon", "lipschitz_gradient"],
 }
@@ -97,8 +95,8 @@ FIRST = {
 @pytest.mark.parametrize("words", FIRST)
 def test_options_are_in_groups(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each flag in one group; help shows the groups in order, the common flags first."""
-    entry: parsing.Command | parsing.Group = lab.COMMANDS if words.startswith("lab ") else COMMANDS
-    for name in words.removeprefix("lab ").split():
+    entry: parsing.Command | parsing.Group = COMMANDS
+    for name in words.split():
         assert isinstance(entry, parsing.Group)
         entry = entry.commands[name]
     assert not isinstance(entry, parsing.Group)

@@ -12,7 +12,10 @@ from commandline import LAB, command, refused
 
 from lab import __main__ as lab
 from lab.bench import pieces
-from lab.paper import __main__ as paper
+from lab.paper.figure1 import figure1
+from lab.paper.figure2 import figure2
+from lab.paper.language import language
+from lab.paper.table1 import table1
 from lab.race import __main__ as race
 from packsaddle.cli import COMMANDS, parsing
 from packsaddle.cli.flags import flags_of
@@ -22,18 +25,18 @@ from packsaddle.theory import Assumptions
 MISTAKES = {
     "paln": "unknown command paln (did you mean plan?)",
     "zebra": "unknown command zebra (there is certify-script, compressors, ",
-    "lab rnu": "unknown command rnu (did you mean run?)",
+    "lab dmeo": "unknown command dmeo (did you mean demo?)",
     "'two words'": "unknown command 'two words' (there is ",
     "--verison": "unknown flag --verison (did you mean --version?)",
-    "lab --workers 2 run x.toml": "unknown flag --workers (flags come after a command: demo, init, ",
-    "lab run": "run needs CONFIG, a TOML file (python -m lab init writes one), or --resume RUN_DIR",
-    "lab run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
-    "lab run x.toml --lr 0.1": "run: unknown flag --lr (see --help)",
-    "lab run x.toml y.toml": "run: unexpected argument y.toml",
-    "lab run x.toml 'a\nb'": r"run: unexpected argument 'a\nb'",
-    "lab run x.toml --workers two": "run: --workers must be a whole number, got 'two'",
-    "lab run x.toml --workers": "run: --workers: expected one argument",
-    "lab run x.toml --workers 2 3": "run: unexpected argument 3",
+    "lab.race --workers 2 train": "unknown flag --workers (flags come after a command: train, clock, ",
+    "lab.race train --out x.csv": "train: missing --text",
+    "lab.race train --wrokers 2": "train: unknown flag --wrokers (did you mean --workers?)",
+    "lab.race tables x.csv --zzz 0.1": "tables: unknown flag --zzz (see --help)",
+    "lab.race tables x.csv y.csv": "tables: unexpected argument y.csv",
+    "lab.race tables x.csv 'a\nb'": r"tables: unexpected argument 'a\nb'",
+    "lab.race train --batch two": "train: --batch must be a whole number, got 'two'",
+    "lab.race train --batch": "train: --batch: expected one argument",
+    "lab.race train --batch 2 3": "train: unexpected argument 3",
     "plan link 1gbit --compute 55msec": "plan link: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
     "plan theory --mode theorie": "plan theory: --mode must be one of practical, theory, got 'theorie' (did you mean ",
     "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
@@ -41,7 +44,7 @@ MISTAKES = {
     "plan --d 1M --epsilon 0.2": "plan: unknown flag --d (flags come after a command: theory, table, link)",
     "plan theory": "plan theory: missing --d, --epsilon",
     "plan theory --epsilon 0.2 --d 10 --f-max -1": "--f-max must be positive, from 1e-20 to 1e+20, got -1.0",
-    "lab.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
+    "lab.paper.figure2 opne": "escape, got 'opne' (did you mean open?)",
     "lab.bench.pieces stp": "unknown command stp (did you mean step?)",
     "plan link 1gbit --d 1M --sigma 5": "plan link: unknown flag --sigma (see --help)",
     "plan link 1gbit --d 1M --mode theory": "plan link: unknown flag --mode (did you mean --model?)",
@@ -90,24 +93,24 @@ def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[st
     assert "\n  exchange  Time one exchange" in capsys.readouterr().out
 
 
-def leaves(group: Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
-    for name, entry in group.commands.items():
-        if isinstance(entry, Group):
-            yield from leaves(entry, *names, name)
-        else:
-            yield (*names, name), entry
+def leaves(entry: Callable[..., Any] | Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
+    if isinstance(entry, Group):
+        for name, inner in entry.commands.items():
+            yield from leaves(inner, *names, name)
+    else:
+        yield names, entry
 
 
-PROGRAMS: dict[str, Group] = {
+PROGRAMS: dict[str, Callable[..., Any] | Group] = {
     "packsaddle": COMMANDS,
     "lab.bench.pieces": pieces.COMMANDS,
     "lab.race": race.COMMANDS,
     "lab": lab.COMMANDS,
+    **{f"lab.paper.{script.__name__}": script for script in (figure1, figure2, language, table1)},
 }
 LEAVES = {
     **dict(leaves(COMMANDS)),
-    **{(name, *words): entry for name in LAB if name in PROGRAMS for words, entry in leaves(PROGRAMS[name])},
-    ("lab.paper",): paper.reproduce,
+    **{(name, *words): entry for name in LAB for words, entry in leaves(PROGRAMS[name])},
 }
 
 
@@ -123,7 +126,7 @@ def test_help_has_examples_that_parse(names: tuple[str, ...], capsys: pytest.Cap
         words = shlex.split(re.split(rf"{program}(?:\.cli)? ", example, maxsplit=1)[1], comments=True)
         redirected = words[: words.index(">")] if ">" in words else words
         assert [*(program,) * (program in LAB), *redirected][: len(names)] == [*names]
-        assert callable(parse(PROGRAMS.get(program, paper.reproduce), redirected, program))
+        assert callable(parse(PROGRAMS[program], redirected, program))
 
 
 @pytest.mark.parametrize("names", LEAVES, ids=" ".join)

@@ -1,17 +1,13 @@
-"""The documentation runs: Python blocks of the README, the documented configuration, and the experiments' configs."""
+"""The documentation runs: Python blocks of the README and the pages."""
 
 import os
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from forked_python import environment, torchrun
-
-from lab.runs.config import Config, load
-from packsaddle.options.schema import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,16 +38,3 @@ def test_the_script_of_the_first_five_minutes_runs_under_torchrun(tmp_path: Path
     ledger = re.findall(r"^ {4}(bytes .*|total .*|\d+ times fewer .*)$", shown, re.MULTILINE)
     assert len(ledger) == 3
     assert all(line in done.stdout for line in ledger), done.stdout
-
-
-def test_the_documented_configuration_is_one() -> None:
-    """And the table of the second block can be added to it."""
-    whole, local = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
-    assert build(Config, tomllib.loads(whole)).local is None
-    assert build(Config, tomllib.loads(whole + local)).local is not None
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/*.toml")), ids=lambda p: p.parent.name)
-def test_experiment_configs_load(path: Path) -> None:
-    assert load(path).plateau
-    assert "python -m lab run" in (path.parent / "README.md").read_text()

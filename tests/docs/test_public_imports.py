@@ -31,7 +31,7 @@ def sources() -> list[str]:
     """Return the Python code of pages, examples and the lab. Some of it uses the package as the package does: the
     trainer and its commands, and lab/docs/generated, which reads the code itself."""
     found = [p for d in ("docs", "examples", "experiments", "lab") for p in (ROOT / d).rglob("*")]
-    found = [p for p in found if not {"generated", "runs", "cli"} & {*p.relative_to(ROOT).parts}]
+    found = [p for p in found if not {"generated.py"} & {*p.relative_to(ROOT).parts}]
     texts = [p.read_text() for p in found if p.suffix == ".py"]
     for page in [ROOT / "README.md", *(p for p in found if p.suffix == ".md")]:
         texts += re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

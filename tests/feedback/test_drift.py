@@ -2,9 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +12,6 @@ from hypothesis import strategies as st
 from specs import folded
 from torch import nn
 
-from lab.runs.job import Job
-from lab.runs.templates import TASKS
 from packsaddle import (
     CompressedSGD,
     Compression,
@@ -26,7 +21,6 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm.group import resolve
-from packsaddle.errors import ConfigError
 from packsaddle.feedback.checks import fingerprint
 
 Gloo = Callable[..., list[Any]]
@@ -219,18 +213,3 @@ def of_another_version() -> str:
 def test_another_version_is_refused(gloo: Gloo) -> None:
     for message in gloo(of_another_version, 2):
         assert "packsaddle='0.0.0' and worker 1 has packsaddle='0.1.0'" in message
-
-
-def of_unlike_configurations(out: str) -> str:
-    config = replace(TASKS["digits"].config, lr=0.1 + 0.1 * resolve(None).rank)
-    try:
-        Job((config,), (Path(out),)).claim(ExitStack())
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_unlike_configurations_are_refused_before_anything_is_made(gloo: Gloo, tmp_path: Path) -> None:
-    expected = "all workers must have the same configuration, but lr is 0.1 for worker 0 and 0.2 for worker 1"
-    assert gloo(of_unlike_configurations, 2, str(tmp_path / "run")) == [expected] * 2
-    assert not (tmp_path / "run").exists()

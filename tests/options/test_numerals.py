@@ -1,4 +1,4 @@
-"""Numbers as people write them, on the command line and in configurations, and what is no number."""
+"""Numbers as people write them, on the command line and as arguments, and what is no number."""
 
 import math
 from collections.abc import Callable
@@ -8,21 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.runs.config import Config
 from packsaddle.comm import connect
-from packsaddle.errors import ConfigError
 from packsaddle.options.numerals import real, seconds, whole
-from packsaddle.options.schema import build
 from packsaddle.plan import Fleet, Link
-
-DATA = {
-    "data": {"name": "digits"},
-    "model": {"name": "autoencoder", "widths": [16, 4]},
-    "lr": 0.1,
-    "epochs": 1,
-    "batch_size": 8,
-}
-
 
 NUMBERS = {
     "25M": 25e6,
@@ -109,14 +97,3 @@ def test_what_python_writes_is_read_back(number: float) -> None:
     assert real(repr(number)) == float(number) or math.isinf(float(number))
     if isinstance(number, int):
         assert whole(repr(number)) == number
-
-
-def test_in_a_configuration() -> None:
-    config = build(Config, DATA | {"batch_size": 1e1, "lr": "10%", "compressor": {"kind": "TopK", "ratio": "1%"}})
-    assert (config.batch_size, config.lr, config.compressor.ratio) == (10, 0.1, 0.01)  # type: ignore[union-attr]
-    assert type(config.batch_size) is int
-    for bad in (1.5, "many", True):
-        with pytest.raises(ConfigError, match="batch_size must be of type int"):
-            build(Config, DATA | {"batch_size": bad})
-    with pytest.raises(ConfigError, match="not an integer, got 1;"):
-        build(Config, DATA | {"compressor": {"kind": "TopK", "ratio": 1}})

@@ -283,7 +283,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
     Raises ValueError if the value does not have this type. The message names `path`.
     """
     try:
-        return decode(hint, value, path, saved=True)
+        return decode(hint, value, path)
     except ConfigError as error:
         raise ValueError(str(error)) from None
 

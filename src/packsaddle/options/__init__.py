@@ -1,5 +1,5 @@
-"""Options: dataclasses built from TOML (start with `schema`), and parsing of numbers with units (`numerals`)."""
+"""Options: dataclasses built from saved data (start with `schema`), and parsing of numbers with units (`numerals`)."""
 
-from packsaddle.options.schema import build, nearest, plain
+from packsaddle.options.schema import build, nearest
 
-__all__ = ["build", "nearest", "plain"]
+__all__ = ["build", "nearest"]

@@ -190,7 +190,7 @@ def test_language_without_compression_is_sgd_on_both_batches(tmp_path: Path) -> 
 
 
 def test_local_steps_exchange_at_periods(tmp_path: Path) -> None:
-    """In six steps one exchange, and a last one of what is left in four bits; the first exchange compares models too."""
+    """In six steps one exchange and a last one in four bits; the first exchange compares models too."""
     size = language.Size(1.0, 6 * 32, every=6)
     rows = [
         language.train(
