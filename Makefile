@@ -40,7 +40,7 @@ test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,torchft]' trl peft
 	$(BIN)/pytest -q tests/integrations
 	$(BIN)/pytest -q tests/local/test_elastic_workers.py tests/comm/test_network_faults.py
-	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
+	$(BIN)/pytest -q tests/lab/race/test_race.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py
 
 lint: .venv/.installed
@@ -67,14 +67,14 @@ pictures: .venv/.installed
 # The paper's figures, Table 1 and further studies at their smallest scale, a new folder under runs/ for each: do the
 # commands of their cards run? MNIST and CIFAR10 are folders of data; without one its studies are left out.
 figures: .venv/.installed
-	@set -e; study() { echo "$$@"; $(BIN)/python -m lab.paper "$$@" --scale smoke; }; \
-	for name in text text-variants table1; do study $$name; done; \
-	if [ -n "$(MNIST)" ]; then for name in fig2 fig2-open fig2-compressors fig2-k fig2-escape; do study $$name --data-dir "$(MNIST)"; done; fi; \
-	if [ -n "$(CIFAR10)" ]; then for name in fig1 fig1-norms fig1-compressors; do study $$name --data-dir "$(CIFAR10)"; done; fi
+	@set -e; study() { echo "$$@"; $(BIN)/python -m lab.paper."$$@" --scale smoke; }; \
+	study language; study language variants; study table1; \
+	if [ -n "$(MNIST)" ]; then for what in figure2 open compressors k escape; do study figure2 $$what --data-dir "$(MNIST)"; done; fi; \
+	if [ -n "$(CIFAR10)" ]; then for what in figure1 norms compressors; do study figure1 $$what --data-dir "$(CIFAR10)"; done; fi
 
 # The tables of the committed race, from its rows.
 race: .venv/.installed
-	$(BIN)/python -m lab.race loss --out experiments/race --only tables --workers 2 4 --steps 600 --lrs 0.001 0.002
+	$(BIN)/python -m lab.race tables
 
 # Tests, times and runs that need a GPU (at most nine minutes, no network); writes gpu.json. TORCH: a venv's python with CUDA.
 gpu:

@@ -396,7 +396,7 @@ def cut(folder: Path) -> dict[str, Any]:
     """Run three workers on three hosts and a lighthouse on a fourth; disconnect the last worker for 15 seconds."""
     import threading
 
-    from lab.bench.hosts import Hosts
+    from lab.race.hosts import Hosts
 
     with Hosts(4, 100.0) as hosts:
         address = f"http://{hosts.address(3)}:29510"

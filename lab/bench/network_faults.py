@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lab.bench.hosts import Hosts
+from lab.race.hosts import Hosts
 from packsaddle import CompressedSGD, Compression, TopK, simulate
 from packsaddle.comm import PeerLostError, process_group
 

@@ -214,7 +214,6 @@ def _reason(stderr: Path) -> str:
     If there is none, returns the last line that contains words.
     """
     lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
-    print(chr(10).join(lines), file=sys.stderr)
     found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and "ChildFailedError" not in line]
     return found[-1] if found else lines[-1] if lines else "it printed no error"
 

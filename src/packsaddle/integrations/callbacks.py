@@ -196,7 +196,7 @@ def monitored(compressor: AnyCompression, every: int) -> Compression:
 
 
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
-    """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
+    """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/integrations.md).
 
     `steps` is the number of steps of this worker. `skipped` is the number of skipped steps or, for local updates, of
     rejected rounds. `sent` and `received` are the numbers of bytes that this worker has sent and received so far.
