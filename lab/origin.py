@@ -2,16 +2,12 @@
 
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-
-NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -30,34 +26,6 @@ class Origin:
         """Return the origin of a row that is made now on this machine; `threads` None: torch's current number."""
         count = torch.get_num_threads() if threads is None else threads
         return cls(cpu_model(), torch.__version__, count, f"{datetime.now(UTC):%Y-%m-%d}", commit() or "", text)
-
-    @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "Origin":
-        """Return the origin stated in a CSV row. Raises ValueError if `threads` is not a number."""
-        words: dict[str, Any] = {field.name: row.get(field.name) or "" for field in fields(cls)}
-        return cls(**{**words, "threads": int(words["threads"] or 0)})
-
-
-UNKNOWN = Origin()  # the origin of rows that were made before origins were recorded
-
-
-def described(origins: Iterable[Origin]) -> dict[str, str]:
-    """Return the machines and torch versions on which rows were made, for the printed setting of a table.
-
-    They may differ from the machine that prints the table.
-    """
-    made = list(origins)
-    return {
-        name: "; ".join(sorted({getattr(origin, name) or NOT_RECORDED for origin in made}))
-        for name in ("machine", "torch")
-    }
-
-
-def check_text(origins: Iterable[Origin], text: str, where: object) -> None:
-    """Raise ValueError if a row was trained on a text whose hash is not `text`. Rows without a hash are accepted."""
-    others = sorted({origin.text for origin in origins} - {"", text})
-    if others:
-        raise ValueError(f"{where} must have rows of one text, {text}, got {', '.join(others)}: use another file")
 
 
 def cpu_model() -> str:

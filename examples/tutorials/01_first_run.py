@@ -76,7 +76,7 @@ def run(compressor: packsaddle.Compressor, rank: int) -> tuple[list[tuple[int, f
 # %%
 compressed = packsaddle.simulate(lambda rank: run(packsaddle.TopK(0.01), rank), workers=WORKERS)[1]
 dense = packsaddle.simulate(lambda rank: run(packsaddle.Identity(), rank), workers=WORKERS)[1]
-for name, (curve, ledger) in (("TopK(0.01)", compressed), ("Identity()", dense)):
+for name, (curve, _) in (("TopK(0.01)", compressed), ("Identity()", dense)):
     step, sent, loss = curve[-1]
     print(f"{name}: test loss {loss:.4f} after {step} steps and {sent:.2f} MB")
 

@@ -27,7 +27,6 @@ from lab.tasks.images import Images, load_images
 from lab.tasks.models import Norm, average_buffers, connect, resnet, seeded
 from lab.tasks.sharding import Batches, shard
 from packsaddle import CompressedSGD, load_checkpoint, save_checkpoint, simulate
-from packsaddle.checkpoint.parts import Parts
 from packsaddle.cli import serve
 from packsaddle.comm.group import ambient_group
 from packsaddle.comm.simulation import FusedGroup
@@ -118,7 +117,7 @@ def work(members: range, run: Run[Setting], report: Report, *, data_dir: Path, s
 
     # A run that was interrupted continues from its last epoch.
     measured = Measurements(steps, per_epoch, size.every, optimizer.ledger)
-    parts: Parts = {"model": model, "optimizer": optimizer, "measured": measured}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "measured": measured}
     found = load_checkpoint(run.checkpoints, parts)
     for step in range(found.step + 1 if found else 1, steps + 1):
         images, labels = data.batch(torch.cat([each[step - 1] for each in batches]))

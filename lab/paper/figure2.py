@@ -29,8 +29,7 @@ from lab.tasks.models import mnist_autoencoder, seeded
 from lab.tasks.sharding import Batches, shard
 from packsaddle import CompressedSGD, Compression, Escape, Ramp, Search, certify
 from packsaddle.cli import serve
-from packsaddle.compressors import Compressor, Identity, RandomK, TopK
-from packsaddle.compressors.registry import describe, parse_compressor
+from packsaddle.compressors import Compressor, Identity, RandomK, TopK, describe, parse_compressor
 from packsaddle.curvature.hessian import NotFiniteError
 from packsaddle.numerics import Stream, generator
 

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import launched
 import pytest
 
 from packsaddle.comm import TerminatedError, launch
@@ -17,33 +16,31 @@ OF_TORCH_2_9 = {"min_nodes", "max_nodes", "nproc_per_node", "run_id", "rdzv_back
 OF_TORCH_2_9 |= {"local_addr", "max_restarts", "start_method", "monitor_interval"}
 
 
+def wait(folder: Path) -> None:
+    """Run by the workers of a launch, which SIGTERM ends."""
+    (folder / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
 def test_a_launch_has_no_setting_that_the_oldest_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     given = dict[str, Any]()
     monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", lambda **settings: given.update(settings))
     with pytest.raises(AttributeError):
-        launch(launched.save_when_told, (), 2)
+        launch(wait, (), 2)
     assert given.keys() <= OF_TORCH_2_9
 
 
-def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SIGTERM on the command; and then they end by themselves."""
-    sent, kill = [], os.kill
-
-    def heard(pid: int, how: signal.Signals) -> None:
-        sent.append(how)
-        kill(pid, how)
-
-    monkeypatch.setattr(os, "kill", heard)
-
+def test_sigterm_ends_a_launch_and_its_workers(tmp_path: Path) -> None:
     def tell() -> None:
-        while len(list(tmp_path.glob("here-*"))) < 2:
+        while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     threading.Thread(target=tell, daemon=True).start()
     with pytest.raises(TerminatedError):
-        launch(launched.save_when_told, (tmp_path,), 2)
+        launch(wait, (tmp_path,), 2)
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
-    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
-    assert sent == [signal.SIGTERM] * 3  # the launcher, and by it its workers
+    for path in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)

@@ -22,14 +22,20 @@ ALLOWED = {
     "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "lab/pool.py prints what a terminal must not obey",
     "packsaddle.cli.progress": "lab/pool.py says the time left as a plan does",
+    "packsaddle.options.schema": "the lab's commands propose the nearest name, as the library's do",
+    "packsaddle.checkpoint.atomic_files": "lab/paper/study.py writes its files whole, as the library does",
+    "packsaddle.comm.simulation": "lab/paper/figure1.py trains on all workers' batches at once",
+    "packsaddle.comm.group": "as the last",
+    "packsaddle.curvature.hessian": "lab/paper/figure2.py catches its error where a run has diverged",
+    "packsaddle.curvature.narrow_convolutions": "lab/tasks/models.py chooses a layout",
     "packsaddle.cli.folders": "lab/demo/command.py makes its folder as the commands do",
     "packsaddle.cli.certificate_figure": "lab/demo/story.py draws in the colors of the certificate's figure",
 }
 
 
 def sources() -> list[str]:
-    """Return the Python code of pages, examples and the lab. Some of it uses the package as the package does: the
-    trainer and its commands, and lab/docs/generated, which reads the code itself."""
+    """Return the Python code of pages, examples and the lab, without lab/docs/generated, which
+    reads the package itself."""
     found = [p for d in ("docs", "examples", "experiments", "lab") for p in (ROOT / d).rglob("*")]
     found = [p for p in found if not {"generated.py"} & {*p.relative_to(ROOT).parts}]
     texts = [p.read_text() for p in found if p.suffix == ".py"]

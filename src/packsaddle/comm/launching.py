@@ -1,18 +1,17 @@
 """Worker processes: joining and leaving the process group of a launcher, and starting workers on this machine."""
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -64,14 +63,17 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         dist.init_process_group("gloo" if direct is None else f"cpu:gloo,{direct}", timeout=timeout)
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for errors of stores and networks
         raise ConfigError(_not_joined(error)) from error
+    group: Group | None = TorchGroup()
     try:
-        group = TorchGroup()
         yield group
         with group.naming_lost_workers():
             dist.barrier()  # an early exit would close connections that other workers still use
     finally:
-        # Destroy the group, since an interpreter that exits while gloo's threads are alive sometimes aborts.
+        # An interpreter that exits while gloo's threads are alive sometimes aborts. The threads end when the last
+        # reference to the group does, and optimizers with hooks are cycles that hold one.
         dist.destroy_process_group()
+        group = None
+        gc.collect()
 
 
 def _not_joined(error: Exception) -> str:
@@ -89,31 +91,6 @@ def _not_joined(error: Exception) -> str:
     return f"the process group cannot be initialized: {advice} ({reason})"
 
 
-_asked = threading.Event()
-
-
-def asked_to_stop() -> bool:
-    return _asked.is_set()
-
-
-@contextmanager
-def recording_sigterm() -> Iterator[None]:
-    """Context manager that records a SIGTERM; `asked_to_stop` then returns True. A second SIGTERM calls the handler
-    that was set before. Use it in the main thread."""
-    _asked.clear()
-    before = signal.getsignal(signal.SIGTERM)
-
-    def take_note(number: int, frame: FrameType | None) -> None:
-        _asked.set()
-        signal.signal(signal.SIGTERM, before)
-
-    signal.signal(signal.SIGTERM, take_note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def preload_workers(module: str) -> None:
     """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once the server runs.
     torch._dynamo is preloaded too: the first optimizer of a process imports it, which takes as long as importing torch.
@@ -124,7 +101,6 @@ def preload_workers(module: str) -> None:
 # Torch's loggers that print the traceback of a failed worker. `launch` silences them, since it raises an error that
 # contains the traceback.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
-_MOMENT = 2.0  # seconds, enough time for the launcher to receive a worker's result
 
 
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
@@ -180,20 +156,13 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
 
 def _in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Run entry(*args) in a launched worker and return its result. Before it exits, the worker waits for the launcher's
-    report that all workers have returned. After SIGTERM there is no report, so it exits after _MOMENT seconds."""
+    """Run entry(*args) in a launched worker and return its result."""
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
     # All workers are on this machine: use the loopback interface, so that no other machine can connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
         os.environ.setdefault(variable, loopback[0])
-    result = entry(*args)
-    if asked_to_stop():
-        sys.stdout.flush()
-        leave = threading.Timer(_MOMENT, os._exit, (0,))
-        leave.daemon = True
-        leave.start()
-    return result
+    return entry(*args)
 
 
 def _exit_with_launcher() -> None:

@@ -34,5 +34,5 @@ def test_the_start() -> None:
     model = network()
     windows, following = TEXT.batch(torch.arange(50))
     loss = nn.functional.cross_entropy(model(windows).flatten(0, 1), following.flatten())
-    assert float(loss) == pytest.approx(math.log(TEXT.classes), abs=0.1)
+    assert loss.item() == pytest.approx(math.log(TEXT.classes), abs=0.1)
     assert len({p.data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
