@@ -8,7 +8,6 @@ from statistics import fmean, mean
 import torch
 from stored_rows import at_best_rate, read
 
-from lab.bench.muon import COMPARED, compare
 from packsaddle import SketchTopK, TopK
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -74,11 +73,23 @@ def test_local_updates_of_muon() -> None:
 
 
 def test_all_methods_inside_muon_and_adamw() -> None:
-    """The table of all methods is the command's."""
+    """In the card's table of all methods each cell is a mean over seeds, with their number if they are fewer than 3."""
     folder = DOCS.parent / "experiments" / "muon"
-    table = compare(folder)
-    assert table.count("\n") == 1 + len(COMPARED)
-    assert table in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    header, _, *table = card[card.index("| | of dense | Muon, char-w4 |") :].split("\n\n")[0].splitlines()
+    assert len(table) == 15
+    columns = [cell.strip().split(", ") for cell in header.split("|")[3:-1]]
+    dense = muon("char-w4")["Muon, dense"][1]
+    for line in table:
+        method, share, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        sent = muon("char-w4")[f"Muon, {method}"][1]
+        assert share == (f"1/{dense / sent:.0f}" if sent < 0.99 * dense else "1"), method
+        for (inner, setting), cell in zip(columns, cells, strict=True):
+            name = f"{inner}, {method}" + ", beta1 0.8" * (f"{inner}, {method}" == "AdamW, dense")
+            rows = [row for row in read(folder / f"{setting}.csv") if row["method"] == name]
+            losses = at_best_rate(rows, name)[0] if rows else []
+            few = f" ({len(losses)})" if len(losses) < 3 else ""
+            assert cell == (f"{fmean(losses):.3f}{few}" if losses else ""), (method, inner, setting)
 
 
 def test_workers_of_unequal_speeds() -> None:
