@@ -63,7 +63,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         dist.init_process_group("gloo" if direct is None else f"cpu:gloo,{direct}", timeout=timeout)
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for errors of stores and networks
         raise ConfigError(_not_joined(error)) from error
-    group: Group | None = TorchGroup()
+    group = TorchGroup()
     try:
         yield group
         with group.naming_lost_workers():
@@ -72,7 +72,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         # An interpreter that exits while gloo's threads are alive sometimes aborts. The threads end when the last
         # reference to the group does, and optimizers with hooks are cycles that hold one.
         dist.destroy_process_group()
-        group = None
+        del group
         gc.collect()
 
 
