@@ -13,9 +13,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-# The most code lines in all. The lab's and the tests' are 100 and 300 above what they were set to, since the demo's own
-# loops stand beside the studies' framework until the studies are scripts too.
-LIBRARY, LAB, TESTS = 16_600, 11_600, 23_300
+# The most code lines in all.
+LIBRARY, LAB, TESTS = 16_600, 7_000, 21_600
 _NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING),
     tokenize.ENDMARKER,
