@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def the_same_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certificates without a generator start alike in every run of a test: each may be wrong with some probability."""
     seeds = count()
-    fresh = "packsaddle.curvature.hessian.fresh_generator"
+    fresh = "packsaddle.curvature.mean_loss.fresh_generator"
     monkeypatch.setattr(fresh, lambda: torch.Generator().manual_seed(next(seeds)))
 
 

@@ -30,7 +30,7 @@ from lab.tasks.sharding import Batches, shard
 from packsaddle import CompressedSGD, Compression, Escape, Ramp, Search, certify
 from packsaddle.cli import serve
 from packsaddle.compressors import Compressor, Identity, RandomK, TopK, describe, parse_compressor
-from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.mean_loss import NotFiniteError
 from packsaddle.numerics import Stream, generator
 
 LR, BATCH, SIGMA = 0.1, 64, 0.01

@@ -22,8 +22,8 @@ from lab.paper.problems import (
 )
 from packsaddle import Verdict, certify, simulate
 from packsaddle.comm.group import resolve
-from packsaddle.curvature import Bounds
-from packsaddle.curvature.hessian import NotFiniteError, batch_size
+from packsaddle.curvature import Progress
+from packsaddle.curvature.mean_loss import NotFiniteError, batch_size
 from packsaddle.integrations.callbacks import certificate_line
 
 EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Identity, Ramp, certify, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
-from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.mean_loss import NotFiniteError
 from packsaddle.theory.noise_walk import GOOD, Walk, rms
 
 

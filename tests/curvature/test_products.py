@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from packsaddle import Verdict, simulate
-from packsaddle.curvature.products import Differences, choose_products
+from packsaddle.curvature.differences import Differences
+from packsaddle.curvature.double_backward import choose_products
 
 Batch = tuple[Tensor, Tensor]
 

@@ -39,7 +39,7 @@ def arguments(*, seed: int | None = None, **given: Any) -> dict[str, Any]:
 def certified(model: nn.Module, loss_fn: Callable[..., Tensor], batches: Any, **given: Any) -> Any:
     """Return a certificate. The default epsilon accepts every gradient, while nearly every curvature is beyond its
     threshold."""
-    default = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, "seed": 0}
+    default = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, "seed": 0, "progress": False}
     return certify(model, loss_fn, batches, **arguments(**default | given))
 
 

@@ -52,7 +52,7 @@ def draw_certificate(certificate: dict[str, Any]) -> Any:
             _draw_profile(axes[1], certificate, sharpest, "the sharpest direction w", has_model=False)
         if not random:
             _draw_ritz_values(axes[-1], certificate)
-        title = f"{certificate['headline']} (gradient norm {certificate['grad_norm']:.3e})"
+        title = f"{certificate['verdict']} (gradient norm {certificate['grad_norm']:.3e})"
         figure.suptitle(title, fontsize=11, wrap=True)
         return figure
 
@@ -92,8 +92,10 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
     random vector from which Lanczos started."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
+    examples = certificate["sample_examples"]
+    of_sample = "" if examples is None else f", over {examples:,} of the examples"
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
-    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label="Ritz values")
+    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label=f"Ritz values{of_sample}")
     axis.set_yscale("log")
     axis.set_ylim(bottom=min(*shares, 0.1) / 3)
     axis.set_ylabel("share of a random direction")
@@ -102,7 +104,10 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
     # below it.
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
-        axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
+        if low is not None and high is not None:
+            axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
+        elif end == "min":
+            axis.axvline(high, color=colour, label="lambda_min is at most this")
     threshold = certificate["threshold"]
     if threshold is not None:
         axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")

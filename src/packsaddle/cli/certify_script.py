@@ -23,7 +23,7 @@ _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 @grouped(
     {
         "": "epsilon hessian_lipschitz out json",
-        "search": "max_hvps tolerance failure_probability hvp memory_limit seed",
+        "search": "max_hvps tolerance failure_probability hvp sample seconds always memory_limit seed",
     }
 )
 def certify_script(
@@ -87,7 +87,7 @@ def certify_script(
 
 
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
-    from packsaddle.curvature.hessian import trainable
+    from packsaddle.curvature.mean_loss import trainable
 
     # Make the model, loss and batches, and load the checkpoint.
     problem = call(function)
@@ -108,8 +108,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
 
     # Compute the certificate and the loss profiles.
     try:
-        with questions.countdown() as progress:
-            return questions.finding(checkpoint, model, loss_fn, batches, progress)
+        return questions.finding(checkpoint, model, loss_fn, batches)
     except ValueError as error:  # invalid loss or batches
         raise ConfigError(f"{function}: {error}") from None
 

@@ -5,7 +5,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.cli.certificate_figure import draw_certificate, save
 from packsaddle.cli.folders import written
-from packsaddle.cli.progress import Report, countdown
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import Curvature, LossFn
+from packsaddle.curvature.mean_loss import LossFn
 from packsaddle.curvature.options import Search
-from packsaddle.curvature.search import Bounds
+from packsaddle.curvature.sharded import mean_loss_of
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
@@ -51,7 +49,7 @@ class Finding:
 
     file: Path  # file of the weights
     certificate: Certificate
-    profile: Profile  # loss along the escape direction
+    profile: Profile | None  # loss along the escape direction; None: no direction was found
     sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
     lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
@@ -59,7 +57,7 @@ class Finding:
         return {
             "file": str(self.file),
             **self.certificate.to_dict(self.lr),
-            "profile": asdict(self.profile),
+            "profile": None if self.profile is None else asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
         }
 
@@ -89,7 +87,6 @@ class Questions:
         model: nn.Module,
         loss_fn: LossFn,
         batches: Iterable[Any],
-        progress: Report = lambda step, text: None,
         sample_of: int | None = None,
     ) -> Finding:
         """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary, and evaluate the
@@ -98,15 +95,7 @@ class Questions:
         Args:
             file: the file of the model's weights, which is not read.
             model, loss_fn, batches, sample_of: see `packsaddle.certify`.
-            progress: called with a progress value, from 0 to `search.max_hvps`, and a text with the current bounds on
-                the smallest Hessian eigenvalue.
         """
-        most = self.search.max_hvps
-        progress(0, f"0 of at most {most} products")
-
-        def report(bounds: Bounds) -> None:
-            progress(bounds.products, f"{bounds.products} of at most {most} products: {bounds}")
-
         certificate = certify(
             model,
             loss_fn,
@@ -115,7 +104,7 @@ class Questions:
             hessian_lipschitz=self.hessian_lipschitz,
             search=replace(self.search, generator=generator(self.seed, 1, Stream.CERTIFY)),
             sample_of=sample_of,
-            progress=report,
+            progress=not self.quiet,
         )
 
         # Evaluate the loss along the directions of least and of largest curvature, v and w, up to twice the escape
@@ -123,24 +112,18 @@ class Questions:
         v, w = certificate.escape_direction, certificate.sharpest_direction
         some = list(islice(batches, 0, None, max(1, certificate.examples // _PROFILED)))
         reach = 2 * abs(certificate.escape_distance or 0.5)
-        escape = _profile(model, loss_fn, some, v, reach)
+        escape = None if v is None else _profile(model, loss_fn, some, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, some, w, reach)
         return Finding(file, certificate, escape, sharpest, self.lr)
 
-    def countdown(self, points: int = 1) -> AbstractContextManager[Report]:
-        """Context manager that shows the progress of the certification of `points` points, each of which needs at most
-        `search.max_hvps` Hessian-vector products. It shows nothing if `self.quiet` is True, or if this worker's rank is
-        not 0."""
-        return countdown("certify", points * self.search.max_hvps, quiet=self.quiet or resolve(None).rank != 0)
-
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
-    curvature = Curvature(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
-    direction = direction.to(curvature.device)
+    mean = mean_loss_of(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
+    direction = direction.to(mean.device)
     distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
-    losses = [curvature.loss_at(direction, s) for s in distances]
+    losses = [mean.loss_at(direction, s) for s in distances]
     finite = tuple(loss if math.isfinite(loss) else None for loss in losses)
-    return Profile(tuple(distances), finite, curvature.examples)
+    return Profile(tuple(distances), finite, mean.examples)
 
 
 def read_weights(file: Path) -> Any:
@@ -160,13 +143,16 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write `document` to the folder as certificates.json. For each of `findings`, also write a plot and the directions
-    of least and largest curvature. Raises ConfigError if a file cannot be written."""
+    """Write `document` to the folder as certificates.json. For each of `findings` with a direction of least curvature,
+    also write a plot, and the directions of least and largest curvature. Raises ConfigError if a file cannot be
+    written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))
         for finding, point in zip(findings, document["points"], strict=True):
             name = "certificate" if len(findings) == 1 else finding.file.stem
+            if finding.certificate.escape_direction is None:
+                continue
             directions = {"escape_direction": finding.certificate.escape_direction}
             if finding.certificate.sharpest_direction is not None:
                 directions["sharpest_direction"] = finding.certificate.sharpest_direction

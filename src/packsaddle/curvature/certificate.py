@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from html import escape
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from packsaddle.numerics.seeds import Stream, generator
 
+_BAR, _DRAWN = 24, 300  # length of a bar of the chart of losses, and ratio of its longest and shortest distance
 _WITHOUT_EPSILON = "no verdict on stationarity without epsilon (--epsilon), the threshold of the gradient norm"
 
 
@@ -85,6 +87,10 @@ class Certificate:
     The loss along v is evaluated at several points x + s v if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     `sharpest_direction` is not available after a single Lanczos step, or if not all Lanczos vectors were stored.
     `failure_probability` is over the random start vector of Lanczos.
+
+    If v was found on a sample of the examples (`sample_examples`) and proved on all of them, lambda_min has no lower
+    bound (-inf) and lambda_max no bounds, and the Ritz values are those of the sample. A certificate without a search,
+    or one that was stopped, may have no direction either: then the fields on v are None or inf.
     """
 
     verdict: Verdict
@@ -93,31 +99,40 @@ class Certificate:
     grad_norm: float  # norm of the gradient of the mean loss, ||grad f||
     grad_norm_error: float | None  # sampling error of the gradient, as a standard error; None: `sample_of` is None
     lambda_min_upper: float  # upper bound on lambda_min: Rayleigh quotient v^T H v of `escape_direction` plus its error
-    lambda_min_lower: float  # lower bound on lambda_min
-    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error
-    lambda_max_upper: float  # upper bound on lambda_max
+    lambda_min_lower: float  # lower bound on lambda_min; -inf: none
+    lambda_max_lower: float  # lower bound on lambda_max: largest Ritz value minus error; -inf: none
+    lambda_max_upper: float  # upper bound on lambda_max; inf: none
     residual: float  # ||H v - lambda v|| for the escape direction v and its Rayleigh quotient lambda = v^T H v
     failure_probability: float  # largest probability that `lambda_min_lower` is wrong; the same for `lambda_max_upper`
-    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: no epsilon was given
-    hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
+    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None: epsilon or rho is None
+    hessian_lipschitz: float | None  # rho, the Lipschitz constant of the Hessian; None: not measured
     hessian_lipschitz_estimated: bool  # True if rho was measured along the escape direction, as a lower bound on rho
-    escape_direction: Tensor  # escape direction v, unit vector float64[d]
+    escape_direction: Tensor | None  # escape direction v, unit vector float64[d]; None: none was found
     sharpest_direction: Tensor | None  # unit Ritz vector of the largest Ritz value, float64[d]; None: not available
-    slope: float  # <grad f, v>, derivative of the loss along the escape direction v
+    slope: float | None  # <grad f, v>, derivative of the loss along the escape direction v; None: no v
     escape_distance: float | None  # s, positive or negative, with the lowest f(x + s v) found; None: no s was tried
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
     escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s tried; None: none was tried
+    # Pairs of a distance s and the loss f(x + s v), ascending; over the sample's examples if v was found on a sample
+    along_v: tuple[tuple[float, float], ...]
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian (eigenvalues approximated by Lanczos), ascending
     ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
     examples: int  # number of examples in the mean loss f
+    sample_examples: int | None  # number of examples on which v was found; None: on all, or none was found
+    sample_hvps: int  # number of Hessian-vector products over these; 0 if `sample_examples` is None
     sample_of: int | None  # size of the data set that was sampled; None: not given, or all its examples were used
     precision: str  # dtype of the model, in which Hessian-vector products are computed, e.g. "float32"
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
     hvp_reason: str | None  # error by which double backward failed; None: it did not fail, or was not tried
     hvp_error: float  # estimated error of a Hessian-vector product with a unit vector, included in all bounds
     hvp_step: float | None  # last step h of the differences of gradients; None: double backward was used
-    hvps: int  # number of Hessian-vector products, including those by a float64 copy of the model
-    backward_passes: int  # number of backward passes over all examples
+    hvps: int  # number of Hessian-vector products over all examples, and of those by a float64 copy of the model
+    backward_passes: int  # number of backward passes over all examples; one over a part counts as a fraction
+    searched: bool  # False: no search for negative curvature, since the gradient decides the verdict
+    # Expected seconds of the search that was not done: of all examples, since it would exceed `Search.seconds`, or of
+    # any, since the gradient is too large; None: nothing was left out
+    postponed: float | None
+    stopped: bool  # True if Ctrl-C or `Search.seconds` ended the search
     bytes_sent: int  # number of bytes that this worker sent for the certificate
     seconds: float  # duration of the certification
 
@@ -125,10 +140,11 @@ class Certificate:
     def smallest_epsilon(self) -> float:
         """The smallest epsilon for which the bounds in this certificate prove second-order stationarity.
 
-        rho, the Lipschitz constant of the Hessian, is assumed to be `hessian_lipschitz`.
+        rho, the Lipschitz constant of the Hessian, is assumed to be `hessian_lipschitz`. The value is inf if there is
+        no lower bound on lambda_min.
         """
         below = max(0.0, -self.lambda_min_lower)
-        return max(self.grad_norm, below * below / self.hessian_lipschitz)
+        return max(self.grad_norm, below * below / self.hessian_lipschitz) if self.hessian_lipschitz else math.inf
 
     @property
     def saddle_below_rho(self) -> float | None:
@@ -151,19 +167,39 @@ class Certificate:
         return math.log(10) / math.log1p(-lr * self.lambda_min_upper) if lr and self.lambda_min_upper < 0 else None
 
     @property
-    def headline(self) -> str:
-        """The verdict as text. If epsilon is None, the text includes the bounds on lambda_min, the smallest Hessian
-        eigenvalue, from which the verdict follows: the upper bound if there is negative curvature, the lower bound if
-        there is none, and both if the verdict is undecided."""
-        lower, upper = f"{self.lambda_min_lower:.3e}", f"{self.lambda_min_upper:.3e}"
-        if self.verdict is Verdict.NOT_A_MINIMUM:
-            return f"{self.verdict}: lambda_min is at most {upper}"
-        if self.verdict is Verdict.NO_NEGATIVE_CURVATURE:
-            return f"{self.verdict}: lambda_min is at least {lower}"
-        if self.verdict is Verdict.UNDECIDED and self.epsilon is None:
-            return f"{self.verdict}: lambda_min is in [{lower}, {upper}]"
-        is_plateau = self.verdict is Verdict.SECOND_ORDER_STATIONARY and self.lambda_min_upper < 0
-        return f"{self.verdict}{', not a minimum' if is_plateau else ''}"
+    def answer(self) -> str:
+        """The verdict in a sentence, with the numbers from which it follows."""
+        upper, lower = f"{self.lambda_min_upper:.2g}", f"{self.lambda_min_lower:.2g}"
+        sure = f"with probability {1 - self.failure_probability:g}"
+        match self.verdict:
+            case Verdict.SADDLE:
+                return f"This is a saddle: along v the curvature is at most {upper}, {self._by_a_step()}."
+            case Verdict.NOT_A_MINIMUM:
+                return f"This is not a minimum: along v the curvature is at most {upper}, {self._by_a_step()}."
+            case Verdict.SECOND_ORDER_STATIONARY:
+                plateau = ", but not a minimum" if self.lambda_min_upper < 0 else ""
+                limits = f"the gradient is at most epsilon, and {sure} no curvature is below {self.threshold:.2g}"
+                return f"This point is second-order stationary{plateau}: {limits}."
+            case Verdict.NO_NEGATIVE_CURVATURE:
+                return f"There is no negative curvature here: {sure} every curvature is at least {lower}."
+            case Verdict.GRADIENT_TOO_LARGE:
+                size = f"the gradient's norm is {self.grad_norm:.2g}, above epsilon = {self.epsilon:.2g}"
+                return f"This point is not stationary: {size}, so the loss still falls along the gradient."
+        return f"This is undecided: {self._why_undecided()}."
+
+    def _by_a_step(self) -> str:
+        if self.escape_distance is None or self.escape_loss is None:
+            return "and the loss along v was not computed"
+        fall = self.loss - self.escape_loss
+        by = f"lowers the loss by {fall:.3g}" if fall > 0 else "does not lower the loss"
+        return f"and a step of {self.escape_distance:.2g} along it {by}"
+
+    def _why_undecided(self) -> str:
+        if math.isinf(self.lambda_min_upper):
+            return "the search was stopped before it found anything" if self.stopped else "nothing was found"
+        if math.isinf(self.lambda_min_lower):
+            return f"along v the curvature is at most {self.lambda_min_upper:.2g}, which decides nothing"
+        return f"the smallest curvature is between {self.lambda_min_lower:.2g} and {self.lambda_min_upper:.2g}"
 
     @property
     def loss_name(self) -> str:
@@ -176,13 +212,13 @@ class Certificate:
         """Return the certificate as a dict of plain types for JSON.
 
         It has all fields except `escape_direction` and `sharpest_direction`, and the properties `smallest_epsilon`,
-        `saddle_below_rho`, `headline` and `loss_name`. It also has `lr`, and `escape_steps` for this learning rate,
+        `saddle_below_rho`, `answer` and `loss_name`. It also has `lr`, and `escape_steps` for this learning rate,
         which is None if lr is None.
         """
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
-        values |= {"headline": self.headline, "saddle_below_rho": self.saddle_below_rho, "lr": lr}
+        values |= {"answer": self.answer, "saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
@@ -197,7 +233,8 @@ class Certificate:
             why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
             differences = f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
         lines = [
-            self.headline,
+            self.answer,
+            *self._chart(),
             f"gradient norm {self.grad_norm:.3e}{error}{limit}",
             *self._curvature(),
             *self._remarks(),
@@ -208,23 +245,80 @@ class Certificate:
         ]
         return "\n  ".join(lines)
 
+    def _chart(self) -> list[str]:
+        """Draw how far the loss falls or rises along v, a line for each distance."""
+        losses = [(s, loss) for s, loss in self.along_v if math.isfinite(loss)]
+        if len(losses) < 3:
+            return []
+        middle = next(loss for s, loss in losses if s == 0)
+        shown = [(s, loss - middle) for s, loss in losses if abs(s) >= abs(self.escape_distance or 0) / _DRAWN or not s]
+        shown = [(s, change) for s, change in shown if abs(s) <= 1.01 * abs(self.escape_distance or math.inf)]
+        most = max(abs(change) for _, change in shown) or 1.0
+        whose = "" if self.sample_examples is None else f", over {self.sample_examples:,} of the examples"
+        rows = [f"the loss along v, less that at this point{whose}:"]
+        for s, change in shown:
+            bar = "█" * round(_BAR * abs(change) / most)
+            sides = f"{bar if change < 0 else '':>{_BAR}}│{bar if change > 0 else '':{_BAR}}"
+            rows.append(f"  {s:+9.2g}  {sides} {change:+.2e}")
+        return rows
+
+    def _repr_html_(self) -> str:
+        """Return the sentence, the loss along v as a drawing, and the numbers, for a notebook."""
+        first, *others = str(self).split("\n")
+        numbers = "\n".join(line for line in others if "│" not in line and not line.startswith("  the loss along v"))
+        return f"<p><b>{escape(first)}</b></p>{self._drawing()}<pre>{escape(numbers)}</pre>"
+
+    def _drawing(self) -> str:
+        losses = [(s, loss) for s, loss in self.along_v if math.isfinite(loss)]
+        far = 4 * abs(self.escape_distance or 0.0)
+        losses = [(s, loss) for s, loss in losses if abs(s) <= far]
+        if len(losses) < 3:
+            return ""
+        low, high = min(loss for _, loss in losses), max(loss for _, loss in losses)
+        reach, rise = max(abs(s) for s, _ in losses), (high - low) or 1.0
+        at = [f"{240 + 230 * s / reach:.1f},{130 - 115 * (loss - low) / rise:.1f}" for s, loss in losses]
+        x, y = next(place for place, (s, _) in zip(at, losses, strict=True) if s == 0).split(",")
+        return (
+            '<svg viewBox="0 0 480 170" width="480" role="img" aria-label="loss along v" style="max-width:100%">'
+            f'<polyline points="{" ".join(at)}" fill="none" stroke="#2a7ab8" stroke-width="2"/>'
+            f'<circle cx="{x}" cy="{y}" r="4" fill="#c1440e"/>'
+            '<g fill="currentColor" font-size="12" font-family="sans-serif" text-anchor="middle">'
+            f'<text x="{x}" y="150">this point, loss {self.loss:.4g}</text>'
+            f'<text x="30" y="165">{-reach:.2g}</text><text x="450" y="165">{reach:.2g} along v</text></g></svg>'
+        )
+
     def _curvature(self) -> list[str]:
-        # If the gradient norm alone decides the verdict, the search stops after one Hessian-vector product, and gives
-        # no useful bounds.
-        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:
-            return ["no search for negative curvature: the gradient decides"]
-        value = f"{self.hessian_lipschitz:.3e}" if self.hessian_lipschitz > 1e-300 else "about 0: quadratic along v"
-        given = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
+        if not self.searched or self.escape_direction is None:
+            return []
+        rho = self.hessian_lipschitz
+        value = "unknown" if rho is None else f"{rho:.3e}" if rho > 1e-300 else "about 0: quadratic along v"
+        given = (
+            ""
+            if rho is None
+            else " (estimated along v, from below)"
+            if self.hessian_lipschitz_estimated
+            else " (given)"
+        )
         threshold = "" if self.threshold is None else f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, "
-        return [
-            f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
-            f"probability {1 - self.failure_probability:g}, residual {self.residual:.1e}",
-            f"lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
-            f"probability",
-            f"{threshold}rho {value} ({given})",
-        ]
+        found = f"lambda_min is at most {self.lambda_min_upper:.3e}, residual {self.residual:.1e}"
+        if self.sample_examples is not None:
+            found += f"; v was found on {self.sample_examples:,} examples with {self.sample_hvps} products"
+        bounds = (
+            [found]
+            if math.isinf(self.lambda_min_lower)
+            else [
+                f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
+                f"probability {1 - self.failure_probability:g}, residual {self.residual:.1e}",
+                f"lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
+                f"probability",
+            ]
+        )
+        return [*bounds, f"{threshold}rho {value}{given}"]
 
     def _remarks(self) -> list[str]:
+        if not self.searched:
+            more = f"search=Search(always=True) looks for it, in about {self.postponed or 0:.0f} s"
+            return [f"whether there is negative curvature too was not searched: {more}"]
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
@@ -235,6 +329,12 @@ class Certificate:
                 lines.append(f"a saddle for every rho below {most:.1e}; the estimate is a lower bound, so give a rho")
             return lines
         if self.verdict is Verdict.UNDECIDED:
+            if self.postponed is not None:
+                more = f"bounds over all {self.examples:,} examples may settle it"
+                limit = f"would take about {self.postponed:.0f} s, so they need search=Search(seconds=...) of as much"
+                return [f"{more}; they {limit}"]
+            if self.stopped:
+                return ["the search was stopped; more time may settle it"]
             gap = self.lambda_min_upper - self.lambda_min_lower
             return [f"more products may settle it: the bounds are {gap:.1e} apart"]
         if self.verdict is not Verdict.SECOND_ORDER_STATIONARY:

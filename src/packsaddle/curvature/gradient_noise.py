@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from packsaddle.comm.group import resolve
-from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, differentiating, trainable
+from packsaddle.curvature.mean_loss import LossFn, NotFiniteError, batch_size, differentiating, trainable
 from packsaddle.numerics.devices import device_of_doubles, wide, widened
 
 

@@ -183,6 +183,8 @@ class Lanczos:
         matvec: Callable[[Tensor], Tensor],
         start: Tensor,
         *,
+        n: int | None = None,
+        dot: Callable[[Tensor, Tensor], Tensor] = torch.dot,
         max_vectors: int | None = None,
         precision: float = torch.finfo(torch.float64).eps,
         relative_error: Callable[[], float] = lambda: 0.0,
@@ -190,12 +192,12 @@ class Lanczos:
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
-        self._matvec, self._n, self._precision = matvec, len(start), precision
-        self._limit = max_vectors or self._n
+        self._matvec, self._n, self._precision = matvec, len(start) if n is None else n, precision
+        self._dot, self._limit = dot, max_vectors or self._n
         self._relative_error, self._known_error = relative_error, error
         # Largest magnitude, over all products so far, of a component of A q_k that would be 0 in exact arithmetic.
         self._error = 0.0
-        self._basis = [start / start.norm()]
+        self._basis = [start / self._norm(start)]
         # The last two Lanczos vectors, q_{k-1} and q_k; before the first step q_{k-1} is empty.
         self._pair = (torch.zeros(0), self._basis[0])
         self._alphas: list[float] = []
@@ -217,22 +219,22 @@ class Lanczos:
         # Compute beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
         before, q = self._pair
         product = self._matvec(q)
-        along_q = product @ q
+        along_q = self._dot(product, q)
         w = self._recur(product, along_q, q, before, len(self._alphas))
         orthogonal, components = len(self._alphas) < self._limit, list[Tensor]()
         if orthogonal:
             for sweep in range(2):
                 for p in self._basis:
-                    component = w @ p
+                    component = self._dot(w, p)
                     w.addcmul_(p, component, value=-1.0)
                     # For p = q the component is only the rounding error of alpha, and not an error of the product.
                     if sweep == 0 and p is not q:
                         components.append(component)
         # Read all numbers together, so that the host waits for a GPU only once.
-        alpha, square, *found = torch.stack([along_q, w @ w, *components]).tolist()
+        alpha, square, *found = torch.stack([along_q, self._dot(w, w), *components]).tolist()
         self._error = max([self._error, *map(abs, found)])
         self._alphas.append(alpha)
-        beta = math.sqrt(square) if square > _UNDERFLOW else float(w.mul(_UP).norm()) / _UP
+        beta = math.sqrt(square) if square > _UNDERFLOW else self._norm(w.mul(_UP)) / _UP
 
         # The Ritz values are the eigenvalues of the tridiagonal matrix. The process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
@@ -278,7 +280,10 @@ class Lanczos:
                 w = self._recur(self._matvec(q), q.new_tensor(self._alphas[j]), q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
-        return v.div_(v.norm())
+        return v.div_(self._norm(v))
+
+    def _norm(self, v: Tensor) -> float:
+        return math.sqrt(float(self._dot(v, v)))
 
     def _recur(self, product: Tensor, alpha: Tensor, q: Tensor, before: Tensor, j: int) -> Tensor:
         """Return A q_j - alpha_j q_j - beta_j q_{j-1}, float64[n], the next Lanczos vector before its normalization.

@@ -27,6 +27,12 @@ class Search:
             error, which is measured and widens both bounds. "auto" uses double backward, or differences if torch does
             not support it (compiled networks, flash-attn) or if it is wrong (a custom autograd.Function, see
             docs/certificates.md).
+        sample: Search a sample of the examples first, and prove what it finds on all of them. A saddle is then proved
+            in the time of a few passes, without the other bounds on eigenvalues. With False, or with a finite
+            tolerance, all products are over all examples.
+        seconds: Longest time of the search of all examples that is needed where the sample finds nothing. It is not
+            started if it is expected to take longer, and ends after this time with the bounds so far. inf: no limit.
+        always: Search for negative curvature also if the gradient is too large, which decides the verdict already.
         memory_limit: Maximum number of bytes of stored Lanczos vectors, which have 8 d bytes each for d coordinates; at
             least 0. If not all vectors are stored, the bounds need a few more products, and the escape direction needs
             one more product for each vector that was not stored.
@@ -38,6 +44,9 @@ class Search:
     failure_probability: float = 1e-3
     tolerance: float = math.inf
     hvp: Hvp = "auto"
+    sample: bool = True
+    seconds: float = 60.0
+    always: bool = False
     memory_limit: int = 4 * 2**30
     generator: torch.Generator | None = field(default=None, metadata={"internal": True})
 
@@ -47,6 +56,8 @@ class Search:
         check_probability(self.failure_probability)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
         if self.memory_limit < 0:
             raise ValueError(f"memory_limit must not be negative, got {self.memory_limit}")
         if self.hvp not in get_args(Hvp):

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from packsaddle.compressors import Rounded, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.mean_loss import LossFn
 from packsaddle.feedback.compression import AnyCompression
 from packsaddle.integrations.callbacks import (
     Attached,

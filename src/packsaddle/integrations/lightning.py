@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from packsaddle.compressors import Rounded, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.mean_loss import LossFn
 from packsaddle.feedback.compression import AnyCompression
 from packsaddle.integrations.callbacks import (
     Attached,
