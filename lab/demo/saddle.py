@@ -104,7 +104,7 @@ def _train(method: Method, rank: int, report: Report) -> Run:
     # Is the last point a saddle? The certificate bounds the Hessian's smallest eigenvalue there.
     part = [images.pixels(mine[:512]).double()]
     search = Search(max_hvps=100, tolerance=0.1, generator=torch.Generator().manual_seed(method.seed))
-    found = certify(model.double(), reconstruction, part, search=search)
+    found = certify(model.double(), reconstruction, part, search=search, progress=False)
     sent = optimizer.ledger.sent / 1e6
     bounds = (found.lambda_min_lower, found.lambda_min_upper)
     return Run(method, losses.epochs, losses.losses, sent, str(found.verdict), bounds)

@@ -244,6 +244,7 @@ def certificate(point: Tensor) -> packsaddle.Certificate:
         epsilon=0.04,
         hessian_lipschitz=1.0,
         search=search,
+        progress=False,
     )
 
 

@@ -10,6 +10,7 @@
 `train` is one run. The settings of each study are in `STUDIES`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -158,13 +159,16 @@ def certified(model: nn.Module, images: Images, seed: int, step: int, *, is_last
             [images.pixels(chosen)],
             epsilon=1e-2 if is_last else 2e-3,
             hessian_lipschitz=1e-3,
-            search=Search(max_hvps=40, generator=generator(seed, step, Stream.CERTIFY)),
+            search=Search(
+                max_hvps=40, sample=False, seconds=math.inf, generator=generator(seed, step, Stream.CERTIFY)
+            ),
             sample_of=len(images),
+            progress=False,
         )
     except NotFiniteError:
         return {"verdict": "not finite"}
     ends = {name: getattr(found, name) for name in ("lambda_min_lower", "lambda_min_upper")}
-    return {"verdict": str(found.verdict), **ends}
+    return {"verdict": str(found.verdict), **{name: x if math.isfinite(x) else None for name, x in ends.items()}}
 
 
 def reconstruction(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ def test_workers_decide_alike() -> None:
     def work(rank: int) -> Any:
         batches: list[Any] = [[(x[:32], labels[:32], False)], [(x[32:], labels[32:], True)], []]
         own, _ = classifier(torch.float32, nn.ReLU())
-        return certificate(own, loss, batches[rank], epsilon=1.0)
+        return certificate(own, loss, batches[rank], epsilon=1.0, always=True, sample=False)
 
     found = simulate(work, 3)
     assert {c.hvp for c in found} == {"differences of gradients"}

@@ -220,6 +220,7 @@ class Certificate:
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
         values |= {"answer": self.answer, "saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
+        values["along_v"] = [(s, loss if math.isfinite(loss) else None) for s, loss in self.along_v]
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:

@@ -3,8 +3,8 @@
 Double backward is exact up to rounding. In a dtype shorter than float64 its rounding errors, which cancellation inside
 the network can make much larger than the unit roundoff, are measured by comparison with the product of a float64 copy
 of the model, for two vectors v: the first v of the search, and the v whose curvature decides if the point is a saddle.
-With many examples an eighth of them is compared, or the sample on which v was found, and the difference is doubled: the mean
-over all examples averages more rounding errors, so that its own is hardly larger.
+With many examples an eighth of them is compared, or the sample on which v was found, and the difference is doubled: the
+mean over all examples averages more rounding errors, so that its own is hardly larger.
 
 A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`). If a loss
 contains such a function, Hessian-vector products by double backward are compared with differences of gradients for the

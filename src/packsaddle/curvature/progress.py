@@ -115,6 +115,8 @@ class Reporter:
         signal.signal(signal.SIGINT, stop)
         try:
             yield
+        except Stopped:  # before anything was known
+            raise KeyboardInterrupt from None
         finally:
             signal.signal(signal.SIGINT, default)
 

@@ -290,6 +290,7 @@ class Decision:
             if few.v is None or not few.verdict.rests_on_negative_curvature:
                 break
             report.phase(f"proof on all {loss.examples:,} examples", None)
+            few.lanczos = None  # frees its vectors
             if whole.prove(few.v, few.error):
                 self.sample = few
                 break

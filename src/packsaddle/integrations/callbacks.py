@@ -1,6 +1,7 @@
 """The common part of the callbacks for Lightning and Hugging Face: it attaches a DDP hook or local updates, collects
 metrics, and saves and restores state."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -343,7 +344,10 @@ def certificate_scalars(certificate: Certificate) -> dict[str, float]:
 
 
 def certificate_line(certificate: Certificate, step: int) -> str:
-    bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
+    low, high = certificate.lambda_min_lower, certificate.lambda_min_upper
+    bounds = f"lambda_min in [{low:.3e}, {high:.3e}]"
+    if math.isinf(low):
+        bounds = "no bound on lambda_min" if math.isinf(high) else f"lambda_min at most {high:.3e}"
     limit = "" if certificate.epsilon is None else f" (epsilon {certificate.epsilon:.3e})"
     norm = f"{certificate.grad_norm:.3e}{limit}"
-    return f"step {step}: {certificate.verdict}, gradient norm {norm}, lambda_min in {bounds}"
+    return f"step {step}: {certificate.verdict}, gradient norm {norm}, {bounds}"

@@ -295,7 +295,7 @@ class CertificateCallback(Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, _Attached):
                     stack.enter_context(callback.together())
-            self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
+            self.certificate = certify(pl_module, loss_fn, self._batches, progress=False, **self._options)
         for logger in trainer.loggers:
             logger.log_metrics(certificate_scalars(self.certificate), step=trainer.global_step)
         if trainer.is_global_zero:
