@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from packsaddle.cli.progress import time_left
 from packsaddle.comm import WorkerFailedError, preload_workers
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.messages import printable
@@ -100,7 +99,8 @@ class _Bar:
         done = min(sum(fractions), self._count)
         text = f"{finished} of {self._count}"
         if 0.02 * self._count < done < self._count:  # earlier the pace is unknown
-            text += ", " + time_left((time.monotonic() - self._begin) * (self._count - done) / done)
+            seconds = (time.monotonic() - self._begin) * (self._count - done) / done
+            text += f", about {seconds / 60:.0f} min left" if seconds >= 60 else f", about {seconds:.0f} s left"
         shown = escape(printable(f"{text}  {', '.join(running)}"))
         self._bar.update(self._task, completed=done, text=shown)
         tenths = int(10 * done / self._count)

@@ -159,9 +159,7 @@ def certified(model: nn.Module, images: Images, seed: int, step: int, *, is_last
             [images.pixels(chosen)],
             epsilon=1e-2 if is_last else 2e-3,
             hessian_lipschitz=1e-3,
-            search=Search(
-                max_hvps=40, sample=False, seconds=math.inf, generator=generator(seed, step, Stream.CERTIFY)
-            ),
+            search=Search(max_hvps=40, sample=False, seconds=math.inf, generator=generator(seed, step, Stream.CERTIFY)),
             sample_of=len(images),
             progress=False,
         )

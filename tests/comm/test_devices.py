@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from packsaddle import CompressedSGD, LocalUpdates, Rounded, TopK
 from packsaddle.comm.group import TorchGroup, accepts, carries, stages
-from packsaddle.comm.launching import direct_backend, local_device
-from packsaddle.errors import ConfigError
+from packsaddle.comm.launching import direct_backend
 from packsaddle.feedback.background import Background
 from packsaddle.numerics.devices import to_host
 
@@ -135,21 +134,14 @@ def test_a_stream_in_the_background(blocks: bool, monkeypatch: pytest.MonkeyPatc
     assert stream.trace[:3] == [f"{what} in {where}" for what in ("enter", "wait for an event", "work")]
 
 
-def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_device() == torch.device("cpu")
+def test_the_backend_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert direct_backend(1) is None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(dist, "is_backend_available", lambda name: name == "nccl")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert local_device() == torch.device("cuda", 1)
     assert [direct_backend(n) for n in (2, 3)] == ["cuda:nccl", None]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
     assert direct_backend(1) is None
-    for text in ("one", "-1", "1.0"):
-        monkeypatch.setenv("LOCAL_RANK", text)
-        with pytest.raises(ConfigError, match=f"LOCAL_RANK must be an integer of 0 or more, .*, got '{text}'"):
-            local_device()
 
 
 @pytest.mark.parametrize("front", ["CompressedSGD", "LocalUpdates"])

@@ -24,7 +24,6 @@ def test_totals_and_steps() -> None:
         assert ledger.at(step) == {"compressed": Bytes(10, 12, 12), "dense": Bytes(4, 5, 5)}
     assert ledger.at(3)["reset"] == Bytes(100, 100, 100)
     assert ledger.at(7) == {}
-    assert ledger.by_collective == {"all-reduce": ledger.total}
     assert [(s.first, s.last) for s in ledger.spans] == [(0, 2), (3, 3), (4, 4)]  # equal steps take one
     restored = Ledger()
     restored.load_state_dict(ledger.state_dict())

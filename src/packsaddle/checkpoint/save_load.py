@@ -131,12 +131,6 @@ def _rotate(folder: Path, keep: int) -> None:
             remove(save)
 
 
-def remove_all(folder: Path) -> None:
-    """Remove all saves in a checkpoint folder."""
-    for save in saves_in(folder, _STEPS):
-        remove(save)
-
-
 def _proposed(folder: Path, step: int, keep: int) -> tuple[int, str]:
     """Check the numbers that were passed to `save_checkpoint`, and return this worker's proposal for the new save."""
     _check_numbers(step, keep)

@@ -2,6 +2,7 @@
 second-order stationary point."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
 from packsaddle.messages import first_line
+from packsaddle.numerics.seeds import Stream, generator
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys of a checkpoint under which scripts store the weights
 # Prefixes that torch.compile and DistributedDataParallel add to parameter names. The first prefix is listed twice,
@@ -63,7 +65,7 @@ def certify_script(
         seed: Seed of the random start vector.
         json: Print one JSON document.
     """
-    from packsaddle.cli.findings import Questions, write
+    from packsaddle.cli.findings import write
     from packsaddle.cli.folders import new_folder
 
     # Validate the input before the long computation.
@@ -71,22 +73,24 @@ def certify_script(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")
-    questions = Questions(epsilon, hessian_lipschitz, search, seed=seed, quiet=json)
+    search = replace(search, generator=generator(seed, 1, Stream.CERTIFY))
+    options = {"epsilon": epsilon, "hessian_lipschitz": hessian_lipschitz, "search": search, "progress": not json}
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
     ):
-        finding = _certify(function, checkpoint, questions)
+        found = _certify(function, checkpoint, options)
     if is_first():
-        print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
+        print(dumps(found.to_dict(), indent=2, allow_nan=False) if json else found)
         if out is not None:
             # Write the files after printing the results, so that the results are not lost if the disk is full.
-            write([finding], {"points": [finding.to_dict()]}, out)
+            write(found, out)
             if not json:
                 print(f"certificate: {out}")
 
 
-def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
+def _certify(function: str, checkpoint: Path, options: dict[str, Any]) -> Any:
+    from packsaddle.cli.findings import finding
     from packsaddle.curvature.mean_loss import trainable
 
     # Make the model, loss and batches, and load the checkpoint.
@@ -108,7 +112,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
 
     # Compute the certificate and the loss profiles.
     try:
-        return questions.finding(checkpoint, model, loss_fn, batches)
+        return finding(checkpoint, model, loss_fn, batches, **options)
     except ValueError as error:  # invalid loss or batches
         raise ConfigError(f"{function}: {error}") from None
 

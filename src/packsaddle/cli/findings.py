@@ -4,8 +4,8 @@ certification."""
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,12 @@ from packsaddle.cli.folders import written
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.mean_loss import LossFn
-from packsaddle.curvature.options import Search
 from packsaddle.curvature.sharded import mean_loss_of
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
-from packsaddle.numerics.seeds import Stream, generator
 
 _POINTS = 20  # number of losses that a loss profile has on each side of the parameters x
 _PROFILED = 4096  # approximate number of examples in each of the 41 losses of a profile; using all would take long
@@ -51,70 +49,37 @@ class Finding:
     certificate: Certificate
     profile: Profile | None  # loss along the escape direction; None: no direction was found
     sharpest: Profile | None  # loss along the sharpest direction; None: that direction is unknown
-    lr: float | None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "file": str(self.file),
-            **self.certificate.to_dict(self.lr),
+            **self.certificate.to_dict(),
             "profile": None if self.profile is None else asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
         }
 
     def __str__(self) -> str:
-        text = f"{self.file}: {self.certificate}"
-        steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
-        if steps is None or self.certificate.verdict is not Verdict.SECOND_ORDER_STATIONARY:
-            return text
-        return f"{text}\n  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps"
+        return f"{self.file}: {self.certificate}"
 
 
-@dataclass(frozen=True)
-class Questions:
-    """Options for certifying a point, i.e. for deciding if a model's parameters are a saddle or second-order
-    stationary."""
+def finding(file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **options: Any) -> Finding:
+    """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary, and evaluate the
+    loss along the directions of least and of largest curvature; collective.
 
-    epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
-    hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
-    search: Search = Search()  # noqa: RUF009 -- immutable
-    lr: float | None = None  # SGD's lr / (1 - momentum), from which escape times are computed; None: unknown
-    seed: int = 0  # seed of the random start vectors
-    quiet: bool = True  # False: rank 0 shows progress on stderr
+    Args:
+        file: the file of the model's weights, which is not read.
+        model, loss_fn, batches, options: see `packsaddle.certify`.
+    """
+    certificate = certify(model, loss_fn, batches, **options)
 
-    def finding(
-        self,
-        file: Path,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Any],
-        sample_of: int | None = None,
-    ) -> Finding:
-        """Certify the model's parameters, i.e. decide if they are a saddle or second-order stationary, and evaluate the
-        loss along the directions of least and of largest curvature; collective.
-
-        Args:
-            file: the file of the model's weights, which is not read.
-            model, loss_fn, batches, sample_of: see `packsaddle.certify`.
-        """
-        certificate = certify(
-            model,
-            loss_fn,
-            batches,
-            epsilon=self.epsilon,
-            hessian_lipschitz=self.hessian_lipschitz,
-            search=replace(self.search, generator=generator(self.seed, 1, Stream.CERTIFY)),
-            sample_of=sample_of,
-            progress=not self.quiet,
-        )
-
-        # Evaluate the loss along the directions of least and of largest curvature, v and w, up to twice the escape
-        # distance, or up to 1 if there is none.
-        v, w = certificate.escape_direction, certificate.sharpest_direction
-        some = list(islice(batches, 0, None, max(1, certificate.examples // _PROFILED)))
-        reach = 2 * abs(certificate.escape_distance or 0.5)
-        escape = None if v is None else _profile(model, loss_fn, some, v, reach)
-        sharpest = None if w is None else _profile(model, loss_fn, some, w, reach)
-        return Finding(file, certificate, escape, sharpest, self.lr)
+    # Evaluate the loss along the directions of least and of largest curvature, v and w, up to twice the escape
+    # distance, or up to 1 if there is none.
+    v, w = certificate.escape_direction, certificate.sharpest_direction
+    some = list(islice(batches, 0, None, max(1, certificate.examples // _PROFILED)))
+    reach = 2 * abs(certificate.escape_distance or 0.5)
+    escape = None if v is None else _profile(model, loss_fn, some, v, reach)
+    sharpest = None if w is None else _profile(model, loss_fn, some, w, reach)
+    return Finding(file, certificate, escape, sharpest)
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
@@ -142,19 +107,18 @@ def read_weights(file: Path) -> Any:
         ) from None
 
 
-def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write `document` to the folder as certificates.json. For each of `findings` with a direction of least curvature,
-    also write a plot, and the directions of least and largest curvature. Raises ConfigError if a file cannot be
-    written."""
+def write(found: Finding, folder: Path) -> None:
+    """Write the finding to the folder as certificates.json. If it has a direction of least curvature, also write a
+    plot, and the directions of least and largest curvature. Raises ConfigError if a file cannot be written."""
+    document = {"points": [found.to_dict()]}
     text = json.dumps(document, indent=2).encode() + b"\n"
+    certificate = found.certificate
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))
-        for finding, point in zip(findings, document["points"], strict=True):
-            name = "certificate" if len(findings) == 1 else finding.file.stem
-            if finding.certificate.escape_direction is None:
-                continue
-            directions = {"escape_direction": finding.certificate.escape_direction}
-            if finding.certificate.sharpest_direction is not None:
-                directions["sharpest_direction"] = finding.certificate.sharpest_direction
-            write_whole(folder / f"{name}.direction.pt", partial(torch.save, directions))
-            save(draw_certificate(point), folder, name)
+        if certificate.escape_direction is None:
+            return
+        directions = {"escape_direction": certificate.escape_direction}
+        if certificate.sharpest_direction is not None:
+            directions["sharpest_direction"] = certificate.sharpest_direction
+        write_whole(folder / "certificate.direction.pt", partial(torch.save, directions))
+        save(draw_certificate(found.to_dict()), folder, "certificate")

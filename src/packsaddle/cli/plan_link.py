@@ -161,7 +161,7 @@ def _paces(
     bound = dict.fromkeys(size.bind(c) for c in [*compressors, *(setting.compressor for setting in settings)])
     found = {}
     # The time left is unknown: timing one compressor may take ten times as long as timing another.
-    with countdown("plan", len(bound), quiet=False, equal=False) as report:
+    with countdown("plan", len(bound)) as report:
         for i, compressor in enumerate(bound):
             report(i, f"timing {brief(describe(compressor))} ({i + 1} of {len(bound)})")
             found[compressor] = measure(compressor, size.d, repeats=3, device=device)

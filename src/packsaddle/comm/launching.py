@@ -30,15 +30,6 @@ def under_launcher() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def local_device() -> torch.device:
-    """Return the accelerator with this process's LOCAL_RANK (0 if unset), or the CPU if there is no accelerator.
-    Processes share accelerators if the machine has fewer accelerators than processes."""
-    kind = accelerator()
-    if kind is None:
-        return torch.device("cpu")
-    return torch.device(kind, launched_number("LOCAL_RANK", 0) % torch.accelerator.device_count())
-
-
 def direct_backend(processes: int) -> str | None:
     """Return the backend that exchanges tensors of the accelerator without copies to the host, such as "cuda:nccl".
     Returns None if torch does not have this backend, or if the machine has fewer accelerators than `processes`."""

@@ -123,12 +123,6 @@ class Ledger:
         or "dense"."""
         return self._sum(0)
 
-    @property
-    def by_collective(self) -> Mapping[str, Bytes]:
-        """Total bytes over all steps, as a dict by collective: "all-reduce", "all-gather", "all-to-all" and
-        "broadcast"."""
-        return self._sum(1)
-
     def _sum(self, position: int) -> Mapping[str, Bytes]:
         sums: dict[str, Bytes] = {}
         # Copy the totals, since a background exchange may change them meanwhile.

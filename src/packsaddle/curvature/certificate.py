@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packsaddle.numerics.seeds import Stream, generator
 
-_BAR, _DRAWN = 24, 300  # length of a bar of the chart of losses, and ratio of its longest and shortest distance
+_BAR = 24  # length of the longest bar of the chart of losses
 _WITHOUT_EPSILON = "no verdict on stationarity without epsilon (--epsilon), the threshold of the gradient norm"
 
 
@@ -252,9 +252,10 @@ class Certificate:
         if len(losses) < 3:
             return []
         middle = next(loss for s, loss in losses if s == 0)
-        shown = [(s, loss - middle) for s, loss in losses if abs(s) >= abs(self.escape_distance or 0) / _DRAWN or not s]
-        shown = [(s, change) for s, change in shown if abs(s) <= 1.01 * abs(self.escape_distance or math.inf)]
-        most = max(abs(change) for _, change in shown) or 1.0
+        farthest = 1.01 * abs(self.escape_distance or math.inf)
+        changes = [(s, loss - middle) for s, loss in losses if abs(s) <= farthest]
+        most = max(abs(change) for _, change in changes) or 1.0
+        shown = [(s, change) for s, change in changes if abs(change) >= most / (2 * _BAR) or not s]
         whose = "" if self.sample_examples is None else f", over {self.sample_examples:,} of the examples"
         rows = [f"the loss along v, less that at this point{whose}:"]
         for s, change in shown:

@@ -73,6 +73,7 @@ def certify(
     the first one before the gradient is known.
 
     Raises ValueError for invalid arguments, and for losses that vary between evaluations (augmentation, shuffling).
+    Raises TypeError for a model without batches, and for a point with batches.
     Raises NotFiniteError if the loss or a derivative is not finite. With hvp="double-backward", raises
     DoubleBackwardError if products by double backward are wrong.
     """

@@ -167,6 +167,8 @@ class Lanczos:
     Args:
         matvec: a function that maps v, float64[n], to A v, float64[n].
         start: a Gaussian vector, float64[n], drawn anew for every certificate and identical on all workers.
+        n: the size of A, if each worker has only a part of every vector; by default the length of `start`.
+        dot: the inner product of two vectors, float64[]; collective if each worker has only a part of them.
         max_vectors: maximum number of Lanczos vectors to store, at least 2; None: all. While all are stored, each new
             vector is orthogonalized against them twice. The computation of a Ritz vector needs one more product for
             each vector that was not stored.

@@ -214,9 +214,7 @@ class CertificateCallback(TrainerCallback):
             for callback in self._trainer.callback_handler.callbacks:
                 if isinstance(callback, Attached) and callback.local is not None:
                     stack.enter_context(callback.local.at_anchor())
-            self.certificate = certify(
-                self._trainer.model, self._loss, self._batches, progress=False, **self._options
-            )
+            self.certificate = certify(self._trainer.model, self._loss, self._batches, progress=False, **self._options)
         self._trainer.log(certificate_scalars(self.certificate))
         if state.is_world_process_zero:
             print(certificate_line(self.certificate, state.global_step), flush=True)
