@@ -90,7 +90,8 @@ class Certificate:
 
     If v was found on a sample of the examples (`sample_examples`) and proved on all of them, lambda_min has no lower
     bound (-inf) and lambda_max no bounds, and the Ritz values are those of the sample. A certificate without a search,
-    or one that was stopped, may have no direction either: then the fields on v are None or inf.
+    or one that was stopped, may have no direction either: then the fields on v are None or inf. A search is left out if
+    it would exceed `Search.seconds`, or if the gradient is too large without `Search.always`.
     """
 
     verdict: Verdict
@@ -113,8 +114,7 @@ class Certificate:
     escape_distance: float | None  # s, positive or negative, with the lowest f(x + s v) found; None: no s was tried
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
     escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s tried; None: none was tried
-    # Pairs of a distance s and the loss f(x + s v), ascending; over the sample's examples if v was found on a sample
-    along_v: tuple[tuple[float, float], ...]
+    along_v: tuple[tuple[float, float], ...]  # pairs (s, f(x + s v)); over the sample if v was found on a sample
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian (eigenvalues approximated by Lanczos), ascending
     ritz_shares: tuple[float, ...]  # squared inner product of each Ritz vector with the unit start vector of Lanczos
     examples: int  # number of examples in the mean loss f
@@ -129,9 +129,7 @@ class Certificate:
     hvps: int  # number of Hessian-vector products over all examples, and of those by a float64 copy of the model
     backward_passes: int  # number of backward passes over all examples; one over a part counts as a fraction
     searched: bool  # False: no search for negative curvature, since the gradient decides the verdict
-    # Expected seconds of the search that was not done: of all examples, since it would exceed `Search.seconds`, or of
-    # any, since the gradient is too large; None: nothing was left out
-    postponed: float | None
+    postponed: float | None  # expected seconds of a search that was left out; None: nothing was left out
     stopped: bool  # True if Ctrl-C or `Search.seconds` ended the search
     bytes_sent: int  # number of bytes that this worker sent for the certificate
     seconds: float  # duration of the certification

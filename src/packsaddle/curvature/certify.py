@@ -104,17 +104,17 @@ def certify(
             # Decide if the smallest eigenvalue, lambda_min, is below its threshold: -sqrt(rho epsilon), or 0 if no
             # epsilon is given. A gradient that is too large decides the verdict without it.
             too_large = epsilon is not None and grad_norm > epsilon
+            searched = search.always or not too_large
 
             def decided(products: Products) -> Decision:
                 whole = CurvatureSearch(products, epsilon, hessian_lipschitz, search, report)
                 found = Decision(whole, search, report)
-                if search.always or not too_large:
+                if searched:
                     found.make(size_of_sample(loss.examples, error, grad_norm))
                 return found
 
             found = with_products(chosen, search.hvp, decided)
             whole = found.whole
-            searched = search.always or not too_large
             walked = whole.verdict.rests_on_negative_curvature and not whole.is_stopped
             losses, profile = found.walk() if walked else ((), ())
             slope = None if whole.v is None else float(loss.dot(gradient, whole.v))

@@ -75,6 +75,8 @@ class MeanLoss:
     finite. For a sample of batches that were evaluated before (`is_sample`) the loss is evaluated once.
     """
 
+    _own: Mapping[str, Any] = {}  # further arguments of a subclass
+
     def __init__(
         self,
         model: nn.Module,
@@ -142,7 +144,8 @@ class MeanLoss:
 
     def over(self, batches: list[Any]) -> Self:
         """Return the mean loss over some of this worker's batches, and over those of the others; collective."""
-        return type(self)(self._model, self._loss_fn, batches, self._channel, on_batch=self.on_batch, is_sample=True)
+        options = {"on_batch": self.on_batch, "is_sample": True, **self._own}
+        return type(self)(self._model, self._loss_fn, batches, self._channel, **options)
 
     @property
     def workers(self) -> int:

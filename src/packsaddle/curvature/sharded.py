@@ -44,7 +44,7 @@ class ShardedLoss(MeanLoss):
         tensor_parallel: Any = None,
         **options: Any,
     ) -> None:
-        self._tensor_parallel = tensor_parallel
+        self._own = {"tensor_parallel": tensor_parallel}
         self._alike = 1 if tensor_parallel is None else tensor_parallel.size()
         parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         workers = channel.group.size
@@ -63,17 +63,6 @@ class ShardedLoss(MeanLoss):
         super().__init__(model, loss_fn, batches, channel, **options)
         self.examples //= self._alike
         self._lengths = [t.numel() for t in self._tensors]
-
-    def over(self, batches: list[Any]) -> "ShardedLoss":
-        return ShardedLoss(
-            self._model,
-            self._loss_fn,
-            batches,
-            self._channel,
-            tensor_parallel=self._tensor_parallel,
-            on_batch=self.on_batch,
-            is_sample=True,
-        )
 
     def _cut(self, share: float) -> None:
         """Cut no batch: an error on one worker would leave the others in a collective of FSDP."""
