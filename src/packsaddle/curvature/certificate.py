@@ -204,7 +204,7 @@ class Certificate:
         """A description of the certified loss, with the number of examples: "the mean loss over 512 examples, in
         evaluation mode"."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
-        return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
+        return f"the mean loss over {self.examples:,} example{'s' * (self.examples != 1)}{named}, in evaluation mode"
 
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
         """Return the certificate as a dict of plain types for JSON.

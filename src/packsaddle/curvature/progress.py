@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 _UNBOUNDED = (-math.inf, math.inf)
-_SILENT, _BETWEEN = 1.0, 10.0  # seconds until the first printed line, and between two lines
+_SILENT, _BETWEEN = 1.5, 10.0  # seconds until the first printed line, and between two lines
 
 
 class Stopped(BaseException):
@@ -45,7 +45,9 @@ class Progress:
         if self.products:
             low, high = self.lambda_min
             asked = "" if self.threshold is None else f", threshold {self.threshold:.1e}"
-            text += f": {self.products} products, lambda_min in [{low:.1e}, {high:.1e}]{asked}"
+            text += (
+                f": {self.products} product{'s' * (self.products != 1)}, lambda_min in [{low:.1e}, {high:.1e}]{asked}"
+            )
         return text if self.left is None else f"{text}, at most {self.left:.0f} s left"
 
 
