@@ -95,7 +95,7 @@ def test_progress_tells_bounds_that_close_in() -> None:
     last = told[-1]
     assert (last.done, last.expected) == (found.hvps, 200)
     text = str(last)
-    assert text.startswith(f"bounds on all 1 examples: {last.products} products, lambda_min in [")
+    assert text.startswith(f"bounds on all 1 examples, product {last.products}: lambda_min in [")
     assert last.left is not None
     assert text.endswith(f"at most {last.left:.0f} s left")
 
