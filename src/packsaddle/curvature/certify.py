@@ -118,8 +118,10 @@ def certify(
             walked = whole.verdict.rests_on_negative_curvature and not whole.is_stopped
             losses, profile = found.walk() if walked else ((), ())
             slope = None if whole.v is None else float(loss.dot(gradient, whole.v))
-            sharpest = None if found.sample or whole.is_stopped or whole.sharpest is None else whole.sharpest.cpu()
-            evidence = _evidence(found, losses, profile) | {"sharpest_direction": sharpest}
+            sharpest = None if found.sample or whole.is_stopped else whole.sharpest
+            evidence = _evidence(found, losses, profile) | {
+                "sharpest_direction": None if sharpest is None else sharpest.cpu()
+            }
     if sample_of == loss.examples:
         sample_of = None
     grad_norm_error = None

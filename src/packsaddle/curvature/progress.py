@@ -45,9 +45,7 @@ class Progress:
         if self.products:
             low, high = self.lambda_min
             asked = "" if self.threshold is None else f", threshold {self.threshold:.1e}"
-            text += (
-                f": {self.products} product{'s' * (self.products != 1)}, lambda_min in [{low:.1e}, {high:.1e}]{asked}"
-            )
+            text += f", product {self.products}: lambda_min in [{low:.1e}, {high:.1e}]{asked}"
         return text if self.left is None else f"{text}, at most {self.left:.0f} s left"
 
 
