@@ -14,7 +14,7 @@ import packsaddle
 ROOT = Path(packsaddle.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 16_600, 7_000, 22_000
+LIBRARY, LAB, TESTS = 16_620, 7_000, 22_000
 _NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING),
     tokenize.ENDMARKER,

@@ -286,3 +286,31 @@ class _Once(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.clone()
+
+
+class Rounded:
+    """Gradients of a quadratic of d coordinates, each with a rounding error that is drawn anew."""
+
+    precision = 2.0**-23
+
+    def __init__(self, d: int, seed: int) -> None:
+        self.d, self.products, self._rng = d, 0, torch.Generator().manual_seed(seed)
+
+    def size_of_parameters(self) -> float:
+        return 1.0
+
+    def norm(self, v: Tensor) -> float:
+        return float(v.norm())
+
+    def gradient_at(self, v: Tensor, distance: float) -> Tensor:
+        return distance * v + 1e-6 * torch.randn(self.d, generator=self._rng, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("d", "most"), [(2, 0.006), (5, 0.0)])
+def test_the_rounding_of_few_coordinates_is_covered(d: int, most: float) -> None:
+    """One difference of two rounding errors says little of a third one, if they are of few numbers."""
+    missed, v = 0, torch.ones(d, dtype=torch.float64) / math.sqrt(d)
+    for seed in range(2000):
+        product, error = Differences(Rounded(d, seed)).checked(v)  # type: ignore[arg-type]
+        missed += float((product - v).norm()) > error
+    assert missed <= 2000 * most

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.curvature.mean_loss import MeanLoss
-from packsaddle.curvature.products import RHO_DISTANCE, Products
+from packsaddle.curvature.products import RHO_DISTANCE, Products, spare_of
 
 # Ratio of two steps h of differences of gradients, whose products then differ almost only by rounding.
 _NEARBY = 17 / 16
@@ -148,7 +148,7 @@ class Differences(Products):
         noise = self.curvature.norm(self._difference(v, _NEARBY * h).sub_(product))
         noise = max(noise, self._eps * self.curvature.norm(product))
         apart = self.curvature.norm(self._difference(v, 2 * h).sub_(product))
-        return _Trial(h, product, noise, apart, max(noise + apart / 3, 2 * apart))
+        return _Trial(h, product, noise, apart, max(spare_of(self.curvature.d) * noise + apart / 3, 2 * apart))
 
     @staticmethod
     def _better(trial: _Trial) -> float:

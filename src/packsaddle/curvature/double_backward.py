@@ -3,8 +3,8 @@
 Double backward is exact up to rounding. In a dtype shorter than float64 its rounding errors, which cancellation inside
 the network can make much larger than the unit roundoff, are measured by comparison with the product of a float64 copy
 of the model, for two vectors v: the first v of the search, and the v whose curvature decides if the point is a saddle.
-With many examples an eighth of them is compared, or the sample on which v was found, and the difference is doubled: the
-mean over all examples averages more rounding errors, so that its own is hardly larger.
+With many batches an eighth of them is compared, or the sample on which v was found, and the difference is doubled: the
+mean over all batches averages more rounding errors, so that its own is hardly larger.
 
 A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`). If a loss
 contains such a function, Hessian-vector products by double backward are compared with differences of gradients for the
@@ -23,7 +23,7 @@ from packsaddle.curvature.differences import ROOM_FOR_SHORT_STEPS, Differences
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.mean_loss import MeanLoss
 from packsaddle.curvature.options import Hvp
-from packsaddle.curvature.products import RHO_DISTANCE, Products
+from packsaddle.curvature.products import RHO_DISTANCE, Products, spare_of
 
 Result = TypeVar("Result")
 
@@ -89,9 +89,11 @@ class DoubleBackward(Products):
 
     def continue_from(self, other: Products) -> None:
         assert isinstance(other, DoubleBackward)
+        if other.curvature.is_cut:  # whose rounding errors say little of those of whole batches
+            return
         self._begun, self._largest = True, max(self._largest, other._largest)
-        self.error = max(self.error, _SPARED * other.error)
-        self.relative_error = max(self.relative_error, _SPARED * other.relative_error)
+        self.error = max(self.error, _spared(other.curvature) * other.error)
+        self.relative_error = max(self.relative_error, _spared(other.curvature) * other.relative_error)
 
     def for_proof(self, v: Tensor) -> tuple[Tensor, float]:
         if self.unproven or not self._begun:
@@ -135,10 +137,10 @@ class DoubleBackward(Products):
         """
         if self.precision <= torch.finfo(torch.float64).eps:
             return 0.0
-        part = self.curvature.sample(self.curvature.examples // _COMPARED)
+        part = self.curvature.sample(self.curvature.examples // _COMPARED, cut=False)
         if part is not None:
             exact = part.product_in_double(v)
-            apart = 0.0 if exact is None else _SPARED * float(exact.sub_(part.hessian_vector(v)).norm())
+            apart = 0.0 if exact is None else _spared(part) * float(exact.sub_(part.hessian_vector(v)).norm())
             self.curvature.count(part)
             self.curvature.products += 1
         elif (exact := self.curvature.product_in_double(v)) is not None:
@@ -189,6 +191,11 @@ class DoubleBackward(Products):
         with self.curvature.moved(v, -h):
             behind = self.curvature.hessian_vector(v)
         return float((ahead - behind).norm()) / (2 * h)
+
+
+def _spared(part: MeanLoss) -> float:
+    """Return the factor by which a rounding error that was measured on a part of the examples is enlarged."""
+    return _SPARED * spare_of(part.d)
 
 
 def _disagreement(differences: Differences, v: Tensor, product: Tensor, largest: float) -> str | None:

@@ -76,6 +76,7 @@ class MeanLoss:
     """
 
     _own: Mapping[str, Any] = {}  # further arguments of a subclass
+    is_cut = False  # True for a sample of parts of batches, whose sums round less than those over whole batches
 
     def __init__(
         self,
@@ -128,18 +129,21 @@ class MeanLoss:
         self.examples = int(examples)
         self.loss = loss / examples
 
-    def sample(self, examples: int) -> Self | None:
+    def sample(self, examples: int, *, cut: bool = True) -> Self | None:
         """Return the mean loss over a part of the examples of all workers, of about this number; collective.
 
         It has evenly spaced batches of each worker, or the first part of every batch if there are fewer than eight.
-        Returns None if a batch cannot be cut, or if the part would have more than half of the examples.
+        Returns None if a batch cannot be cut or must not (`cut`), or if the part would have more than half of the examples.
         """
         share = examples / self.examples
         few = self.total(sum(n > 0 for n in self._sizes)) < _FEW_BATCHES
+        if few and not cut:
+            return None
         batches = self._cut(share) if few else self._spaced(share)
         if self.on_any_worker(batches is None):
             return None
         part = self.over(batches or [])
+        part.is_cut = few
         return part if 2 * part.examples <= self.examples else None
 
     def over(self, batches: list[Any]) -> Self:

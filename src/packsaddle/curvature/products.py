@@ -1,5 +1,6 @@
 """The interface of Hessian-vector products, of which there are two kinds: `double_backward` and `differences`."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Self
 
@@ -11,6 +12,12 @@ from packsaddle.curvature.mean_loss import MeanLoss
 # Distance from x, to each side along a unit vector v, over which the change of H v is measured. It gives an estimate of
 # the Hessian's Lipschitz constant.
 RHO_DISTANCE = 1e-2
+
+
+def spare_of(d: int) -> float:
+    """Return the factor by which a measured rounding error of d numbers is enlarged: the norm of a few rounding errors
+    says little of the norm of other ones."""
+    return 1 + 3 / math.sqrt(d)
 
 
 class Products(ABC):
