@@ -89,7 +89,9 @@ class DoubleBackward(Products):
 
     def continue_from(self, other: Products) -> None:
         assert isinstance(other, DoubleBackward)
-        if other.curvature.is_cut:  # whose rounding errors say little of those of whole batches
+        if (
+            other.curvature.is_cut and self.precision > torch.finfo(torch.float64).eps
+        ):  # whose rounding errors say little of those of whole batches
             return
         self._begun, self._largest = True, max(self._largest, other._largest)
         self.error = max(self.error, _spared(other.curvature) * other.error)

@@ -133,7 +133,8 @@ class MeanLoss:
         """Return the mean loss over a part of the examples of all workers, of about this number; collective.
 
         It has evenly spaced batches of each worker, or the first part of every batch if there are fewer than eight.
-        Returns None if a batch cannot be cut or must not (`cut`), or if the part would have more than half of the examples.
+        Returns None if a batch cannot be cut, or must not (`cut`), or if the part would have more than half of the
+        examples.
         """
         share = examples / self.examples
         few = self.total(sum(n > 0 for n in self._sizes)) < _FEW_BATCHES
