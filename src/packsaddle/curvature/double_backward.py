@@ -89,9 +89,8 @@ class DoubleBackward(Products):
 
     def continue_from(self, other: Products) -> None:
         assert isinstance(other, DoubleBackward)
-        if (
-            other.curvature.is_cut and self.precision > torch.finfo(torch.float64).eps
-        ):  # whose rounding errors say little of those of whole batches
+        # The rounding errors of parts of batches say little of those of whole batches.
+        if other.curvature.is_cut and self.precision > torch.finfo(torch.float64).eps:
             return
         self._begun, self._largest = True, max(self._largest, other._largest)
         self.error = max(self.error, _spared(other.curvature) * other.error)
