@@ -13,8 +13,8 @@ from searches import certified
 from torch import Tensor, nn
 
 from packsaddle import certify
+from packsaddle.comm.sharding import part_of
 from packsaddle.curvature import Search
-from packsaddle.curvature.sharded import _part_of as part_of
 
 EXACT = ("verdict", "examples")  # the start of the search is another, and the numbers of products differ
 MEASURED = ("loss", "grad_norm", "lambda_min_upper")

@@ -110,8 +110,8 @@ def read_weights(file: Path) -> Any:
 def write(found: Finding, folder: Path) -> None:
     """Write the finding to the folder as certificates.json. If it has a direction of least curvature, also write a
     plot, and the directions of least and largest curvature. Raises ConfigError if a file cannot be written."""
-    document = {"points": [found.to_dict()]}
-    text = json.dumps(document, indent=2).encode() + b"\n"
+    point = found.to_dict()
+    text = json.dumps({"points": [point]}, indent=2).encode() + b"\n"
     certificate = found.certificate
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))
@@ -121,4 +121,4 @@ def write(found: Finding, folder: Path) -> None:
         if certificate.sharpest_direction is not None:
             directions["sharpest_direction"] = certificate.sharpest_direction
         write_whole(folder / "certificate.direction.pt", partial(torch.save, directions))
-        save(draw_certificate(found.to_dict()), folder, "certificate")
+        save(draw_certificate(point), folder, "certificate")

@@ -37,6 +37,19 @@ def local_part(tensor: Any) -> Tensor:
     return here.detach()
 
 
+def part_of(tensor: Tensor, p: Any) -> Tensor:
+    """Return this process's part of a whole tensor, according to the placements of the parameter p. If p is a plain
+    tensor, return the whole tensor. Strided shards are split last; FSDP creates them along a dimension that tensor
+    parallelism also shards."""
+    placements = list(enumerate(getattr(p, "placements", ())))
+    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
+        if hasattr(placement, "dim"):
+            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
+            place = p.device_mesh.get_coordinate()[i]
+            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
+    return tensor
+
+
 def as_shard(value: Any, p: Any) -> Any:
     """Return `value` as a DTensor with the placements of the parameter p, if p is a DTensor and `value` is a plain
     tensor with the shape of p's local shard. Otherwise return `value` unchanged."""

@@ -118,10 +118,7 @@ def certify(
             walked = whole.verdict.rests_on_negative_curvature and not whole.is_stopped
             losses, profile = found.walk() if walked else ((), ())
             slope = None if whole.v is None else float(loss.dot(gradient, whole.v))
-            sharpest = None if found.sample or whole.is_stopped else whole.sharpest
-            evidence = _evidence(found, losses, profile) | {
-                "sharpest_direction": None if sharpest is None else sharpest.cpu()
-            }
+            evidence = _evidence(found, losses, profile)
     if sample_of == loss.examples:
         sample_of = None
     grad_norm_error = None
@@ -149,10 +146,11 @@ def certify(
 
 
 def _evidence(found: Decision, losses: Losses, profile: Losses) -> dict[str, Any]:
-    """Return the fields of a certificate that follow from the search."""
+    """Return the fields of a certificate that follow from the search; collective."""
     whole, by = found.whole, found.sample or found.whole
     loss, products, ritz = whole.loss, whole.products, by.ritz
     at, values = min(losses, key=lambda pair: pair[1], default=(None, None)), dict(losses)
+    sharpest = None if found.sample or whole.is_stopped else whole.sharpest
     bends = [loss.loss - (values[s] + values[-s]) / 2 for s in values if s > 0]
     return {
         "lambda_min_upper": whole.upper,
@@ -161,6 +159,7 @@ def _evidence(found: Decision, losses: Losses, profile: Losses) -> dict[str, Any
         "lambda_max_upper": whole.lambda_max[1],
         "residual": whole.residual,
         "escape_direction": None if whole.v is None else whole.v.cpu(),
+        "sharpest_direction": None if sharpest is None else sharpest.cpu(),
         "escape_distance": at[0],
         "escape_loss": at[1],
         "escape_bend": max(bends, default=None),

@@ -68,7 +68,6 @@ class DoubleBackward(Products):
     """
 
     name = "double backward"
-
     curvature: Curvature
 
     def __init__(self, curvature: Curvature) -> None:
@@ -99,17 +98,15 @@ class DoubleBackward(Products):
     def for_proof(self, v: Tensor) -> tuple[Tensor, float]:
         if self.unproven or not self._begun:
             return self.checked(v)
-        product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
-        self.unproven = self.curvature.on_any_worker(bool(self._custom))
-        if self.unproven:
-            self._compare(v, product)
+        product = self._inspected(v)
+        self._verify(v, product)
         return product, self.error
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
+        product = self._inspected(v)
         norm = float(product.norm())
         first, self._begun, self._largest = not self._begun, True, max(self._largest, norm)
         if first:
@@ -120,14 +117,22 @@ class DoubleBackward(Products):
                     "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
                     "everything that is random"
                 )
-        self.unproven = self.curvature.on_any_worker(bool(self._custom))
-        if self.unproven:
-            self._compare(v, product)
+        self._verify(v, product)
         error = self._rounding_error(v, product, first)
         self.error = max(self.error, error)
         if first and norm:
             self.relative_error = error / norm
         return product, error
+
+    def _inspected(self, v: Tensor) -> Tensor:
+        """Return the product with v, and collect the custom functions of the losses."""
+        return self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
+
+    def _verify(self, v: Tensor, product: Tensor) -> None:
+        """Compare `product` with differences of gradients if a loss of any worker has a custom function."""
+        self.unproven = self.curvature.on_any_worker(bool(self._custom))
+        if self.unproven:
+            self._compare(v, product)
 
     def _rounding_error(self, v: Tensor, product: Tensor, first: bool) -> float:
         """Return the rounding error of `product`, the Hessian-vector product with v, or 0 in float64; collective.

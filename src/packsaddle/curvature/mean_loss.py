@@ -158,7 +158,7 @@ class MeanLoss:
         return self._channel.group.size
 
     def longest(self, length: int) -> int:
-        """Return the largest length of a vector on any worker, of which `length` is this worker's."""
+        """Return the largest number of elements that any worker stores of a vector. This worker stores `length`."""
         return length
 
     def count(self, part: "MeanLoss") -> None:
@@ -200,11 +200,9 @@ class MeanLoss:
 
     def _read(self) -> Iterator[tuple[Any, int]]:
         """Yield this worker's batches and their numbers of examples, without empty batches, whose mean loss is NaN."""
-        read = 0
         for batch in self._batches:
             if n := batch_size(batch):
                 yield batch, n
-                read += 1
                 self.on_batch(1 / len(self._sizes) if self._sizes else 0.0)
 
     def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[Tensor, int]:

@@ -56,9 +56,9 @@ class Reporter:
     certificate may be stopped at any batch.
     """
 
-    def __init__(self, show: Callable[[Progress], None] = lambda progress: None, *, is_alone: bool = True) -> None:
+    def __init__(self, show: Callable[[Progress], None], *, is_alone: bool) -> None:
         self._show, self._is_alone = show, is_alone
-        self.begin = self._since = time.perf_counter()
+        self._begin = self._since = time.perf_counter()
         self.interrupted = False
         self.phase("loss and gradient", 3)
 
@@ -91,7 +91,7 @@ class Reporter:
     @property
     def seconds(self) -> float:
         """Seconds since the certificate was begun."""
-        return time.perf_counter() - self.begin
+        return time.perf_counter() - self._begin
 
     def _tell(self) -> None:
         left = None
@@ -126,7 +126,7 @@ def shown(progress: bool | Callable[[Progress], None], *, is_first: bool) -> Ite
     """Context manager that yields the function which shows progress.
 
     `progress` may be that function. If it is True, progress is a bar on a terminal and in a notebook, and lines on
-    stderr elsewhere, the first after a second. It is shown on rank 0 alone (`is_first`).
+    stderr elsewhere, the first after a second and a half. It is shown on rank 0 alone (`is_first`).
     """
     if not is_first or progress is False:
         yield lambda progress: None

@@ -66,6 +66,11 @@ class CurvatureSearch:
     def loss(self) -> MeanLoss:
         return self.products.curvature
 
+    def over(self, part: MeanLoss) -> "CurvatureSearch":
+        """Return a search of the same question over a part of the examples."""
+        products = self.products.over(part)
+        return CurvatureSearch(products, self._epsilon, self._given_rho, self._options, self._report)
+
     def run(self, seconds: float = math.inf) -> None:
         """Do Lanczos steps from a random start vector until the verdict is decided, and store the results.
 
@@ -74,45 +79,42 @@ class CurvatureSearch:
         nearly an eigenvector. They end in any case after `max_hvps` steps, when the Krylov space is exhausted, and
         after Ctrl-C or this number of seconds.
         """
+        try:
+            self._run(seconds)
+        except Stopped:
+            self._stop()
+
+    def _run(self, seconds: float) -> None:
         most, measured_at = self._options.max_hvps, 0
         self.lanczos = lanczos = self._from_random_vector()
         for k in range(1, most + 1):
-            try:
-                ritz = lanczos.step()
-            except Stopped:
-                self._stop()
-                return
             # Each step replaces the bounds. The new ones are never worse than the old ones, except by rounding.
-            self.ritz = ritz
+            self.ritz = ritz = lanczos.step()
             self._bound(ritz)
             self.upper = ritz.theta_min + ritz.rounding
             threshold = None if self.rho is None else threshold_of(self._epsilon, self.rho)
             self._report.bounds((self.lower, self.upper), self.lambda_max, threshold)
             last = k == most or lanczos.exhausted
             if not last and self._must_stop(seconds):
-                self._stop()
-                return
-            try:
-                # If rho is not given, measure it as soon as the Ritz vector is nearly an eigenvector, and again along
-                # the final direction v.
-                if self._given_rho is None and not measured_at:
-                    if not (last or ritz.is_settling):
-                        continue
-                    self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
-                if not (last or self._settled(ritz)):
-                    continue
-                if self._given_rho is None and measured_at < k:
-                    self.rho, measured_at = max(self.rho or 0.0, self.products.rho(lanczos.ritz_vector())), k
+                raise Stopped
 
-                # Decide the verdict. It is certain if v^T H v is below the threshold, or if the lower bound on
-                # lambda_min is not below it.
-                if last or self._settled(ritz):
-                    self._measure_direction(ritz, lanczos.ritz_vector())
-                    if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
-                        break
-            except Stopped:
-                self._stop()
-                return
+            # If rho is not given, measure it as soon as the Ritz vector is nearly an eigenvector, and again along the
+            # final direction v.
+            if self._given_rho is None and not measured_at:
+                if not (last or ritz.is_settling):
+                    continue
+                self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
+            if not (last or self._settled(ritz)):
+                continue
+            if self._given_rho is None and measured_at < k:
+                self.rho, measured_at = max(self.rho or 0.0, self.products.rho(lanczos.ritz_vector())), k
+
+            # Decide the verdict. It is certain if v^T H v is below the threshold, or if the lower bound on lambda_min
+            # is not below it.
+            if last or self._settled(ritz):
+                self._measure_direction(ritz, lanczos.ritz_vector())
+                if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
+                    break
 
     def prove(self, v: Tensor, error: float) -> bool:
         """Return True if the unit vector v, float64[d], proves negative curvature below the threshold, by its Rayleigh
@@ -255,8 +257,9 @@ class Decision:
             return
         if self.sample is not None:
             return
-        if loss.total(seconds) / loss.workers > options.seconds:
-            self.postponed = loss.total(seconds) / loss.workers
+        expected = loss.total(seconds) / loss.total(1.0)  # the mean over workers
+        if expected > options.seconds:
+            self.postponed = expected
             return
         report.phase(f"bounds on all {loss.examples:,} examples", options.max_hvps * self._reads)
         self.whole.run(options.seconds)
@@ -278,7 +281,7 @@ class Decision:
                 break
             of = f"{part.examples:,} of {loss.examples:,} examples"
             report.phase(f"search on {of}", options.max_hvps * self._reads)
-            few = CurvatureSearch(whole.products.over(part), whole._epsilon, whole._given_rho, options, report)
+            few = whole.over(part)
             try:
                 few.run()
             finally:

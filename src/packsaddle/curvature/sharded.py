@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sharding import local_part, part_of
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.mean_loss import LossFn, MeanLoss, batch_size, differentiating
 
@@ -115,7 +115,7 @@ class ShardedLoss(MeanLoss):
         parts = []
         for p in self.parameters:
             whole = torch.randn(p.shape, generator=rng, dtype=torch.float64)
-            parts.append(_part_of(whole, p).reshape(-1))
+            parts.append(part_of(whole, p).reshape(-1))
         return torch.cat(parts).to(self.device)
 
     def size_of_parameters(self) -> float:
@@ -241,16 +241,3 @@ def _local_gradient(p: Any, local: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(local)
     return local_part(p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad)
-
-
-def _part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this process's part of a whole tensor, according to the placements of the parameter p. If p is a plain
-    tensor, return the whole tensor. Strided shards are split last; FSDP creates them along a dimension that tensor
-    parallelism also shards."""
-    placements = list(enumerate(getattr(p, "placements", ())))
-    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
-        if hasattr(placement, "dim"):
-            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
-            place = p.device_mesh.get_coordinate()[i]
-            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
-    return tensor
