@@ -58,7 +58,8 @@ def certify(
             search then continues until the residual of the escape direction v (the approximate eigenvector of that
             eigenvalue) is at most a tenth of the eigenvalue's magnitude. Set epsilon to compare points.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along v as
-            ||H(x + h v) v - H(x - h v) v|| / (2 h).
+            ||H(x + h v) v - H(x - h v) v|| / (2 h). For a direction that was found on a sample, that of the sample is
+            used if it proves a saddle.
         search: the limits and tolerances of the search, and the method of its Hessian-vector products.
         sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds the number of
             examples in these batches, the certificate has a standard error of the gradient, from the variation between

@@ -22,6 +22,7 @@ from packsaddle.curvature.products import RHO_DISTANCE, Products, spare_of
 
 # Ratio of two steps h of differences of gradients, whose products then differ almost only by rounding.
 _NEARBY = 17 / 16
+_FEWEST_ERRORS = 16  # smallest number of rounding errors, one for each coordinate and step h, whose norm is measured
 _ROUNDS = 6  # maximum number of steps h to try for one Hessian-vector product
 _LONGEST = 1 / 16  # largest step h, relative to ||x||; for longer steps the error is not rounding / h + h^2 M_3 / 6
 _FARTHEST = 64.0  # largest ratio of two step sizes h that are tried consecutively
@@ -145,7 +146,11 @@ class Differences(Products):
 
     def _trial(self, v: Tensor, h: float) -> _Trial:
         product = self._difference(v, h)
-        noise = self.curvature.norm(self._difference(v, _NEARBY * h).sub_(product))
+        # Measure rounding at several steps if there are few coordinates, since a single error may be small by chance.
+        count = math.ceil(_FEWEST_ERRORS / self.curvature.d)
+        steps = [h * (1 + (_NEARBY - 1) * i / count) for i in range(1, count + 1)]
+        noise = math.hypot(*(self.curvature.norm(self._difference(v, step).sub_(product)) for step in steps))
+        noise /= math.sqrt(count)
         noise = max(noise, self._eps * self.curvature.norm(product))
         apart = self.curvature.norm(self._difference(v, 2 * h).sub_(product))
         return _Trial(h, product, noise, apart, max(spare_of(self.curvature.d) * noise + apart / 3, 2 * apart))

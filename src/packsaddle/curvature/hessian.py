@@ -83,7 +83,7 @@ class Curvature(MeanLoss):
     def in_double(self) -> "Curvature | None":
         """Return a `Curvature` of a float64 copy of the model, over this worker's batches alone. Returns None if this
         worker has no examples. Not collective."""
-        if self._is_idle:
+        if not self._sizes:
             return None
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:

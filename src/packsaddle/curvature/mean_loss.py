@@ -69,14 +69,13 @@ class MeanLoss:
     be iterated repeatedly. A worker may have no batches if another worker has some. `on_batch` is called after each
     batch, with the part of this worker's batches that it is.
 
-    Construction is collective and evaluates the loss twice. Raises ValueError if the two values differ on any worker,
-    as they do with data augmentation, shuffling or an exhausted iterator. Raises ValueError also if parameters differ
-    between workers, or if there are no examples or no trainable parameters. Raises NotFiniteError if the loss is not
-    finite. For a sample of batches that were evaluated before (`is_sample`) the loss is evaluated once.
+    Construction is collective and evaluates the loss. Raises ValueError if parameters differ between workers, or if
+    there are no examples or no trainable parameters. Raises NotFiniteError if the loss is not finite.
     """
 
     _own: Mapping[str, Any] = {}  # further arguments of a subclass
     is_cut = False  # True for a sample of parts of batches, whose sums round less than those over whole batches
+    _few = _FEW_BATCHES
 
     def __init__(
         self,
@@ -86,7 +85,6 @@ class MeanLoss:
         channel: Communicator,
         *,
         on_batch: Callable[[float], None] = lambda part: None,
-        is_sample: bool = False,
     ) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.on_batch = on_batch
@@ -100,24 +98,14 @@ class MeanLoss:
         self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
         self._sizes: list[int] = []  # number of examples in each batch of this worker
 
-        # Evaluate the sum of losses, sum_b n_b loss_b, twice: the values differ if loss or batches are random.
+        # Evaluate this worker's sum of losses, sum_b n_b loss_b, and sum it over workers.
         watch = _Precision()
-        first = self._totals(watch if self.parameters[0].dtype is torch.float64 else None)
-        second = first if is_sample else self._totals()
-        (loss, examples), again = ((float(loss), n) for loss, n in (first, second))
-        self._is_idle = not examples  # True if this worker has no examples
-        problems = [float(repr((loss, examples)) != repr(again)), float(self._differs_from_rank_0())]
-        found = [loss, examples, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
+        self._first = self._totals(watch if self.parameters[0].dtype is torch.float64 else None)
+        found = [*self._first, self._differs_from_rank_0(), *(dtype in watch.dtypes for dtype in _SHORT)]
         total = torch.tensor(found, dtype=torch.float64, device=self.device)
-        loss, examples, differ, apart, *short = self._sum(total).tolist()
+        loss, examples, apart, *short = self._sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
-        if differ:  # True if the values differ on any worker, so that all workers raise
-            raise ValueError(
-                "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
-                "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
-                "is random (dropout and batch normalization are put in eval mode here)"
-            )
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
@@ -137,20 +125,19 @@ class MeanLoss:
         examples.
         """
         share = examples / self.examples
-        few = self.total(sum(n > 0 for n in self._sizes)) < _FEW_BATCHES
+        few = self.total(sum(n > 0 for n in self._sizes)) < self._few
         if few and not cut:
             return None
         batches = self._cut(share) if few else self._spaced(share)
         if self.on_any_worker(batches is None):
             return None
         part = self.over(batches or [])
-        part.is_cut = few
+        part.is_cut, part._few = few, 0  # a sample is itself sampled by whole batches
         return part if 2 * part.examples <= self.examples else None
 
     def over(self, batches: list[Any]) -> Self:
         """Return the mean loss over some of this worker's batches, and over those of the others; collective."""
-        options = {"on_batch": self.on_batch, "is_sample": True, **self._own}
-        return type(self)(self._model, self._loss_fn, batches, self._channel, **options)
+        return type(self)(self._model, self._loss_fn, batches, self._channel, on_batch=self.on_batch, **self._own)
 
     @property
     def workers(self) -> int:
@@ -205,18 +192,32 @@ class MeanLoss:
                 yield batch, n
                 self.on_batch(1 / len(self._sizes) if self._sizes else 0.0)
 
-    def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[Tensor, int]:
-        """Return the sum of the losses of this worker's examples, float64[], and the number of examples. All losses are
-        computed inside the context manager `watch`, if it is given."""
-        total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), list[int]()
+    def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[float, int]:
+        """Return the sum of the losses of this worker's examples, and the number of examples. All losses are computed
+        inside the context manager `watch`, if it is given."""
+        losses = list[tuple[Tensor, int]]()
         with differentiating(self._model):  # since the loss itself may compute gradients, as a gradient penalty does
             for batch, n in self._read():
                 with watch or nullcontext():
-                    loss = self._loss_of(batch).detach()
-                total += self._doubles(loss.reshape(())) * n
-                sizes.append(n)
-        self._sizes = sizes
-        return total, sum(sizes)
+                    losses.append((self._loss_of(batch).detach(), n))
+        self._sizes = [n for _, n in losses]
+        return self._summed(losses)
+
+    def _summed(self, losses: list[tuple[Tensor, int]]) -> tuple[float, int]:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for loss, n in losses:
+            total += self._doubles(loss.reshape(())) * n
+        return float(total), sum(n for _, n in losses)
+
+    def _check_repeated(self, losses: list[tuple[Tensor, int]]) -> None:
+        """Raise ValueError on all workers if these mean losses of batches are not those of the construction on any
+        worker; collective."""
+        if self.on_any_worker(repr(self._summed(losses)) != repr(self._first)):
+            raise ValueError(
+                "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
+                "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
+                "is random (dropout and batch normalization are put in eval mode here)"
+            )
 
     def _loss_of(self, batch: Any) -> Tensor:
         """Return a batch's mean loss, float[], with a graph.
@@ -255,10 +256,15 @@ class MeanLoss:
         Batch b of the B batches has n_b examples and gradient g_b. The variance of one example's gradient is estimated
         as sum_b n_b ||g_b - grad f||^2 / (B - 1). The variance of the mean over N examples is 1 / N of this estimate,
         and its square root is the standard error. If there is only one batch, the standard error is inf.
+
+        Raises ValueError if the losses differ from those of the construction, as they do with data augmentation,
+        shuffling or an exhausted iterator.
         """
+        losses = list[tuple[Tensor, int]]()
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
         def derivative(loss: Tensor, n: int) -> tuple[Tensor, ...]:
+            losses.append((loss.detach(), n))
             grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             spread[0] += n * sum(self._doubles(g).square().sum() for g in grads)
             spread[1] += 1
@@ -266,6 +272,7 @@ class MeanLoss:
 
         self.passes += 1
         mean = self._mean(derivative)
+        self._check_repeated(losses)
         squares, batches = self._sum(spread).tolist()
         return mean, self._standard_error(squares, float(mean.square().sum()), batches)
 
@@ -319,10 +326,11 @@ class MeanLoss:
         parameter.
         """
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
+        pieces = torch.split(total, [p.numel() for p in self.parameters])
         with differentiating(self._model):
             for batch, n in self._read():
-                parts = derivative(self._loss_of(batch), n)
-                total.add_(self._doubles(torch.cat([part.detach().reshape(-1) for part in parts])), alpha=n)
+                for piece, part in zip(pieces, derivative(self._loss_of(batch), n), strict=True):
+                    piece.add_(self._doubles(part.detach().reshape(-1)), alpha=n)
         return self._finite(self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples))
 
     def _finite(self, mean: Tensor) -> Tensor:
@@ -352,7 +360,7 @@ class MeanLoss:
     def loss_at(self, direction: Tensor, distance: float) -> float:
         with self.moved(direction, distance):
             total, _ = self._totals()
-        return self.total(float(total)) / self.examples
+        return self.total(total) / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -28,6 +28,7 @@ _LONGEST_WALK = 12  # maximum number of distances at which the loss is evaluated
 _LEAST, _MOST = 256, 32  # the first sample has at least N / 256 of the N examples, and at most N / 32
 _FEWEST = 16  # smallest number of examples in a sample
 _GROWTH = 4  # ratio of the sizes of two consecutive samples
+_SETTLED = 0.1  # relative residual to which a direction that was found on a sample is refined
 
 # (distance s, loss f(x + s v)), ascending
 Losses = tuple[tuple[float, float], ...]
@@ -51,6 +52,9 @@ class CurvatureSearch:
     ) -> None:
         self.products, self._epsilon, self._given_rho = products, epsilon, rho
         self._options, self._report = options, report
+        # The relative residual to which the direction of a saddle is refined, and the most steps that this may take.
+        self._tolerance, self._patience = options.tolerance, math.inf
+        self._found_at: int | None = None  # number of the first step whose direction proved a saddle
         self.rho = rho  # the Lipschitz constant of the Hessian; None: neither given nor measured yet
         self.lower, self.upper = -math.inf, math.inf  # bounds on the smallest eigenvalue
         self.lambda_max = -math.inf, math.inf  # bounds on the largest eigenvalue
@@ -67,9 +71,14 @@ class CurvatureSearch:
         return self.products.curvature
 
     def over(self, part: MeanLoss) -> "CurvatureSearch":
-        """Return a search of the same question over a part of the examples."""
-        products = self.products.over(part)
-        return CurvatureSearch(products, self._epsilon, self._given_rho, self._options, self._report)
+        """Return a search of the same question over a part of the examples.
+
+        It refines its direction, which must prove a saddle on all examples too, for no longer than one product over all
+        examples takes.
+        """
+        few = CurvatureSearch(self.products.over(part), self._epsilon, self._given_rho, self._options, self._report)
+        few._tolerance, few._patience = _SETTLED, self.loss.examples / part.examples
+        return few
 
     def run(self, seconds: float = math.inf) -> None:
         """Do Lanczos steps from a random start vector until the verdict is decided, and store the results.
@@ -116,17 +125,22 @@ class CurvatureSearch:
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
                     break
 
-    def prove(self, v: Tensor, error: float) -> bool:
-        """Return True if the unit vector v, float64[d], proves negative curvature below the threshold, by its Rayleigh
-        quotient over the examples of this search. `error` is that of the products by which v was found; the error of
-        the quotient is assumed to be at least as large."""
-        self.v = v
-        quotient, measured = self._measure_quotient(v, self.products.for_proof)
-        self.error = max(error, measured)
+    def prove(self, few: "CurvatureSearch") -> bool:
+        """Return True if the direction v that was found by `few`, the search of a sample, proves negative curvature
+        below the threshold, by its Rayleigh quotient over the examples of this search.
+
+        The error of the quotient is assumed to be at least that of the products of `few`. If rho is not given, it is
+        that of the sample. If that proves nothing, rho is measured over all examples.
+        """
+        assert few.v is not None
+        self.v, self.rho = few.v, few.rho
+        quotient, measured = self._measure_quotient(self.v, self.products.for_proof)
+        self.error = max(few.error, measured)
         self.upper = quotient + self.error
-        if self._given_rho is None:
-            self.rho = self.products.rho(v)
         self.verdict = self._judged(self.upper)
+        if self._given_rho is None and self.upper < 0 and not self.verdict.rests_on_negative_curvature:
+            self.rho = self.products.rho(self.v)
+            self.verdict = self._judged(self.upper)
         return self.verdict.rests_on_negative_curvature
 
     @property
@@ -197,8 +211,10 @@ class CurvatureSearch:
 
     def _settled(self, ritz: Ritz) -> bool:
         verdict = self._judged(ritz.theta_min + ritz.rounding)
-        if verdict.rests_on_negative_curvature and ritz.residual > self._options.tolerance * abs(ritz.theta_min):
-            return False
+        if verdict.rests_on_negative_curvature and ritz.residual > self._tolerance * abs(ritz.theta_min):
+            self._found_at = self._found_at or ritz.steps
+            if ritz.steps - self._found_at < self._patience:
+                return False
         return verdict is not Verdict.UNDECIDED and (self._epsilon is not None or ritz.is_settling)
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
@@ -209,8 +225,7 @@ class CurvatureSearch:
         vectors are orthonormal and the products are exact, and otherwise it is measured by one more product.
         """
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
-        # The product of the first step was checked already.
-        if not ritz.orthogonal or ((self.products.error or self.products.unproven) and ritz.steps > 1):
+        if not ritz.orthogonal or self.products.error or self.products.unproven:
             quotient, error = self._measure_quotient(v, self.products.checked)
             if error > ritz.rounding:
                 self.ritz = ritz = replace(ritz, rounding=error)
@@ -294,7 +309,7 @@ class Decision:
                 break
             report.phase(f"proof on all {loss.examples:,} examples", None)
             few.lanczos = None  # frees its vectors
-            if whole.prove(few.v, few.error):
+            if whole.prove(few):
                 self.sample = few
                 break
             size *= _GROWTH

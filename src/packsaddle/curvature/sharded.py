@@ -81,22 +81,25 @@ class ShardedLoss(MeanLoss):
         For the standard error, batches that different workers process at the same time count as one batch.
         """
         squares: list[float] = []
+        losses: list[tuple[Tensor, int]] = []
 
-        def look(part: Tensor, examples: int) -> None:
+        def look(part: Tensor, loss: Tensor, examples: int) -> None:
+            losses.append((loss, examples))
             squares.append(float(self.dot(part, part)) / self.total(examples))
 
         self.passes += 1
         mean = self._mean_gradient(look)
+        self._check_repeated(losses)
         return mean, self._standard_error(sum(squares), float(self.dot(mean, mean)), len(squares))
 
     def _gradient_here(self) -> Tensor:
         return self._mean_gradient()
 
-    def _mean_gradient(self, look: Callable[[Tensor, int], None] = lambda part, examples: None) -> Tensor:
+    def _mean_gradient(self, look: Callable[[Tensor, Tensor, int], None] = lambda part, loss, n: None) -> Tensor:
         total = torch.zeros(sum(self._lengths), dtype=torch.float64, device=self.device)
-        for part, examples in self._backward():
+        for part, loss, examples in self._backward():
             total += part
-            look(part, examples)
+            look(part, loss, examples)
         return self._finite(total.div_(self.examples))
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
@@ -127,12 +130,12 @@ class ShardedLoss(MeanLoss):
         super()._finite(self.dot(mean, mean).reshape(1))
         return mean
 
-    def _backward(self) -> Iterator[tuple[Tensor, int]]:
+    def _backward(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield gradients of the loss, in rounds in which each worker processes one of its batches; collective.
 
-        Each yield is a pair. The first item is this worker's part, float64[n], of the gradient of the loss summed over
-        the round's examples on all workers. The second is the number of examples in this worker's batch, or 0 if the
-        batch is repeated. At the end p.grad of each parameter is restored.
+        The first item of a yield is this worker's part, float64[n], of the gradient of the loss summed over the round's
+        examples on all workers. The others are the mean loss of this worker's batch, and the number of its examples, or
+        0 if the batch is repeated. At the end p.grad of each parameter is restored.
         """
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
@@ -141,14 +144,15 @@ class ShardedLoss(MeanLoss):
                 for batch, n in self._read():
                     for p in parameters:
                         p.grad = None
-                    torch.autograd.backward(self._loss_of(batch) * n)
+                    loss = self._loss_of(batch)
+                    torch.autograd.backward(loss * n)
                     flat = [
                         self._doubles(_local_gradient(p, t).reshape(-1))
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
                     # FSDP returns the average gradient of the workers that process different batches. Multiply it by
                     # the number of these workers to get the sum.
-                    yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
+                    yield torch.cat(flat).mul_(self._channel.group.size / self._alike), loss.detach(), n
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
@@ -167,7 +171,7 @@ class ShardedLoss(MeanLoss):
         loss = super()._loss_of(batch)
         return loss.full_tensor() if hasattr(loss, "full_tensor") else loss
 
-    def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[Tensor, int]:
+    def _totals(self, watch: AbstractContextManager[Any] | None = None) -> tuple[float, int]:
         try:
             return super()._totals(watch)
         finally:
