@@ -13,10 +13,11 @@ import torch
 from searches import Point, certified, dense_hessian, derivatives
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from packsaddle import Verdict, simulate
 from packsaddle.curvature.differences import Differences
-from packsaddle.curvature.double_backward import choose_products
+from packsaddle.curvature.double_backward import DoubleBackward, choose_products
 
 Batch = tuple[Tensor, Tensor]
 
@@ -238,6 +239,19 @@ def test_compiled_networks_are_certified_by_differences() -> None:
     assert certificate.verdict == plain.verdict == Verdict.SADDLE
     assert "does not currently support double backward" in str(certificate.hvp_reason)
     assert certificate.lambda_min_upper == pytest.approx(plain.lambda_min_upper, abs=2 * certificate.hvp_error)
+
+
+def test_checkpointed_activations_change_no_product() -> None:
+    model, batch = network(5, torch.float64)
+
+    def checkpointed(model: nn.Module, batch: Batch) -> Tensor:
+        inner = checkpoint(model[:2], batch[0], use_reentrant=False)
+        return nn.functional.mse_loss(model[2](inner), batch[1])
+
+    assert isinstance(choose_products(derivatives(model, checkpointed, [batch]), "auto"), DoubleBackward)
+    plain, stored = certified(model, loss_fn, [batch]), certified(model, checkpointed, [batch])
+    assert stored.lambda_min_upper == plain.lambda_min_upper
+    assert stored.lambda_min_lower == plain.lambda_min_lower
 
 
 def test_rho_by_differences_is_rho_by_double_backward() -> None:

@@ -73,7 +73,7 @@ class MeanLoss:
     there are no examples or no trainable parameters. Raises NotFiniteError if the loss is not finite.
     """
 
-    _own: Mapping[str, Any] = {}  # further arguments of a subclass
+    _alike = 1  # number of workers that have the same batches
     is_cut = False  # True for a sample of parts of batches, whose sums round less than those over whole batches
     _few = _FEW_BATCHES
 
@@ -85,9 +85,10 @@ class MeanLoss:
         channel: Communicator,
         *,
         on_batch: Callable[[float], None] = lambda part: None,
+        tensor_parallel: Any = None,
     ) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
-        self.on_batch = on_batch
+        self.on_batch, self._tensor_parallel = on_batch, tensor_parallel
         self.parameters = trainable(model)
         self._tensors = [local_part(p) for p in self.parameters]  # this process's part of each parameter
         self.d = sum(p.numel() for p in self.parameters)
@@ -97,6 +98,7 @@ class MeanLoss:
         self.passes = 0.0  # number of backward passes over all examples so far; those over a sample are a fraction
         self._displaced = 0  # number of gradients computed at displaced parameters; it seeds the stochastic rounding
         self._sizes: list[int] = []  # number of examples in each batch of this worker
+        self._prepare()
 
         # Evaluate this worker's sum of losses, sum_b n_b loss_b, and sum it over workers.
         watch = _Precision()
@@ -114,7 +116,7 @@ class MeanLoss:
         # Find the coarsest precision in which the loss is computed, and the mean loss f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
-        self.examples = int(examples)
+        self.examples = int(examples) // self._alike
         self.loss = loss / examples
 
     def sample(self, examples: int, *, cut: bool = True) -> Self | None:
@@ -137,7 +139,8 @@ class MeanLoss:
 
     def over(self, batches: list[Any]) -> Self:
         """Return the mean loss over some of this worker's batches, and over those of the others; collective."""
-        return type(self)(self._model, self._loss_fn, batches, self._channel, on_batch=self.on_batch, **self._own)
+        shared = {"on_batch": self.on_batch, "tensor_parallel": self._tensor_parallel}
+        return type(self)(self._model, self._loss_fn, batches, self._channel, **shared)
 
     @property
     def workers(self) -> int:
@@ -237,8 +240,11 @@ class MeanLoss:
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
     def total(self, number: float) -> float:
-        """Return the sum over workers of a number; collective."""
-        return float(self._sum(to_device(torch.tensor([number], dtype=torch.float64), self.device)))
+        """Return the sum of a number over workers with different batches; collective."""
+        return float(self._sum(to_device(torch.tensor([number], dtype=torch.float64), self.device))) / self._alike
+
+    def _prepare(self) -> None:
+        """Check the parameters and the batches, before the loss is computed."""
 
     def on_any_worker(self, found: bool) -> bool:
         return self.total(float(found)) > 0

@@ -34,42 +34,26 @@ class ShardedLoss(MeanLoss):
     worker has no batches.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Any],
-        channel: Communicator,
-        *,
-        tensor_parallel: Any = None,
-        **options: Any,
-    ) -> None:
-        self._own = {"tensor_parallel": tensor_parallel}
-        self._alike = 1 if tensor_parallel is None else tensor_parallel.size()
-        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-        workers = channel.group.size
-        for p in parameters:
-            _check_mesh(p, workers, tensor_parallel)
-        self._copies = [_copies(p, workers) for p in parameters]
+    def _prepare(self) -> None:
+        if self._tensor_parallel is not None:
+            self._alike = self._tensor_parallel.size()
+        group = self._channel.group
+        for p in self.parameters:
+            _check_mesh(p, group.size, self._tensor_parallel)
+        self._copies = [_copies(p, group.size) for p in self.parameters]
+        self._lengths = [t.numel() for t in self._tensors]
 
         # FSDP's passes are collective, so every worker processes as many batches as the worker that has the most.
-        mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=local_part(parameters[0]).device)
-        counts, again = torch.stack(channel.group.all_gather(mine)).T.tolist()
+        mine = torch.tensor([sum(1 for _ in self._batches) for _ in range(2)], device=self._tensors[0].device)
+        counts, again = torch.stack(group.all_gather(mine)).T.tolist()
         if counts != again:
             raise ValueError("batches must be a list or a DataLoader, which can be read again, got an iterator")
         if not min(counts):
             raise ValueError(f"every worker of a sharded model needs batches, worker {counts.index(0)} has none")
         self._rounds = max(counts)
-        super().__init__(model, loss_fn, batches, channel, **options)
-        self.examples //= self._alike
-        self._lengths = [t.numel() for t in self._tensors]
 
     def _cut(self, share: float) -> None:
         """Cut no batch: an error on one worker would leave the others in a collective of FSDP."""
-
-    def total(self, number: float) -> float:
-        """Return the sum over workers with different batches of a number; collective."""
-        return super().total(number) / self._alike
 
     def longest(self, length: int) -> int:
         return max(int(n) for n in self._channel.group.all_gather(torch.tensor([length], device=self.device)))
@@ -198,11 +182,10 @@ def mean_loss_of(
 ) -> MeanLoss:
     """Return the mean loss of a model that may be sharded; collective. Raises ValueError if `tensor_parallel` is given
     for a model without sharded parameters."""
-    if any(hasattr(p, "placements") for p in model.parameters()):
-        return ShardedLoss(model, loss_fn, batches, channel, tensor_parallel=tensor_parallel, on_batch=on_batch)
-    if tensor_parallel is not None:
+    kind = ShardedLoss if any(hasattr(p, "placements") for p in model.parameters()) else Curvature
+    if tensor_parallel is not None and kind is Curvature:
         raise ValueError("tensor_parallel must be None for a model without sharded parameters")
-    return Curvature(model, loss_fn, batches, channel, on_batch=on_batch)
+    return kind(model, loss_fn, batches, channel, on_batch=on_batch, tensor_parallel=tensor_parallel)
 
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
